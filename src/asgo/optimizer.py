@@ -1,0 +1,220 @@
+"""The one step loop that every optimizer of the library runs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from asgo import adamw, settings
+from asgo._types import State
+from asgo.buckets import Bucket, init_state, make_buckets, state_dtype, turns
+from asgo.roots import ROOTS
+from asgo.scaling import SCALINGS
+from asgo.structures import Structure
+from asgo.views import View
+
+WARM_STEPS = 10
+"""The first steps refresh every root whatever the interval: the statistic changes fastest there."""
+
+
+class StructuredOptimizer(Optimizer, ABC):
+    """A structured adaptive optimizer: views of parameters, a structure, a root and a rule for the step size.
+
+    A preset names its hyperparameters and chooses the structure; nothing overrides `step`. Each group has one
+    view (`asgo.View`) through which its parameters are read as stacks of matrices, or none: then it is AdamW.
+    Groups that name no view, and bare parameters, are split by their number of axes (`asgo.views.default_view`).
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of them, as for every `torch.optim.Optimizer`.
+        defaults: hyperparameters of groups that do not set their own.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key of a group, a view that does not fit.
+        TypeError: a parameter that is complex or not of floating point.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        settings.check(type(self).__name__, defaults)
+        self._buckets: dict[int, tuple[object, list[Bucket]]] = {}
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def structure(self, group: dict[str, Any]) -> Structure:
+        """The structure that a group's hyperparameters describe."""
+
+    # ---- the step ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step: decoupled decay, momentum, measure, fold, refresh, precondition, rescale.
+
+        Parameters without a gradient stay as they are. A matrix whose gradient is zero rests (only decay moves
+        it); one whose gradient is not finite rests too and is counted by `failures`.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            TypeError: a sparse gradient; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        settings.refuse_sparse(self)
+        for index, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            for param in params:
+                self.state[param]["step"] += 1
+            if group["view"] is None:
+                adamw.adamw(params, [self._state_of(p) for p in params], group)
+                continue
+            if group["weight_decay"] and params:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for bucket in self._group_buckets(index, group, params):
+                self._update(bucket, group)
+        return loss
+
+    def _update(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        structure, (beta1, beta2) = self.structure(group), group["betas"]
+        state, dtype = bucket.state, state_dtype(bucket.members[0].param)
+        grad = bucket.gather(_grad, dtype)
+        if group["maximize"]:
+            grad.neg_()
+        norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
+        moved = norm.isfinite() & (norm > 0)
+        grad = torch.where(moved, grad, 0)
+        state["failures"] += ~norm.isfinite()[:, 0, 0]
+
+        momentum = bucket.gather(self._exp_avg, dtype)
+        momentum.lerp_(grad, (1 - beta1) * moved.to(dtype))
+        torch._foreach_copy_(*bucket.scatter(momentum, self._exp_avg))
+        direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
+        direction = torch.where(moved, direction, 0)
+
+        structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
+        for rows in bucket.rows(lambda member: self._is_due(member.param, member.turn, group)):
+            due = {key: tensor[rows] for key, tensor in state.items()}
+            due["failures"] += ~structure.refresh(due, ROOTS[group["root"]], group["eps"])
+        update = structure.precondition(state, direction)
+        update = SCALINGS[group["adjust_lr"]](update, bucket.slices).mul_(-group["lr"])
+        torch._foreach_add_(*bucket.scatter(update, _itself))
+
+    def _is_due(self, param: Tensor, turn: int, group: dict[str, Any]) -> bool:
+        step = int(self.state[param]["step"])
+        return step <= WARM_STEPS or step % group["precondition_frequency"] == turn
+
+    # ---- bookkeeping ------------------------------------------------------------------------------------------
+
+    def failures(self) -> dict[str, int]:
+        """How often each parameter could not be updated or its root not be computed, by name; only those that
+        ever failed. Counts matrices and steps: non-finite gradients and failed roots. Synchronises the device."""
+        counts = {}
+        for group in self.param_groups:
+            for name, param in zip(settings.names_of(group), group["params"], strict=True):
+                failed = sum(int(t.sum()) for key, t in self.state[param].items() if key.startswith("failures"))
+                counts |= {name: failed} if failed else {}
+        return counts
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checked before anything changes; without a ``view`` it is split by number of axes.
+
+        The part of a split that has no view keeps the group's ``lr`` and AdamW's own defaults for the rest.
+        """
+        who, groups = type(self).__name__, settings.split_by_view(param_group)
+        taken = [p for group in self.param_groups for p in group["params"]]
+        for group in groups:
+            view = View.of(group["view"])
+            group["view"] = None if view is None else view.to_dict()
+            names, params = settings.check_group(who, group, self.defaults, taken)
+            for name, param in zip(names, params, strict=True):
+                if view is not None:
+                    view.check(name, param.shape)
+        for group in groups:
+            if group["view"] is None:
+                group.update({key: value for key, value in adamw.DEFAULTS.items() if key not in group})
+            super().add_param_group(group)
+            if group["view"] is None:
+                for key in set(self.defaults) - settings.WITHOUT_VIEW:
+                    del group[key]
+            for param in group["params"]:
+                self.state[param] = self._init_state(param, View.of(group["view"]), group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, keeping the precision of the state (torch alone would cast fp32 statistics
+        to bf16 parameters).
+
+        Raises:
+            ValueError: state of another optimizer, model or view; nothing has changed then.
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        settings.check_state(self, state_dict)
+        own = [self.state[p] for p in params]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        super().load_state_dict(state_dict)
+        for param, state, i in zip(params, own, ids, strict=True):
+            for key, tensor in state.items():
+                tensor.copy_(state_dict["state"][i][key])
+            self.state[param] = state
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compact copies: a view into a bucket would drag the whole bucket along, once per parameter.
+        state = super().__getstate__()
+        compact = {p: {key: t.clone() for key, t in own.items()} for p, own in self.state.items()}
+        return {**state, "state": type(self.state)(dict, compact)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = {}
+
+    def _init_state(self, param: Tensor, view: View | None, group: dict[str, Any]) -> State:
+        dtype, step = state_dtype(param), {"step": torch.zeros(())}
+        if view is None:
+            return step | adamw.init(param, dtype)
+        return step | init_state(param, view, self.structure(group))
+
+    def _group_buckets(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Bucket]:
+        """The buckets of the parameters that have gradients now; remade when those or their state change."""
+        interval = group["precondition_frequency"]
+        signature = (interval, [(id(p), p.device, p.dtype) for p in params])
+        known, buckets = self._buckets.get(index, (None, []))
+        if known != signature or not all(bucket.is_bound() for bucket in buckets):
+            view, structure = View.of(group["view"]), self.structure(group)
+            if view is None:
+                return []
+            parts = [(p, i, s) for p in group["params"] for i, s in enumerate(view.shapes(p.shape))]
+            turn = turns([b * structure.cost(m, n) for _, _, (b, m, n) in parts], interval)
+            turn_of = {(p, i): turn[j] for j, (p, i, _) in enumerate(parts)}
+            buckets = make_buckets(params, [self._state_of(p) for p in params], view, structure, turn_of)
+            self._buckets[index] = (signature, buckets)
+        return buckets
+
+    def _state_of(self, param: Tensor) -> State:
+        """The state of a parameter, moved to where the parameter is now (models move after construction)."""
+        state = self.state[param]
+        if state["exp_avg"].device != param.device or state["exp_avg"].dtype != state_dtype(param):
+            for key, tensor in state.items():
+                if key != "step":
+                    dtype = state_dtype(param) if tensor.is_floating_point() else tensor.dtype
+                    state[key] = tensor.to(param.device, dtype)
+        return state
+
+    def _exp_avg(self, param: Tensor) -> Tensor:
+        return self.state[param]["exp_avg"]
+
+
+def _grad(param: Tensor) -> Tensor:
+    return param.grad  # pyright: ignore[reportReturnType]
+
+
+def _itself(param: Tensor) -> Tensor:
+    return param

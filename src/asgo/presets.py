@@ -1,0 +1,138 @@
+"""The named optimizers: each chooses a structure and names its hyperparameters."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from asgo.optimizer import StructuredOptimizer
+from asgo.structures import OneSided
+
+
+class ASGO(StructuredOptimizer):
+    r"""Adaptive Structured Gradient Optimization: a one-sided matrix preconditioner on the momentum.
+
+    For a weight read as ``W (m, n)`` with ``m < n`` (else the products stand on the right), every step does::
+
+        M <- b1 M + (1 - b1) G                       momentum
+        D  = b1 M + (1 - b1) G  if nesterov else M   direction
+        V <- b2 V + (1 - b2) S S^T                   S = G or D, see `statistic`
+        U  = (V + eps ||V||_F I)^(-1/2) D            every `precondition_frequency` steps a new root
+        U <- U / sqrt(EMA of the mean of U^2 over rows)            if cross_normalize
+        W <- (1 - lr weight_decay) W - lr 0.2 sqrt(m n) U / ||U||_F
+
+    "ASGO: Adaptive Structured Gradient Optimization", An, Liu, Pan, Ren, Ma, Goldfarb and Zhang 2025
+    (arXiv 2503.20762), Algorithm 2. The paper's own choices are `ASGO.paper`; its theory form (Algorithm 1) is
+    `ASGO.theory`; the authors' released program, to check against, `ASGO.reference`.
+
+    Groups (see `asgo.route`) set their own ``view`` and any of the hyperparameters below, and ``side``
+    (``"auto"``, ``"left"``, ``"right"``). A group with ``view=None`` is AdamW with ``betas=(0.9, 0.95)``,
+    ``eps=1e-8``, ``weight_decay=0`` and the shared ``lr`` unless it sets others.
+
+    State per parameter, in float32 (float64 for float64): ``exp_avg`` of its shape and, per matrix, ``gram`` and
+    ``root`` of k x k with ``k = min(m, n)``, ``cross``, ``failures``; created when the optimizer is.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups; ``asgo.route(model)`` makes good ones.
+        lr: step size on AdamW's scale (updates have a root mean square of 0.2), a number or a tensor.
+        betas: decay of the momentum and of the statistic; 1 as the second adds up instead of averaging.
+        eps: damping inside the root relative to the Frobenius norm of ``V``; 1e-6 is ten times the rounding
+            error of a float32 statistic and trains as well as less.
+        weight_decay: decoupled, multiplied by ``lr`` as in AdamW; 0.1 as released.
+        precondition_frequency: steps between refreshes of a root. A stale root costs loss, hence 1. Different
+            matrices refresh on different steps; the first ten steps refresh all.
+        statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
+            ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
+        nesterov: look ahead with the current gradient, as Muon does; the paper does not.
+        cross_normalize: even out the other side by a running second moment; the paper does not.
+        adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
+            matrix of a stack by itself, None not at all.
+        root: one of `asgo.roots.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
+        TypeError: complex or integer parameters.
+
+    Example:
+        >>> optimizer = ASGO(asgo.route(model), lr=1e-2)   # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.95, 0.5),
+        eps: float = 1e-6,
+        weight_decay: float = 0.1,
+        precondition_frequency: int = 1,
+        statistic: Literal["gradient", "momentum"] = "momentum",
+        nesterov: bool = True,
+        cross_normalize: bool = True,
+        adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
+        *,
+        root: str = "auto",
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "statistic": statistic,
+            "nesterov": nesterov,
+            "cross_normalize": cross_normalize,
+            "adjust_lr": adjust_lr,
+            "side": "auto",
+            "root": root,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    @classmethod
+    def paper(
+        cls,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.8),
+        eps: float = 1e-6,
+        weight_decay: float = 0.1,
+        precondition_frequency: int = 1,
+    ) -> ASGO:
+        """Algorithm 2 with the paper's choices: gradient statistic, plain momentum, nothing on the other side.
+
+        Only the damping is ours: the released ``eps`` never enters the root (see `reference`).
+        """
+        return cls(params, lr, betas, eps, weight_decay, precondition_frequency, "gradient", False, False)
+
+    @classmethod
+    def theory(cls, params: ParamsT, lr: float | Tensor, eps: float = 1e-8) -> ASGO:
+        """Algorithm 1: ``V <- V + G G^T; W <- W - lr (V^(1/2) + eps I)^(-1) G``, from the shorter side.
+
+        No momentum, no decay, no rescaling; ``eps`` is absolute and outside the root. Set ``side="left"`` in the
+        groups to follow the paper's text to the letter.
+        """
+        return cls(params, lr, (0.0, 1.0), eps, 0.0, 1, "gradient", False, False, None, root="outside")
+
+    @classmethod
+    def reference(
+        cls,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.8),
+        eps: float = 1e-10,
+        weight_decay: float = 0.1,
+    ) -> ASGO:
+        """The authors' released program: its side rule, its ten-step iteration, its inert ``eps``, its defaults.
+
+        For comparison only: on rank-deficient statistics its root is noise (the effective damping lies below
+        the rounding error of float32).
+        """
+        return cls(params, lr, betas, eps, weight_decay, 1, "gradient", False, False, root="reference")
+
+    def structure(self, group: dict[str, Any]) -> OneSided:
+        """The gram matrix of the group's side."""
+        return OneSided(group["side"], group["cross_normalize"])

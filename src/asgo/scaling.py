@@ -1,0 +1,49 @@
+"""How large an update is, once its direction is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from asgo._types import Stack
+
+RMS = 0.2
+"""Root mean square of AdamW's updates in practice, so that learning rates tuned for AdamW carry over
+("Muon is Scalable for LLM Training", Liu et al. 2025; the released ASGO uses the same constant)."""
+
+
+def match_rms(update: Stack, slices: int) -> Stack:
+    """Scale to a root mean square of 0.2 over each run of `slices` matrices, i.e. over a whole parameter.
+
+    ``U * 0.2 * sqrt(slices * m * n) / ||U||_F``; an update that is zero stays zero.
+
+    Args:
+        update: ``(b, m, n)``, `b` a multiple of `slices`.
+        slices: how many consecutive matrices belong to one parameter.
+    """
+    if update.numel() == 0:
+        return update
+    runs = update.reshape(-1, slices * update.shape[1] * update.shape[2])
+    norm = torch.linalg.vector_norm(runs, dim=1, keepdim=True)
+    factor = torch.where(norm > 0, RMS * math.sqrt(runs.shape[1]) / norm, 0.0)
+    return (runs * factor).view_as(update)
+
+
+def match_rms_per_slice(update: Stack, slices: int) -> Stack:
+    """Scale every matrix of the stack by itself to a root mean square of 0.2."""
+    return match_rms(update, 1)
+
+
+def unscaled(update: Stack, slices: int) -> Stack:
+    """Leave the size to the preconditioner: the theory form, whose steps decay like AdaGrad's."""
+    return update
+
+
+SCALINGS: dict[str | None, Callable[[Stack, int], Stack]] = {
+    "rms": match_rms,
+    "slice_rms": match_rms_per_slice,
+    None: unscaled,
+}
+"""The values of ``adjust_lr``."""

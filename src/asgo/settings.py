@@ -1,0 +1,177 @@
+"""What a hyperparameter, a group and a saved state may be, and the errors that say so before anything changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from asgo.adamw import DEFAULTS as ADAMW_DEFAULTS
+from asgo.roots import ROOTS
+from asgo.scaling import SCALINGS
+from asgo.views import View, default_view
+
+ALWAYS_ALLOWED = {"params", "param_names", "view", "name", "initial_lr"}
+WITHOUT_VIEW = {"lr", "maximize", *ADAMW_DEFAULTS}
+
+
+def _number(value: Any, low: float, high: float = math.inf) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
+
+
+def _is_lr(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        # A lr on a device is not read: that would wait for the device.
+        return value.numel() == 1 and (value.device.type != "cpu" or 0 <= float(value) < math.inf)
+    return _number(value, 0)
+
+
+def _are_betas(value: Any) -> bool:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return pair and _number(value[0], 0, 1) and (_number(value[1], 0, 1) or value[1] == 1)
+
+
+def _one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: any(value is v or (value == v and type(value) is type(v)) for v in values)), (
+        "one of " + ", ".join(map(repr, values))
+    )
+
+
+def _interval(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (_is_lr, "a finite number >= 0 or a one-element tensor"),
+    "betas": (_are_betas, "two numbers in [0, 1); a second one of 1 adds gradients up instead of averaging"),
+    "eps": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-6"),
+    "weight_decay": (lambda value: _number(value, 0), "a finite number >= 0"),
+    "precondition_frequency": (_interval, "a whole number of steps >= 1"),
+    "statistic": _one_of("gradient", "momentum"),
+    "nesterov": _one_of(True, False),
+    "cross_normalize": _one_of(True, False),
+    "side": _one_of("auto", "left", "right"),
+    "adjust_lr": _one_of(*SCALINGS),
+    "root": _one_of(*ROOTS),
+    "maximize": _one_of(True, False),
+}
+
+
+def check(who: str, values: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for the first hyperparameter that is out of range."""
+    for key, value in values.items():
+        fits, expected = CHECKS.get(key, (None, ""))
+        if fits is not None and not fits(value):
+            raise ValueError(f"{who}: {key} must be {expected}; got {value!r}.")
+
+
+def split_by_view(group: Any) -> list[dict[str, Any]]:
+    """A group as it is if it names a view, else one group per kind of parameter (`asgo.views.default_view`)."""
+    if not isinstance(group, Mapping) or "params" not in group:
+        raise TypeError(f"a group must be a dict with the key 'params'; got {type(group).__name__}.")
+    params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must be in order, and a set has none: pass a list, or model.named_parameters().")
+    members = list(params)
+    if "view" in group:
+        return [{**group, "params": members}]
+    kinds: dict[View | None, list[Any]] = {}
+    for member in members:
+        kinds.setdefault(default_view(_tensor(member).ndim), []).append(member)
+    shared = {key: value for key, value in group.items() if key not in ADAMW_DEFAULTS}
+    return [
+        {**(group if view is not None else shared), "params": some, "view": view} for view, some in kinds.items()
+    ]
+
+
+def _tensor(member: Any) -> Tensor:
+    tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"parameters must be tensors or (name, tensor) pairs; got {type(member).__name__}.")
+    return tensor
+
+
+def check_group(
+    who: str, group: Mapping[str, Any], defaults: Mapping[str, Any], taken: Iterable[Tensor]
+) -> tuple[list[str], list[Tensor]]:
+    """Refuse unknown keys, values out of range, and parameters that cannot be optimized.
+
+    Returns:
+        The parameters and their names (shapes, where they have none), for later messages.
+    """
+    allowed = WITHOUT_VIEW if group["view"] is None else set(defaults)
+    for key in set(group) - ALWAYS_ALLOWED - allowed:
+        known = "in a group without a view" if key in defaults else "known"
+        raise ValueError(f"{who}: the key {key!r} of a group is not {known}; choose from {sorted(allowed)}.")
+    check(who, group)
+    params = [_tensor(member) for member in group["params"]]
+    names = [
+        member[0] if isinstance(member, tuple) else f"parameter {i}" for i, member in enumerate(group["params"])
+    ]
+    seen = {id(param) for param in taken}
+    for name, param in zip(names, params, strict=True):
+        if not param.is_floating_point():
+            raise TypeError(
+                f"{who}: {name!r} {tuple(param.shape)} is {param.dtype}; parameters must be real floating point. "
+                "Optimize the real and imaginary parts (torch.view_as_real) or leave it out."
+            )
+        if id(param) in seen:
+            raise ValueError(f"{who}: {name!r} {tuple(param.shape)} is given twice; pass every parameter once.")
+        seen.add(id(param))
+    return names, params
+
+
+def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a state dict is of another optimizer, model or view."""
+    who, saved = type(optimizer).__name__, state_dict.get("param_groups", [])
+    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError(
+            f"{who}: the saved state has groups of {[len(g['params']) for g in saved]} parameters, this optimizer "
+            f"of {[len(g['params']) for g in optimizer.param_groups]}. Build it with the same groups, or load by "
+            "name with asgo.checkpoint.load_named_state_dict."
+        )
+    for old, group in zip(saved, optimizer.param_groups, strict=True):
+        if set(group) - set(old) - ALWAYS_ALLOWED or old.get("view") != group["view"]:
+            raise ValueError(
+                f"{who}: a saved group has the view {old.get('view')}, this optimizer {group['view']}, or it lacks "
+                "hyperparameters: it is of another optimizer. Build this one as the saved one was built."
+            )
+        for i, name, param in zip(old["params"], names_of(group), group["params"], strict=True):
+            check_tensors(who, name, state_dict["state"].get(i, {}), optimizer.state[param])
+
+
+def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless `saved` holds the same keys and shapes as `own`."""
+    for key in own.keys() | saved.keys():
+        got = tuple(saved[key].shape) if key in saved else None
+        wanted = tuple(own[key].shape) if key in own else None
+        if got != wanted:
+            raise ValueError(
+                f"{who}: the saved state of {name!r} has {_shape(got)} under {key!r}, this optimizer {_shape(wanted)}."
+                " It is of another model, view or optimizer; build both the same way."
+            )
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "nothing" if shape is None else f"a tensor {tuple(shape)}"
+
+
+def names_of(group: Mapping[str, Any]) -> list[str]:
+    """The names of a group's parameters, or their places where they have none."""
+    return list(group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))]))
+
+
+def refuse_sparse(optimizer: Optimizer) -> None:
+    """Raise `TypeError` naming the first parameter whose gradient is not dense."""
+    for group in optimizer.param_groups:
+        for i, param in enumerate(group["params"]):
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise TypeError(
+                    f"{type(optimizer).__name__}: the gradient of {names_of(group)[i]!r} {tuple(param.shape)} is "
+                    f"sparse ({param.grad.layout}); it must be dense. Build the embedding with sparse=False, or "
+                    "give it to torch.optim.SparseAdam."
+                )

@@ -1,0 +1,83 @@
+"""One matrix on one side: ``(sum or EMA of G G^T)^(-1/2)``, the preconditioner of ASGO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from asgo._types import Root, Stack, State
+from asgo.structures.base import Structure
+
+CROSS_DECAY = 0.95
+"""Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
+
+
+@dataclass(frozen=True)
+class OneSided(Structure):
+    """The gram matrix of one side of the gradient.
+
+    ``V <- b2 V + (1 - b2) G G^T`` on the left, ``G^T G`` on the right; direction ``V^(-1/2) M`` or
+    ``M V^(-1/2)`` with the damping that the root defines. "ASGO: Adaptive Structured Gradient Optimization",
+    An, Liu, Pan, Ren, Ma, Goldfarb and Zhang 2025, Algorithms 1 and 2.
+
+    State, ``k`` the length of the preconditioned side: ``gram (b, k, k)``, ``root (b, k, k)`` and, with
+    `cross_normalize`, ``cross (b, 1, n)`` or ``(b, m, 1)``.
+
+    Args:
+        side: ``"left"`` preconditions rows (k = m), ``"right"`` columns (k = n), ``"auto"`` the shorter one and
+            the right one of a square matrix, as released.
+        cross_normalize: afterwards divide by the running root mean square of the result taken along the
+            preconditioned side, one number per index of the other side.
+    """
+
+    side: Literal["auto", "left", "right"] = "auto"
+    cross_normalize: bool = False
+    additive_rows: ClassVar[bool] = False
+
+    def left(self, m: int, n: int) -> bool:
+        """Whether an ``m x n`` matrix is preconditioned from the left."""
+        return self.side == "left" or (self.side == "auto" and m < n)
+
+    def init(self, like: Stack) -> State:
+        b, m, n = like.shape
+        left = self.left(m, n)
+        k = m if left else n
+        # Until the first refresh succeeds the direction is the momentum itself, whatever its scale.
+        state = {
+            "gram": like.new_zeros(b, k, k),
+            "root": torch.eye(k, dtype=like.dtype, device=like.device).repeat(b, 1, 1),
+        }
+        if self.cross_normalize:
+            state["cross"] = like.new_zeros((b, 1, n) if left else (b, m, 1))
+        return state
+
+    def measure(self, grad: Stack) -> Tensor:
+        return grad @ grad.mT if self.left(*grad.shape[1:]) else grad.mT @ grad
+
+    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+        if beta2 == 1:
+            state["gram"].add_(measurement)
+        else:
+            moved = measurement.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] > 0
+            state["gram"].lerp_(measurement, (1 - beta2) * moved.to(measurement.dtype))
+
+    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+        fresh, ok = root(state["gram"], eps)
+        state["root"].copy_(torch.where(ok[:, None, None], fresh, state["root"]))
+        return ok
+
+    def precondition(self, state: State, direction: Stack) -> Stack:
+        left = self.left(*direction.shape[1:])
+        result = state["root"] @ direction if left else direction @ state["root"]
+        if not self.cross_normalize:
+            return result
+        square = result.square().mean(1 if left else 2, keepdim=True)
+        moved = square.sum((1, 2), keepdim=True) > 0
+        state["cross"].lerp_(square, (1 - CROSS_DECAY) * moved.to(square.dtype))
+        return result * state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
+
+    def cost(self, m: int, n: int) -> float:
+        return float(m if self.left(m, n) else n) ** 3

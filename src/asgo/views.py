@@ -1,0 +1,254 @@
+"""How a parameter is read as a stack ``(b, m, n)`` of independent matrices.
+
+A `View` is data, not code: an einops pattern from the parameter's axes to ``b m n``, the sizes of the axes
+that the shape alone does not tell, and an uneven split for parameters that hold several matrices side by side
+(a fused query-key-value projection). Rows (``m``) are output features, columns (``n``) input features, as in
+`torch.nn.Linear.weight`. Per-head, per-expert, blockwise and convolutional preconditioning are views of one
+optimizer, not optimizers of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from einops import EinopsError, rearrange
+from torch import Tensor
+
+_AXIS = re.compile(r"\(([^)]*)\)|(\S+)")
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter read as one or more stacks of matrices.
+
+    Args:
+        pattern: einops pattern to three axes ``b m n``, e.g. ``"(h d) n -> h d n"``. With `split`, one pattern
+            for all parts or one per part.
+        sizes: lengths of axes that the shape does not determine, e.g. ``{"h": 12}``.
+        split: lengths of the parts along `split_dim`; ``None`` keeps the parameter whole. Every part is
+            preconditioned and rescaled as if it were a parameter of its own.
+        split_dim: the axis that `split` cuts: 0 for `torch.nn.Linear`, 1 for layers that store the transpose.
+
+    Raises:
+        ValueError: for a pattern that is not einops', or a number of patterns other than one or one per part.
+
+    >>> View("(h d) n -> h d n", {"h": 2}).shapes((6, 5))
+    [(2, 3, 5)]
+    """
+
+    pattern: str | tuple[str, ...]
+    sizes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    split: tuple[int, ...] | None = None
+    split_dim: int = 0
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        sizes = self.sizes.items() if isinstance(self.sizes, Mapping) else self.sizes
+        set_field(self, "sizes", tuple(sorted((str(axis), int(size)) for axis, size in sizes)))
+        if not isinstance(self.pattern, str):
+            set_field(self, "pattern", tuple(self.pattern))
+        if self.split is not None:
+            set_field(self, "split", tuple(int(part) for part in self.split))
+        parts = 1 if self.split is None else len(self.split)
+        if not isinstance(self.pattern, str) and len(self.pattern) != parts:
+            raise ValueError(
+                f"view {self.pattern} has {len(self.pattern)} patterns for {parts} parts: pass one pattern, "
+                "or one per entry of split."
+            )
+        for pattern in {self.pattern} if isinstance(self.pattern, str) else set(self.pattern):
+            if pattern.count("->") != 1:
+                raise ValueError(
+                    f"view {pattern!r} is not a pattern: write the parameter's axes, '->' and three axes "
+                    "b m n, as in 'm n -> 1 m n'."
+                )
+
+    @staticmethod
+    def of(spec: View | str | Mapping[str, Any] | None) -> View | None:
+        """The view that `spec` describes: a `View`, a pattern, the plain dict of `to_dict`, or ``None``."""
+        if spec is None or isinstance(spec, View):
+            return spec
+        if isinstance(spec, str):
+            return View(spec)
+        if isinstance(spec, Mapping) and "pattern" in spec:
+            unknown = set(spec) - {"pattern", "sizes", "split", "split_dim"}
+            if not unknown:
+                return View(spec["pattern"], spec.get("sizes", ()), spec.get("split"), spec.get("split_dim", 0))
+        raise ValueError(
+            f"view {spec!r} is not understood: pass a View, an einops pattern such as 'm n -> 1 m n', "
+            "or None for AdamW."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for ``param_groups``: only types that ``torch.load(weights_only=True)`` accepts."""
+        pattern = self.pattern if isinstance(self.pattern, str) else list(self.pattern)
+        split = None if self.split is None else list(self.split)
+        return {"pattern": pattern, "sizes": dict(self.sizes), "split": split, "split_dim": self.split_dim}
+
+    @property
+    def parts(self) -> int:
+        """How many parts `split` makes: 1 without a split."""
+        return 1 if self.split is None else len(self.split)
+
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        """The parts of `x` along `split_dim`, as views that share its memory."""
+        return (x,) if self.split is None else x.split(list(self.split), self.split_dim)
+
+    def stack(self, part: int, x: Tensor) -> Tensor:
+        """Part number `part`, read as ``(b, m, n)``; shares memory with `x` where strides allow."""
+        pattern = self._pattern(part)
+        return rearrange(x, pattern, **_lengths(pattern.split("->")[0], tuple(x.shape), self.sizes))
+
+    def unstack(self, part: int, stack: Tensor, shape: Sequence[int]) -> Tensor:
+        """The inverse of `stack` for a part of the given shape."""
+        source, target = self._pattern(part).split("->")
+        return rearrange(stack, f"{target} -> {source}", **_lengths(source, tuple(shape), self.sizes))
+
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        """All stacks ``(b, m, n)`` of a parameter, one per part."""
+        return [self.stack(i, part) for i, part in enumerate(self.cut(x))]
+
+    def restore(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The inverse of `matrices`: a tensor of the parameter's shape."""
+        shapes = [part.shape for part in self.cut(torch.empty(tuple(shape), device="meta"))]
+        parts = [self.unstack(i, stack, shapes[i]) for i, stack in enumerate(stacks)]
+        return parts[0] if self.split is None else torch.cat(parts, self.split_dim)
+
+    def shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
+        """The shapes ``(b, m, n)`` of the stacks of a parameter of this shape.
+
+        Raises:
+            ValueError: if the view does not fit, saying which axis and what would.
+        """
+        return list(_shapes(self, tuple(shape)))
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise `ValueError`, naming the parameter, if a parameter of this shape cannot be read this way."""
+        try:
+            self.shapes(shape)
+        except ValueError as error:
+            raise ValueError(
+                f"view {self} does not fit {name!r} {tuple(shape)}: {error}. Pass sizes or a split that fit, "
+                f"or route it with {_fallback(len(shape))}."
+            ) from None
+
+    def __str__(self) -> str:
+        pattern = repr(self.pattern) if isinstance(self.pattern, str) else " | ".join(map(repr, self.pattern))
+        notes = [f"{axis}={size}" for axis, size in self.sizes]
+        if self.split is not None:
+            notes.append(f"split={self.split}" + (f" on dim {self.split_dim}" if self.split_dim else ""))
+        return pattern + (" with " + ", ".join(notes) if notes else "")
+
+    def _pattern(self, part: int) -> str:
+        return self.pattern if isinstance(self.pattern, str) else self.pattern[part]
+
+
+@lru_cache(maxsize=4096)
+def _shapes(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    x = torch.empty(shape, device="meta")
+    if view.split is not None:
+        if not -len(shape) <= view.split_dim < len(shape):
+            raise ValueError(f"there is no dim {view.split_dim}")
+        if sum(view.split) != shape[view.split_dim]:
+            raise ValueError(f"the split adds up to {sum(view.split)}, not {shape[view.split_dim]}")
+    try:
+        stacks = [tuple(stack.shape) for stack in view.matrices(x)]
+    except EinopsError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].strip().rstrip(".")) from None
+    for stack in stacks:
+        if len(stack) != 3:
+            raise ValueError(f"it gives {len(stack)} axes {stack}, not three axes b m n")
+    return tuple(stacks)  # pyright: ignore[reportReturnType]
+
+
+@lru_cache(maxsize=4096)
+def _lengths(source: str, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """The length of every named axis on the left of a pattern, for a part of this shape."""
+    axes = [(match[1] if match[1] is not None else match[2]).split() for match in _AXIS.finditer(source)]
+    if len(axes) != len(shape):
+        raise ValueError(f"the pattern reads {len(axes)} axes, the parameter has {len(shape)}")
+    known = dict(sizes)
+    lengths: dict[str, int] = {}
+    for names, length in zip(axes, shape, strict=True):
+        named = [name for name in names if not name.isdigit()]
+        free = [name for name in named if name not in known]
+        product = math.prod(known[name] for name in named if name in known)
+        if len(free) > 1:
+            raise ValueError(f"the sizes of {', '.join(free)} are not given")
+        if product == 0 or (free and length % product) or (not free and named and length != product):
+            relation = "a multiple of" if free else "equal to"
+            raise ValueError(f"{length} is not {relation} {product}")
+        lengths.update({name: known.get(name, length // product) for name in named})
+    return lengths
+
+
+def _fallback(ndim: int) -> str:
+    if ndim == 2:
+        return "'m n -> 1 m n'"
+    return "a view of its own" if ndim > 2 else "view=None (AdamW)"
+
+
+# ---- the named patterns -------------------------------------------------------------------------------------
+
+MATRIX = View("m n -> 1 m n")
+"""A `torch.nn.Linear` weight, whole."""
+
+TRANSPOSED = View("n m -> 1 m n")
+"""A weight stored as (in, out): Hugging Face's `Conv1D`."""
+
+STACK = View("e m n -> e m n")
+"""A stack of matrices in one parameter: mixture-of-experts weights ``(experts, out, in)``."""
+
+
+def heads(h: int) -> View:
+    """One matrix ``(d, n)`` per attention head: query and key (Section 1.4: their Hessians are block-diagonal)."""
+    return View("(h d) n -> h d n", {"h": h})
+
+
+def head_columns(h: int) -> View:
+    """One matrix ``(m, d)`` per head for an output projection, whose columns belong to heads."""
+    return View("m (h d) -> h m d", {"h": h})
+
+
+def blocks(r: int, c: int) -> View:
+    """Independent blocks of `r` rows and `c` columns."""
+    return View("(a r) (b c) -> (a b) r c", {"r": r, "c": c})
+
+
+def fused_qkv(q: int, k: int, v: int, d: int, transposed: bool = False) -> View:
+    """A fused projection of `q`, `k` and `v` rows: query and key per head of `d` rows, value whole.
+
+    Covers grouped-query attention (``k < q``) and, with `transposed`, layers that store (in, out).
+    """
+    per_head, whole = (
+        ("n (h d) -> h d n", "n m -> 1 m n") if transposed else ("(h d) n -> h d n", MATRIX.pattern)
+    )
+    return View((per_head, per_head, str(whole)), {"d": d}, (q, k, v), 1 if transposed else 0)
+
+
+def conv(ndim: int, groups: int = 1, transposed: bool = False) -> View:
+    """A convolution weight with `ndim` axes as ``out x (in * kernel)``, one matrix per group.
+
+    Depthwise convolutions (one input channel per group) are one matrix ``channels x kernel``: a stack of single
+    rows would have nothing to precondition.
+    """
+    kernel = " ".join(f"k{i}" for i in range(ndim - 2))
+    if transposed:
+        return View(f"(g i) o {kernel} -> g o (i {kernel})", {"g": groups})
+    return View(f"(g o) i {kernel} -> g o (i {kernel})", {"g": groups})
+
+
+def default_view(ndim: int) -> View | None:
+    """The view of a bare parameter by its number of axes.
+
+    A vector or scalar has none (AdamW); two axes are one matrix, three a convolution over time, four and five
+    convolutions over images and volumes. Stacks of experts need a view of their own or `asgo.route`.
+    """
+    if ndim < 2:
+        return None
+    return MATRIX if ndim == 2 else conv(ndim)
