@@ -1,6 +1,15 @@
-"""Structured adaptive optimizers for PyTorch."""
+"""Structured adaptive optimizers for PyTorch.
 
+>>> from asgo import ASGO, route
+>>> optimizer = ASGO(route(model), lr=1e-2)   # doctest: +SKIP
+"""
+
+from asgo import checkpoint
+from asgo.optimizer import StructuredOptimizer
 from asgo.presets import ASGO
+from asgo.report import Report, report
+from asgo.routing import Rule, route
 from asgo.views import View
 
-__all__ = ["ASGO", "View"]
+__all__ = ["ASGO", "Report", "Rule", "StructuredOptimizer", "View", "checkpoint", "report", "route"]
+__version__ = "0.1.0"

@@ -40,6 +40,7 @@ class StructuredOptimizer(Optimizer, ABC):
     """
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        settings.check_ordered(params)
         settings.check(type(self).__name__, defaults)
         self._buckets: dict[int, tuple[object, list[Bucket]]] = {}
         super().__init__(params, defaults)
@@ -73,11 +74,11 @@ class StructuredOptimizer(Optimizer, ABC):
         settings.refuse_sparse(self)
         for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
-            for param in params:
-                self.state[param]["step"] += 1
             if group["view"] is None:
                 adamw.adamw(params, [self._state_of(p) for p in params], group)
                 continue
+            for param in params:
+                self.state[param]["step"] += 1
             if group["weight_decay"] and params:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for bucket in self._group_buckets(index, group, params):

@@ -9,6 +9,9 @@ Damping is relative and inside the root, so ``Z`` scales exactly as ``A^(-1/2)``
 gradients of any size. 1e-6 is a good value: 1e-4 and more cost training loss, and below 1e-7 a float32
 statistic is noise.
 
+Apply a root as ``Z @ M`` or ``M @ Z.mT``. That matters for "minimax", which is symmetric only to about 1e-2:
+on rank-deficient statistics its transpose is five times less exact, and the mean of both three times.
+
 A zero matrix has the root 0 (nothing was learned, so nothing moves) and is ``ok``. A matrix with NaN or
 infinity, or whose root fails, has the root 0, is not ``ok``, and touches no other in its stack. Products run
 in full precision whatever the script chose, see `exact_matmul`. ("reference" alone keeps other rules.)
@@ -78,23 +81,25 @@ def _norm(A: Square) -> PerMatrix:
     return torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
 
 
-def _solve(solver: Solver, A: Square, eps: float) -> Result:
-    """Root of A by a solver ``(unit, scale, eps) -> root of unit``, which marks a failure by NaN.
+def _solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = None) -> Result:
+    """Root of A by a solver ``(unit, scale, eps) -> root of unit``.
 
     ``A = scale * unit``, and unit's largest entry is in [1, 2), so that its norm can be squared whatever the
-    range of A. In place of a matrix that is zero or not finite the solver meets the identity.
+    range of A. In place of a matrix that is zero or not finite the solver meets the identity. It marks a
+    failure by a diagonal that is not finite. It works in ``dtype`` (A's own if None); the result has A's.
     """
     _check(A)
+    own, A = A.dtype, A.to(dtype or A.dtype)
     if A.numel() == 0:
-        return torch.zeros_like(A), torch.ones(len(A), dtype=torch.bool, device=A.device)
-    top = torch.linalg.vector_norm(A, math.inf, dim=(-2, -1), keepdim=True)
+        return torch.zeros_like(A, dtype=own), torch.ones(len(A), dtype=torch.bool, device=A.device)
+    top = A.abs().amax(dim=(-2, -1), keepdim=True)  # NaN wins
     finite = top.isfinite()
     live = finite & (top > 0)
     scale = torch.where(live, top / (2 * torch.frexp(top).mantissa), 1)  # a power of two: exact
     with exact_matmul(A.device):
         Z = solver(torch.where(live, A, _eye(A)) / scale, scale, eps) / scale.sqrt()
-    ok = finite & Z.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    return torch.where(ok & live, Z, 0), ok.flatten()
+    ok = finite.flatten() & Z.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
+    return torch.where(ok[:, None, None] & live, Z, 0).to(own), ok
 
 
 def _eigh(A: Square) -> tuple[Float[Tensor, "b k"], Square]:
@@ -119,7 +124,7 @@ def _eigh(A: Square) -> tuple[Float[Tensor, "b k"], Square]:
 def _by_eigh(unit: Square, scale: PerMatrix, eps: float) -> Square:
     values, vectors = _eigh(unit)
     half = vectors * (values.clamp(min=0) + eps * _norm(unit)[..., 0]).pow(-0.25)[:, None]
-    return half @ half.mT  # symmetric and positive semidefinite whatever the rounding
+    return half @ half.mT  # positive semidefinite whatever the rounding, so any NaN shows on the diagonal
 
 
 def _by_eigh_outside(unit: Square, scale: PerMatrix, eps: float) -> Square:
@@ -131,10 +136,10 @@ def _by_eigh_outside(unit: Square, scale: PerMatrix, eps: float) -> Square:
 def _by_products(unit: Square, scale: PerMatrix, eps: float) -> Square:
     norm = _norm(unit)
     bound = norm * ((1 + eps) * (1 + 2e-6))  # no eigenvalue of the damped matrix is larger
-    A = (unit + eps * norm * _eye(unit)) / bound
+    A = unit / bound
+    A.diagonal(dim1=-2, dim2=-1).add_(eps * (norm / bound)[..., 0])
     Z = coupled_root(A, schedule(eps, TOLERANCE[unit.dtype]))
-    Z = (Z + Z.mT) / 2
-    return torch.where(probe(A, Z)[:, None, None], Z / bound.sqrt(), math.nan)
+    return Z * torch.where(probe(A, Z)[:, None, None], bound.rsqrt(), math.nan)
 
 
 def eigh(A: Square, eps: float) -> Result:
@@ -147,8 +152,7 @@ def eigh(A: Square, eps: float) -> Result:
 
 def eigh64(A: Square, eps: float) -> Result:
     """`eigh` in float64, rounded back to A's dtype: within 1e-4 of exact for twice the time of float32."""
-    Z, ok = eigh(A.double(), eps)
-    return Z.to(A.dtype), ok
+    return _solve(_by_eigh, A, eps, torch.float64)
 
 
 def outside(A: Square, eps: float) -> Result:
@@ -156,8 +160,7 @@ def outside(A: Square, eps: float) -> Result:
 
     The theory form, Algorithm 1 of "ASGO: Adaptive Structured Gradient Optimization" (An et al., 2025).
     """
-    Z, ok = _solve(_by_eigh_outside, A.double(), eps)
-    return Z.to(A.dtype), ok
+    return _solve(_by_eigh_outside, A, eps, torch.float64)
 
 
 def minimax(A: Square, eps: float) -> Result:

@@ -69,13 +69,18 @@ def check(who: str, values: Mapping[str, Any]) -> None:
             raise ValueError(f"{who}: {key} must be {expected}; got {value!r}.")
 
 
+def check_ordered(params: Any) -> None:
+    """Raise `TypeError` for a set, whose order differs from run to run."""
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must be in order, and a set has none: pass a list, or model.named_parameters().")
+
+
 def split_by_view(group: Any) -> list[dict[str, Any]]:
     """A group as it is if it names a view, else one group per kind of parameter (`asgo.views.default_view`)."""
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(f"a group must be a dict with the key 'params'; got {type(group).__name__}.")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-    if isinstance(params, (set, frozenset)):
-        raise TypeError("params must be in order, and a set has none: pass a list, or model.named_parameters().")
+    check_ordered(params)
     members = list(params)
     if "view" in group:
         return [{**group, "params": members}]

@@ -1,0 +1,39 @@
+# Everything runs in a virtual environment of its own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.lab
+	$(BIN)/asgo compare --preset demo --out runs/demo --resume
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+# torch first and by exact version: a range would take the newest build with all its CUDA packages.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.lab: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[lab]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build site .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,108 @@
+"""Which rows of an attention module's weights belong to which head, by its attributes.
+
+The Hessians of query and key are block-diagonal by head ("ASGO: Adaptive Structured Gradient Optimization",
+An et al., 2025), so their projections are read as one matrix per head; values stay whole. Layers are known by
+the exact names of attributes, one row per family, and only if the module also tells its number of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from asgo.views import View, fused_qkv, heads
+
+QUERY_KEY = (
+    (
+        "q_proj",
+        "k_proj",
+    ),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J, GPT-Neo, BART, Whisper, CLIP, wav2vec 2.0
+    ("q_proj", "kv_b_proj"),  # DeepSeek's latent attention, without
+    ("q_b_proj", "kv_b_proj"),  # and with a low-rank query; the fused key-value expansion stays whole
+    ("query", "key"),  # BERT, RoBERTa, ELECTRA, ALBERT, ViT, Swin
+    ("query_proj", "key_proj"),  # DeBERTa-v2
+    ("q_lin", "k_lin"),  # DistilBERT, XLM
+    ("q", "k"),  # T5
+    ("linear_q", "linear_k"),  # Conformers
+    ("to_q", "to_k"),  # diffusion transformers
+    ("q_attn", "c_attn"),  # GPT-2's cross attention, where c_attn holds key and value
+    ("q_proj_weight", "k_proj_weight"),  # torch.nn.MultiheadAttention with kdim or vdim
+)
+"""Names of the query's and the key's projection in one attention module."""
+
+FUSED = {
+    "c_attn": True,  # GPT-2, ImageGPT
+    "qkv": True,  # timm, SAM, BLIP, Qwen-VL's vision tower
+    "Wqkv": True,  # ModernBERT, MPT, DBRX
+    "att_proj": True,  # Bark
+    "in_proj_weight": True,  # torch.nn.MultiheadAttention
+    "qkv_proj": False,  # CodeGen, MiniMax
+    "query_key_value": False,  # GPT-NeoX, BLOOM, Falcon, Persimmon: query, key and value alternate by head
+}
+"""Projections that hold query, key and value: whether all of q come first, then all of k, then all of v.
+
+Where they do not, or nobody knows, every slice of ``head_dim`` rows is still one head of query, key or value,
+and each is a matrix.
+"""
+
+OTHERWISE = {"Phi3Attention", "Phi4MultimodalAttention", "GPTBigCodeAttention", "AttentionCl"}
+"""Classes for which the opposite of the entry in `FUSED` holds (the last is MaxViT's in timm)."""
+
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
+HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+def head_view(attention: nn.Module, slot: str, shape: Sequence[int], transposed: bool = False) -> View | None:
+    """The view of the weight of a query, key or fused projection; ``None`` if it is none or no heads fit.
+
+    Args:
+        attention: the module that holds the projection.
+        slot: the projection's attribute there.
+        shape: the weight's shape, ``(out, in)``, or ``(in, out)`` if `transposed`.
+        transposed: whether the layer stores (in, out).
+    """
+    h = _number(attention, HEADS) or _number(getattr(attention, "config", None), HEADS)
+    d, rows = _number(attention, HEAD_DIM), shape[1 if transposed else 0]
+    if not h or not rows:
+        return None
+    if slot in FUSED:
+        if FUSED[slot] != bool(OTHERWISE & {kind.__name__ for kind in type(attention).__mro__}):
+            return _in_blocks(rows, h, d or rows // (3 * h), transposed, hasattr(attention, "q_attn"))
+        d = d or rows // (3 * h)
+        return per_head(rows // d, transposed) if d and rows % d == 0 else None
+    for query, key in QUERY_KEY:
+        if slot in (query, key) and hasattr(attention, query) and hasattr(attention, key):
+            if slot == query:
+                return per_head(h, transposed) if rows % (h * max(d, 1)) == 0 else None
+            d = d or getattr(getattr(attention, query), "out_features", 0) // h
+            return per_head(rows // d) if key != "kv_b_proj" and _are_heads(rows, h, d) else None
+    return None
+
+
+def per_head(h: int, transposed: bool = False) -> View | None:
+    """The view of `h` heads; none of its own for a single head, which is the whole matrix."""
+    if h == 1:
+        return None
+    return View("n (h d) -> h d n", {"h": h}) if transposed else heads(h)
+
+
+def _in_blocks(rows: int, h: int, d: int, transposed: bool, is_cross: bool) -> View | None:
+    """All queries, then all keys, then all values; in cross attention without the queries."""
+    q = 0 if is_cross else h * d
+    k = (rows - q) // 2
+    if q + 2 * k != rows or not _are_heads(k, h, d):
+        return None
+    view = fused_qkv(q, k, k, d, transposed)
+    return View(view.pattern[1:], view.sizes, (k, k), view.split_dim) if is_cross else view
+
+
+def _are_heads(rows: int, h: int, d: int) -> bool:
+    """Whether `rows` are heads of `d` rows, each shared by equally many of `h` query heads."""
+    return d > 0 and rows > 0 and rows % d == 0 and h % (rows // d) == 0
+
+
+def _number(owner: object, names: Sequence[str]) -> int:
+    """The first positive integer among the attributes of these names, else 0."""
+    values = (getattr(owner, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)

@@ -1,0 +1,135 @@
+"""Optimizer state by parameter name, and files that are written whole or not at all.
+
+``optimizer.state_dict()`` numbers parameters by their place in the groups, so it cannot be loaded once the groups
+are cut differently. Here state is keyed by name: it survives regrouping, and a resumed run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from asgo.settings import check_tensors, names_of
+
+FORMAT = 1
+
+
+def named_state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state and hyperparameters, keyed by parameter name; plain data and tensors only.
+
+    Returns:
+        ``{"format": 1, "state": {name: {key: tensor}}, "groups": [{"params": [name, ...], "lr": ..., ...}]}``;
+        the tensors are the optimizer's own, not copies.
+
+    Raises:
+        ValueError: parameters without names.
+    """
+    state = {name: dict(optimizer.state[param]) for name, param in _named(optimizer).items()}
+    groups = [
+        {**{key: value for key, value in group.items() if key != "param_names"}, "params": names_of(group)}
+        for group in optimizer.param_groups
+    ]
+    return {"format": FORMAT, "state": state, "groups": groups}
+
+
+def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load what `named_state_dict` gave into an optimizer of the same parameters, however they are grouped.
+
+    A group with the same parameters as a saved one takes its hyperparameters (learning rate included), as
+    ``load_state_dict`` does; a regrouped one keeps its own.
+
+    Raises:
+        ValueError: parameters that are missing on either side, state of other shapes; nothing has changed then.
+    """
+    who, named = type(optimizer).__name__, _named(optimizer)
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"{who}: the checkpoint has format {saved.get('format')!r}, known is {FORMAT}. Pass what "
+            "asgo.checkpoint.named_state_dict gave."
+        )
+    differing = sorted(named.keys() ^ saved["state"].keys())
+    if differing:
+        side = "the model" if differing[0] in named else "the checkpoint"
+        raise ValueError(
+            f"{who}: {len(differing)} parameters are not on both sides, first {differing[0]!r}, only in {side}: the "
+            "checkpoint is of another model. Build the model it was saved from."
+        )
+    for name, param in named.items():
+        check_tensors(who, name, saved["state"][name], optimizer.state[param])
+    with torch.no_grad():
+        for name, param in named.items():
+            for key, tensor in optimizer.state[param].items():
+                tensor.copy_(saved["state"][name][key])
+    hyperparameters = {frozenset(group["params"]): group for group in saved["groups"]}
+    for group in optimizer.param_groups:
+        same = hyperparameters.get(frozenset(names_of(group)), {})
+        group.update({key: value for key, value in same.items() if key != "params"})
+
+
+def save(obj: Any, path: str | os.PathLike[str]) -> None:
+    """`torch.save` to a temporary file beside `path`, then rename: a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: no space, no permission, no such folder; a previous file at `path` is untouched.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _write(obj, file, path)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    with suppress(OSError):  # some file systems cannot sync a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _write(obj: Any, file: IO[bytes], path: Path) -> None:
+    try:
+        torch.save(obj, file)
+        file.flush()
+    except RuntimeError as error:  # the zip writer's account of a write that failed
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    os.fsync(file.fileno())
+
+
+def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+    """`torch.load` of tensors and plain data only.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is not a whole checkpoint.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint that can be read whole ({reason}); use another one.") from error
+
+
+def _named(optimizer: Optimizer) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        if "param_names" not in group:
+            raise ValueError(
+                f"{type(optimizer).__name__}: its parameters have no names, which a checkpoint by name needs. Build "
+                "it from asgo.route(model) or model.named_parameters()."
+            )
+        named |= dict(zip(group["param_names"], group["params"], strict=True))
+    return named

@@ -1,0 +1,271 @@
+"""What a run is: frozen dataclasses whose fields are the command's flags and the lines of ``config.json``.
+
+`RunConfig` holds what all runs of a comparison share; `TrainConfig` adds one optimizer and one seed,
+`CompareConfig` several of both. `DEMO` is the comparison that ``asgo demo`` runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from asgo.lab.batches import DataConfig
+from asgo.lab.errors import LabError
+
+T = TypeVar("T")
+Preset = Literal["tiny", "demo", "small", "gpt2-124m", "llama-tiny", "llama-demo", "llama-124m"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The causal language model; a field left at None keeps the preset's value.
+
+    Args:
+        preset: shape to start from; layers x width: tiny 2x32, demo 4x128, small 6x384, 124m 12x768.
+        family: architecture: gpt2 (learned positions, GELU) or llama (rotary positions, gated MLP).
+        layers: number of transformer blocks.
+        heads: attention heads; must divide width.
+        kv_heads: key and value heads of llama's grouped-query attention; must divide heads.
+        width: size of the residual stream.
+        dropout: probability of dropping an activation (llama: an attention weight) while training.
+        tie_embeddings: use the embedding matrix as output head too.
+    """
+
+    preset: Preset = "demo"
+    family: Literal["gpt2", "llama"] | None = None
+    layers: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    width: int | None = None
+    dropout: float = 0.0
+    tie_embeddings: bool | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer of the hidden matrices; embeddings, vectors and output head go to AdamW in all of them.
+
+    Args:
+        name: asgo, asgo-paper, adamw, muon or sgd.
+        lr: peak learning rate; None: the recorded default of that optimizer.
+        weight_decay: decoupled decay of the hidden matrices; None: the optimizer's recorded default.
+        betas: decay rates of the two moments, for optimizers that have both; None: the optimizer's default.
+        adamw_lr: peak learning rate of embeddings, vectors and head; None: the recorded default.
+        options: other constructor arguments as key=value, as in nesterov=False precondition_frequency=2.
+    """
+
+    name: str = "asgo"
+    lr: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] | None = None
+    adamw_lr: float | None = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run: a linear rise to its peak, then a fall.
+
+    Args:
+        kind: how it falls from the peak: cosine, linear, or constant (not at all).
+        warmup_fraction: share of the steps that rise linearly from zero.
+        final_lr_fraction: learning rate of the last step, as a share of the peak.
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: float = 0.1
+    final_lr_fraction: float = 0.02
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """Where and in what arithmetic a run computes.
+
+    Args:
+        device: auto: what accelerate finds (a GPU before the CPU); cpu: the CPU whatever there is.
+        precision: mixed precision of forward and backward; parameters and optimizer state stay in fp32.
+        compile: compile the model with torch.compile.
+        threads: CPU threads of torch; None: torch's choice. Bit-exact resume needs the same number.
+    """
+
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class CadenceConfig:
+    """How often a run reports, measures and saves, in steps.
+
+    Args:
+        log_every: steps between lines of training metrics; each carries the mean loss since the last.
+        eval_every: steps between validation losses; the start and the last step always have one.
+        eval_blocks: validation blocks per measurement, the same ones each time; 0: all of them.
+        checkpoint_every: steps between checkpoints, the most that kill -9 can lose; the last step has one.
+    """
+
+    log_every: int = 10
+    eval_every: int = 100
+    eval_blocks: int = 128
+    checkpoint_every: int = 200
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run of a comparison has in common.
+
+    Args:
+        data: corpus, tokens and batches.
+        model: the language model.
+        schedule: learning rate over the run.
+        machine: device, precision, threads.
+        cadence: how often to log, evaluate and save.
+        steps: optimizer steps.
+        grad_accumulation: batches whose gradients are averaged into one step.
+        clip: largest norm of the whole gradient; 0: no clipping.
+    """
+
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    machine: Annotated[MachineConfig, tyro.conf.arg(name="")] = MachineConfig()
+    cadence: Annotated[CadenceConfig, tyro.conf.arg(name="")] = CadenceConfig()
+    steps: int = 600
+    grad_accumulation: int = 1
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train one language model with one optimizer.
+
+    Args:
+        optimizer: which optimizer, with which hyperparameters.
+        seed: seed of the initial weights, the order of the data and dropout.
+        out: run folder to write; must be new or empty, or a run to --resume.
+        resume: continue the run in that folder, with its own configuration, from its last checkpoint.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    seed: int = 0
+    out: Path = Path("runs/train")
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class CompareConfig(RunConfig):
+    """Compare optimizers over seeds: one seed gives all of them the same initial weights and batches.
+
+    Args:
+        optimizers: names, or name:key=value,... as in adamw:lr=0.003,weight_decay=0.1,betas=0.9/0.95.
+        seeds: seeds of the runs that are compared.
+        tune: learning rates tried per optimizer before the comparison, the same number for each; 0: none.
+        tune_seed: seed of the tuning runs; keep it out of seeds.
+        target: validation loss for steps-to-target; auto: the worst final loss of the finished runs, so
+            that each of them reaches it.
+        out: folder of the comparison; must be new or empty, or a comparison to --resume.
+        resume: continue an interrupted comparison; finished runs are not repeated.
+    """
+
+    optimizers: tuple[str, ...] = ("asgo", "adamw", "muon")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tune: int = 0
+    tune_seed: int = 1000
+    target: str = "auto"
+    out: Path = Path("runs/compare")
+    resume: bool = False
+
+
+DEMO = CompareConfig(
+    data=DataConfig(block_size=128, batch_size=8),
+    model=ModelConfig(preset="demo"),
+    cadence=CadenceConfig(log_every=10, eval_every=50, eval_blocks=128, checkpoint_every=200),
+    steps=600,
+    optimizers=("asgo", "adamw", "muon"),
+    seeds=(0, 1),
+    out=Path("runs/demo"),
+)
+"""The comparison of ``asgo demo``: Shakespeare by characters, a GPT-2 of 4 layers and width 128."""
+
+# Fields whose flags carry no prefix, as their annotations above say.
+_BARE = ("data.", "machine.", "cadence.")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain data: dataclasses as dicts, tuples as lists, paths as strings."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(config)
+
+
+def from_json(kind: type[T], data: dict[str, Any]) -> T:
+    """The config that `to_json` wrote.
+
+    Raises:
+        LabError: for a field that this version does not know.
+    """
+    hints = get_type_hints(kind)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise LabError(
+            f"unknown field {unknown[0]!r} in a saved {kind.__name__}: it was written by another version of "
+            "asgo. Start a new run."
+        )
+    return kind(**{name: _revive(hints[name], value) for name, value in data.items()})
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value)  # pyright: ignore[reportArgumentType]
+    if get_origin(hint) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        return None if value is None else _revive(kinds[0], value)
+    if hint is Path:
+        return Path(value)
+    return tuple(value) if get_origin(hint) is tuple else value
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The fields of a config by dotted name, for example ``{"model.layers": 4}``."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{f.name}.{name}": inner for name, inner in flat(value).items()}
+        else:
+            found[f.name] = value
+    return found
+
+
+def flag(name: str) -> str:
+    """The flag of a dotted field name: ``data.block_size`` is ``--block-size``."""
+    for prefix in _BARE:
+        name = name.removeprefix(prefix)
+    return "--" + name.replace("_", "-")
+
+
+def command(verb: str, config: Any) -> str:
+    """The shell command that runs `config`; fields at their defaults are left out."""
+    defaults = flat(type(config)())
+    words = ["asgo", verb]
+    for name, value in flat(config).items():
+        if value == defaults[name]:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+        else:
+            words += [flag(name), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)

@@ -1,0 +1,10 @@
+"""The one error of the lab that a person at the command line should see."""
+
+from __future__ import annotations
+
+
+class LabError(ValueError):
+    """What was asked cannot be done, in one line: who, what was got, what would fit, what to do.
+
+    The command ``asgo`` prints the message without a traceback and exits with code 2.
+    """

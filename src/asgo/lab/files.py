@@ -1,0 +1,71 @@
+"""Writing to the run folder: whole or not at all, and a disk's refusal as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from asgo.lab.errors import LabError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises while `path` is written into a `LabError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its own writer
+        if isinstance(error, RuntimeError) and "writ" not in str(error).lower():
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
+        raise LabError(
+            f"cannot write {path}: {reason}. What was saved before is intact: make room or give access, then "
+            "repeat the command with --resume."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's content, atomically: a temporary file in the same folder, flushed, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file's content by indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        LabError: for a file that cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LabError(f"cannot read {path}: {error}. Start a new run in another --out folder.") from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, if they are not there."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)

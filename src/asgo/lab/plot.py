@@ -1,0 +1,134 @@
+"""Pictures of runs, as PNG bytes: readable in grey and for the colour-blind ."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Colours of Okabe and Ito (2008), which stay apart under the common kinds of colour blindness.
+_STYLES = (
+    ("#0072B2", "-", "o"),
+    ("#D55E00", "--", "s"),
+    ("#009E73", "-.", "^"),
+    ("#CC79A7", ":", "D"),
+    ("#000000", (0, (6, 1, 1, 1, 1, 1)), "v"),
+    ("#E69F00", (0, (1, 1)), "P"),
+    ("#56B4E9", (0, (8, 2)), "X"),
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Validation losses of one run, in the order they were measured.
+
+    Args:
+        steps: optimizer steps done.
+        seconds: training time passed, without evaluation and saving.
+        losses: validation loss in nats per token.
+    """
+
+    steps: tuple[int, ...]
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @staticmethod
+    def of(metrics: Sequence[Mapping[str, Any]]) -> Curve:
+        """The evaluations among the lines of a ``metrics.jsonl``."""
+        lines = [line for line in metrics if "val_loss" in line]
+        keys = ("step", "seconds", "val_loss")
+        steps, seconds, losses = (tuple(line[key] for line in lines) for key in keys)
+        return Curve(steps, seconds, losses)
+
+    def reaches(self, target: float) -> tuple[int, float] | None:
+        """Step and seconds of the first evaluation at or below `target`; None if there is none."""
+        hits = (i for i, loss in enumerate(self.losses) if loss <= target)
+        first = next(hits, None)
+        return None if first is None else (self.steps[first], self.seconds[first])
+
+
+def draw_run(metrics: Sequence[Mapping[str, Any]]) -> bytes:
+    """Training and validation loss of one run against steps."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    training = [line for line in metrics if "loss" in line]
+    curve = Curve.of(metrics)
+    grey, (color, style, marker) = "#7f7f7f", _STYLES[0]
+    axes.plot(
+        [line["step"] for line in training], [line["loss"] for line in training], color=grey, label="training"
+    )
+    axes.plot(curve.steps, curve.losses, color=color, linestyle=style, marker=marker, label="validation")
+    _label(axes, "optimizer steps", "loss (nats per token)")
+    return _png(figure)
+
+
+def draw_comparison(curves: Mapping[str, Sequence[Curve]], target: float | None) -> bytes:
+    """Validation loss against steps and against training time: mean over seeds, band from lowest to highest.
+
+    Args:
+        curves: the runs of each optimizer, one per seed.
+        target: the loss of steps-to-target, drawn as a thin line; None: no line.
+    """
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for number, (name, runs) in enumerate(curves.items()):
+        if runs:
+            _draw_mean(by_step, by_time, name, runs, number)
+    for axes in (by_step, by_time):
+        if target is not None:
+            axes.axhline(target, color="#404040", linewidth=0.8, linestyle=(0, (2, 2)))
+    _label(by_step, "optimizer steps", "validation loss (nats per token)")
+    _label(by_time, "training time (seconds, without evaluation)", "")
+    low, high = _window([run for runs in curves.values() for run in runs])
+    by_step.set_ylim(low, high)
+    return _png(figure)
+
+
+def _draw_mean(by_step: Axes, by_time: Axes, name: str, runs: Sequence[Curve], number: int) -> None:
+    color, style, marker = _STYLES[number % len(_STYLES)]
+    columns = list(zip(*(run.losses for run in runs), strict=False))
+    mean, low, high = ([f(column) for column in columns] for f in (statistics.fmean, min, max))
+    seconds = [statistics.fmean(column) for column in zip(*(run.seconds for run in runs), strict=False)]
+    every = max(1, len(mean) // 8)
+    for axes, x in ((by_step, runs[0].steps[: len(mean)]), (by_time, seconds)):
+        axes.plot(
+            x, mean, color=color, linestyle=style, marker=marker, markersize=5, markevery=every, label=name
+        )
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _window(runs: Sequence[Curve]) -> tuple[float | None, float | None]:
+    """Limits of the loss axis that leave out the steep fall in the first tenth of the steps."""
+    if not runs:
+        return None, None
+    late = [
+        loss
+        for run in runs
+        for step, loss in zip(run.steps, run.losses, strict=True)
+        if step >= run.steps[-1] / 10
+    ]
+    low, high = min(late), max(late)
+    margin = 0.05 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, handlelength=3.5)
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -1,0 +1,102 @@
+"""What an optimizer does with every parameter, as rows and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+from torch import Tensor
+
+from asgo._types import State
+from asgo.optimizer import StructuredOptimizer
+from asgo.roots import products
+from asgo.settings import names_of
+from asgo.views import View
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of a `Report`."""
+
+    name: str
+    """its name, or its place where it has none"""
+    shape: tuple[int, ...]
+    """of the parameter"""
+    view: str
+    """the pattern through which it is read, or ``-``"""
+    matrices: str
+    """``b x m x n`` of its stacks"""
+    structure: str
+    """what is remembered: the side and size of the statistic, or ``AdamW``"""
+    state_bytes: int
+    """of all its state tensors"""
+    root_flops: float
+    """operations of one refresh of its roots"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of all parameters; ``str(report)`` is a table with totals."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def root_flops(self) -> float:
+        """Operations of refreshing every root once."""
+        return sum(row.root_flops for row in self.rows)
+
+    def __str__(self) -> str:
+        titles = [field.name.replace("_", " ") for field in fields(Row)]
+        total = ("total", "", "", "", "", self.state_bytes, self.root_flops)
+        table = [titles, *(_cells(astuple(row)) for row in self.rows), _cells(total)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def report(optimizer: StructuredOptimizer) -> Report:
+    """Name, shape, view, structure, state bytes and cost of the roots of every parameter.
+
+    The bytes are those of the tensors that the optimizer holds. The cost of a root is its number of ``k^3``
+    products (`asgo.roots.products`) times ``2 k^3`` operations, for each matrix of the stack.
+
+    >>> print(report(ASGO(route(model))))   # doctest: +SKIP
+    """
+    rows = []
+    for group in optimizer.param_groups:
+        view = View.of(group["view"])
+        for name, param in zip(names_of(group), group["params"], strict=True):
+            size = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state[param].values())
+            if view is None:
+                rows.append(Row(name, tuple(param.shape), "-", "-", "AdamW", size, 0.0))
+                continue
+            shapes = view.shapes(param.shape)
+            structure = optimizer.structure(group)
+            cubes = sum(b * structure.cost(m, n) for b, m, n in shapes)
+            flops = 2 * products(group["root"], group["eps"], param.device) * cubes
+            matrices = " + ".join("x".join(map(str, shape)) for shape in shapes)
+            kept = _remembered(type(structure).__name__, optimizer.state[param])
+            rows.append(Row(name, tuple(param.shape), str(view), matrices, kept, size, flops))
+    return Report(tuple(rows))
+
+
+def _remembered(structure: str, state: State) -> str:
+    grams = [_size(tensor) for key, tensor in state.items() if key.split(".")[0] == "gram"]
+    return " ".join([structure, *grams])
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _cells(values: tuple[object, ...]) -> list[str]:
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    return [cell(value) for value in values]

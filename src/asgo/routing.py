@@ -1,0 +1,296 @@
+"""Which parameter is read how: named groups for any `torch.nn.Module`.
+
+The defaults look at module types, tied weights and exact attributes of attention modules, never at parts of a
+name: a Linear called ``embed_norm`` is a matrix. The first row of `DEFAULTS` that knows a parameter decides:
+
+- AdamW for vectors and scalars, embeddings, vocabulary heads and gains;
+- one matrix per head for the queries and keys of attention (`asgo.attention`), also inside a fused projection
+  and with grouped queries; where the heads are unknown or do not divide the rows, the weight stays whole;
+- one matrix, or a stack of them, for other layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from asgo.attention import head_view
+from asgo.sites import TABLES, Site, find_sites
+from asgo.views import MATRIX, STACK, TRANSPOSED, View, blocks, conv, fused_qkv, head_columns, heads
+
+Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
+Found: TypeAlias = "View | Literal['adamw'] | None"
+
+GATES = "(g m) n -> g m n"
+ADAMW: Literal["adamw"] = "adamw"
+DEFAULT = "default"
+"""The view of a `Rule` that changes options only: the view stays what it would be without the rule."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the parameters that match are read and stepped.
+
+    Args:
+        match: a module class or a tuple of them, for the module's own parameters with two or more axes (with
+            ``view=None``, for all of its own); a pattern for the whole name, as in `fnmatch`, such as
+            ``"h.*.mlp.*.weight"``, which any name of a tied parameter may match; or a function
+            ``(name, module, parameter) -> bool``.
+        view: a `View`, an einops pattern, the dict of `View.to_dict`, or ``None`` for AdamW. By default the
+            view stays what it would be without the rule.
+        options: hyperparameters of the group, such as ``lr`` or ``weight_decay``.
+        name: the group's name; parameters of equal view and options share a group unless their names differ.
+        parameter: with a module class, the one parameter that is meant, e.g. ``"weight_hh_l0"``.
+
+    Raises:
+        TypeError: if `match` is none of these.
+        ValueError: a view that is not understood, a reserved option, `parameter` without a module class.
+    """
+
+    match: type[nn.Module] | tuple[type[nn.Module], ...] | str | Predicate
+    view: View | str | Mapping[str, Any] | None = DEFAULT
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    parameter: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a rule, and read the view."""
+        odd = isinstance(self.match, (type, nn.Module)) or not (
+            isinstance(self.match, str) or callable(self.match)
+        )
+        if odd and not self.types:
+            raise TypeError(
+                f"match must be a module class, a name pattern or a function; got {self.match!r}. "
+                "For a single module pass the pattern of its names."
+            )
+        if self.parameter is not None and not self.types:
+            raise ValueError(
+                f"parameter={self.parameter!r} needs a module class to match; got {self.match!r}."
+            )
+        reserved = sorted({"params", "param_names", "view", "name"} & set(self.options))
+        if reserved:
+            raise ValueError(
+                f"options may not set {', '.join(reserved)}: the rule has arguments for view and name."
+            )
+        if self.view != DEFAULT:
+            object.__setattr__(self, "view", View.of(self.view))
+
+    @property
+    def types(self) -> tuple[type[nn.Module], ...]:
+        """The module classes that `match` names; empty for a pattern or a function."""
+        types = self.match if isinstance(self.match, tuple) else (self.match,)
+        return tuple(each for each in types if isinstance(each, type) and issubclass(each, nn.Module))
+
+    def matches(self, site: Site) -> bool:
+        """Whether the rule is for this parameter."""
+        if isinstance(self.match, str):
+            return any(fnmatchcase(name, self.match) for name in site.names)
+        if not self.types:
+            return bool(self.match(site.names[0], site.module, site.param))  # pyright: ignore
+        if self.parameter is not None:
+            return isinstance(site.module, self.types) and site.leaf == self.parameter
+        return isinstance(site.module, self.types) and (self.view is None or site.param.ndim >= 2)
+
+    def __str__(self) -> str:
+        """The rule's name, or what it matches."""
+        shown = repr(self.match) if not self.types else " | ".join(each.__name__ for each in self.types)
+        return f"rule {self.name or shown}"
+
+
+def route(model: nn.Module, rules: Sequence[Rule] = ()) -> list[dict[str, Any]]:
+    """Named groups of all trainable parameters, each in exactly one: ``ASGO(route(model), lr=1e-2)``.
+
+    The first rule that matches decides, then the defaults (see `asgo.routing`). Frozen parameters are left
+    out; tied ones appear once, and a weight tied to an embedding is an embedding. Names are those of the
+    module inside `DistributedDataParallel` or `torch.compile`, so that checkpoints fit the bare model too.
+
+    Returns:
+        Groups ``{"params": [(name, parameter), ...], "view": dict | None, "name": str, **options}`` for a
+        `torch.optim.Optimizer`, in the order of their first parameter.
+
+    Raises:
+        TypeError: if `model` is not a module, or `rules` not a sequence of rules.
+        ValueError: a view that does not fit, a rule that decides no parameter, a model with nothing to train,
+            a parameter without a shape of its own (lazy, or flattened by `FullyShardedDataParallel`).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"route needs a torch.nn.Module; got {type(model).__name__}.")
+    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
+        raise TypeError("rules must be a list of asgo.Rule, e.g. [Rule(torch.nn.Linear, 'm n -> 1 m n')].")
+    sites = find_sites(model)
+    otherwise = Rule("*")
+    groups: list[dict[str, Any]] = []
+    winners = [next((rule for rule in rules if rule.matches(site)), otherwise) for site in sites]
+    for site, rule in zip(sites, winners, strict=True):
+        view = default_view(site) if rule.view == DEFAULT else View.of(rule.view)
+        if view is not None:
+            view.check(site.names[0], site.shape)
+        _add(groups, site, view, rule)
+    for rule in rules:
+        if not any(rule is winner for winner in winners):
+            raise ValueError(_unused(rule, sites))
+    return groups
+
+
+def default_view(site: Site) -> View | None:
+    """The view of a parameter that no rule matches: the first answer of `DEFAULTS`."""
+    found = next(answer for row in DEFAULTS if (answer := row(site)) is not None)
+    return found if isinstance(found, View) else None
+
+
+def _add(groups: list[dict[str, Any]], site: Site, view: View | None, rule: Rule) -> None:
+    """Append to the group of equal view, options and name, or to a new one."""
+    label = ", ".join([_label(view), *(f"{key}={value}" for key, value in rule.options.items())])
+    group = {"view": None if view is None else view.to_dict(), "name": rule.name or label, **rule.options}
+    same = (other for other in groups if {key: other[key] for key in other if key != "params"} == group)
+    home = next(same, None)
+    if home is None:
+        home = {"params": [], **group}
+        groups.append(home)
+    home["params"].append((site.names[0], site.param))
+
+
+def _label(view: View | None) -> str:
+    if view is None:
+        return "adamw"
+    kind = _KINDS.get(view.pattern, "")
+    if " k0" in view.pattern:
+        kind = f"conv{str(view.pattern).count(' k') // 2}d"
+    notes = [f"{axis}={size}" for axis, size in view.sizes if (axis, size) != ("g", 1)]
+    notes += ["+".join(map(str, view.split))] if view.split else []
+    return kind + (f" ({', '.join(notes)})" if notes else "") if kind else str(view)
+
+
+_KINDS = {
+    MATRIX.pattern: "matrix",
+    TRANSPOSED.pattern: "transposed matrix",
+    STACK.pattern: "stack",
+    heads(2).pattern: "heads",
+    "n (h d) -> h d n": "transposed heads",
+    head_columns(2).pattern: "head columns",
+    blocks(2, 2).pattern: "blocks",
+    GATES: "gates",
+    fused_qkv(1, 1, 1, 1).pattern: "fused qkv",
+    fused_qkv(1, 1, 1, 1, True).pattern: "fused qkv",
+    fused_qkv(1, 1, 1, 1, True).pattern[1:]: "fused kv",
+}
+
+
+def _unused(rule: Rule, sites: Sequence[Site]) -> str:
+    if any(rule.matches(site) for site in sites):
+        return f"{rule} decides nothing: earlier rules match all of its parameters. Move it up or remove it."
+    names = [name for site in sites for name in site.names]
+    close, hint = names[:3], "Its function was False for all of them"
+    if isinstance(rule.match, str):
+        close = difflib.get_close_matches(rule.match, names, 3, 0.5) or close
+        hint = "A pattern must match the whole name; '*' stands for any part"
+    elif rule.types:
+        close = sorted({type(site.module).__name__ for site in sites})
+        hint = "A class matches a module's own parameters with two or more axes, with view=None all of them"
+    return f"{rule} matches no trainable parameter; the model has {', '.join(map(repr, close))}. {hint}."
+
+
+# ---- the defaults ------------------------------------------------------------------------------------------
+
+_GAINS = (nn.LayerNorm, nn.RMSNorm)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ELEMENTWISE = {
+    *("pos_embed", "pos_embedding", "position_embedding", "position_embeddings", "positional_embedding"),
+    *("position_enc", "wpe", "pe", "level_embed", "seg_embed", "rel_pos_h", "rel_pos_w", "attention_biases"),
+    *("relative_position_bias_table", "relative_attention_bias", "pos_bias_u", "pos_bias_v"),
+    *("bias_u", "bias_v", "r_w_bias", "r_r_bias", "r_s_bias", "A_log"),
+}
+"""Exact names of parameters that are no matrices though they have two axes: positions, biases, decays."""
+
+
+def _vector(site: Site) -> Found:
+    return ADAMW if site.param.ndim < 2 else None
+
+
+def _embedding_head_or_gain(site: Site) -> Found:
+    return ADAMW if site.is_head or isinstance(site.module, (*TABLES, *_GAINS)) else None
+
+
+def _attention(site: Site) -> Found:
+    if isinstance(site.module, nn.MultiheadAttention):
+        view = head_view(site.module, site.leaf, site.shape)
+        return view or (MATRIX if site.param.ndim == 2 else None)
+    if site.parent is None or not _is_dense(site):
+        return None
+    return head_view(site.parent, site.slot, site.shape, _is_transposed(site.module))
+
+
+def _dense(site: Site) -> Found:
+    if _is_dense(site):
+        return TRANSPOSED if _is_transposed(site.module) else MATRIX
+    return None
+
+
+def _convolution(site: Site) -> Found:
+    if site.leaf != "weight" or not isinstance(site.module, _CONVS) or site.param.ndim < 3:
+        return None
+    groups, transposed = site.module.groups, site.module.transposed
+    if groups > 1 and site.shape[1] == 1 and transposed:
+        return View(str(conv(site.param.ndim, 1, True).pattern).replace("-> g o", "-> o g"), {"g": groups})
+    if site.shape[1] == 1 or site.shape[0] == groups:
+        groups = 1  # a depthwise layer is one matrix, not a stack of single rows
+    return conv(site.param.ndim, groups, transposed)
+
+
+def _recurrent(site: Site) -> Found:
+    if not isinstance(site.module, (nn.RNNBase, nn.RNNCellBase)) or site.param.ndim != 2:
+        return None
+    gates = 4 if isinstance(site.module, (nn.LSTM, nn.LSTMCell)) else 3
+    is_stacked = site.shape[0] == gates * site.module.hidden_size
+    return View(GATES, {"g": gates}) if is_stacked else MATRIX
+
+
+def _bare(site: Site) -> Found:
+    """A parameter of a module that is not known.
+
+    A vector with extra axes of length 1, a parameter with an axis for the batch, a bias per expert and a
+    table of positions go to AdamW. Three axes are a stack of matrices (experts, `torch.nn.Bilinear`): which
+    side is preconditioned goes by size, so it may hold (in, out) as well as (out, in).
+    """
+    shape, sibling = site.shape, site.leaf.removesuffix("_bias")
+    if sum(length != 1 for length in shape) < 2 or (len(shape) > 2 and shape[0] == 1):
+        return ADAMW
+    if (
+        site.leaf in _ELEMENTWISE
+        or site.leaf == "bias"
+        or (sibling != site.leaf and hasattr(site.module, sibling))
+    ):
+        return ADAMW
+    if len(shape) == 2:
+        return MATRIX
+    return STACK if len(shape) == 3 else conv(len(shape))
+
+
+DEFAULTS: tuple[Callable[[Site], Found], ...] = (
+    _vector,
+    _embedding_head_or_gain,
+    _attention,
+    _dense,
+    _convolution,
+    _recurrent,
+    _bare,
+)
+"""The defaults in order: each row gives a view, "adamw", or ``None`` if the parameter is not its business."""
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's ``Conv1D``, known without importing transformers."""
+    kinds = type(module).__mro__
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in kinds
+    )
+
+
+def _is_dense(site: Site) -> bool:
+    is_layer = isinstance(site.module, nn.Linear) or _is_transposed(site.module)
+    return is_layer and site.leaf == "weight" and site.param.ndim == 2

@@ -1,0 +1,520 @@
+"""The optimizer contract: everything a `torch.optim.Optimizer` promises, and the traps of its host."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+
+from asgo import ASGO
+from asgo.optimizer import WARM_STEPS
+from asgo.roots import ROOTS
+from asgo.views import MATRIX, heads
+
+PRESETS = {
+    "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
+    "paper": lambda params, **options: ASGO.paper(params, **{"lr": 0.02, **options}),
+    "theory": lambda params, **options: ASGO.theory(params, **{"lr": 0.1, **options}),
+    "reference": lambda params, **options: ASGO.reference(params, **{"lr": 0.02, **options}),
+}
+every_preset = pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+
+class Net(nn.Module):
+    """Linear layers of equal and unequal shape, a convolution, a norm, an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        pixels = self.conv(self.embed(x)[:, None]).mean((1, 2, 3))[:, None, None]
+        h = torch.tanh(self.a(self.embed(x))) + pixels
+        return self.out(self.norm(h + torch.tanh(self.c(torch.tanh(self.b(h))))).mean(1))
+
+
+def problem(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return Net().to(dtype), torch.randint(0, 7, (16, 5)), torch.randint(0, 3, (16,))
+
+
+def backward(net, x, y):
+    net.zero_grad()
+    loss = nn.functional.cross_entropy(net(x).float(), y)
+    loss.backward()
+    return loss.item()
+
+
+def train(net, optimizer, x, y, steps):
+    losses = []
+    for _ in range(steps):
+        losses.append(backward(net, x, y))
+        optimizer.step()
+    return losses
+
+
+def weights(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+@every_preset
+@every_dtype
+def test_trains_bare_parameters_in_every_precision(make, dtype):
+    net, x, y = problem(dtype)
+    optimizer = make(net.parameters())
+    losses = train(net, optimizer, x, y, 60)
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.failures() == {}
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for own in optimizer.state.values():
+        assert {t.dtype for k, t in own.items() if not k.startswith(("failures", "step"))} == {state_dtype}
+    assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+def test_state_is_tensors_and_exists_before_the_first_step():
+    net, x, y = problem()
+    optimizer = ASGO(net.named_parameters())
+    before = {p: {k: t.shape for k, t in s.items()} for p, s in optimizer.state.items()}
+    assert set(before) == set(net.parameters())
+    assert set(before[net.a.weight]) == {"step", "exp_avg", "gram", "root", "cross", "failures"}
+    assert set(before[net.norm.bias]) == {"step", "exp_avg", "exp_avg_sq"}
+    train(net, optimizer, x, y, 2)
+    assert before == {p: {k: t.shape for k, t in s.items()} for p, s in optimizer.state.items()}
+    assert all(isinstance(t, torch.Tensor) for s in optimizer.state.values() for t in s.values())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_group_without_a_view_is_torch_adamw(weight_decay, maximize, dtype, tensor_lr):
+    ours, x, y = problem(dtype)
+    theirs, _, _ = problem(dtype)
+    lr = torch.tensor(3e-3) if tensor_lr else 3e-3
+    options = {"betas": (0.8, 0.99), "eps": 1e-7, "weight_decay": weight_decay, "maximize": maximize}
+    mine = ASGO([{"params": list(ours.parameters()), "view": None, "lr": lr, **options}], lr=1.0)
+    peer = torch.optim.AdamW(theirs.parameters(), lr=lr, **options)
+    for _ in range(20):
+        backward(ours, x, y)
+        backward(theirs, x, y)
+        mine.step()
+        peer.step()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_adamw_in_low_precision_keeps_float32_state_and_rounds_once():
+    low, full = nn.Parameter(torch.randn(9).bfloat16()), None
+    full = nn.Parameter(low.detach().float())
+    mine = ASGO([{"params": [low], "view": None}], lr=1e-2)
+    peer = torch.optim.AdamW([full], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(5):
+        grad = torch.randn(9).bfloat16()
+        low.grad, full.grad = grad, grad.float()
+        mine.step()
+        peer.step()
+        full.data.copy_(full.bfloat16())
+    assert torch.equal(low, full.bfloat16())
+    assert mine.state[low]["exp_avg"].dtype == torch.float32
+
+
+def test_groups_have_their_own_lr_and_defaults():
+    net, _, _ = problem()
+    groups = [
+        {"params": [net.a.weight], "lr": 0.5, "view": MATRIX, "side": "left"},
+        {"params": [net.embed.weight], "view": None, "lr": 0.25},
+    ]
+    first, second = ASGO(groups, lr=0.1).param_groups
+    assert (first["lr"], first["side"], first["betas"]) == (0.5, "left", (0.95, 0.5))
+    assert (second["lr"], second["betas"], second["eps"], second["weight_decay"]) == (0.25, (0.9, 0.95), 1e-8, 0.0)
+    assert "statistic" not in second
+
+
+@every_preset
+def test_closure_is_run_once_with_gradients_and_returned(make):
+    net, x, y = problem()
+    optimizer, calls = make(net.parameters()), []
+
+    def closure():
+        assert torch.is_grad_enabled()
+        calls.append(backward(net, x, y))
+        return calls[-1]
+
+    before = weights(net)
+    assert optimizer.step(closure) == calls[0]
+    assert len(calls) == 1
+    assert not same(before, weights(net))
+
+
+@every_preset
+def test_maximize_is_minimize_on_the_negative(make):
+    one, x, y = problem(torch.float64)
+    other, _, _ = problem(torch.float64)
+    optimizers = make(one.parameters()), make(other.parameters())
+    for group in optimizers[1].param_groups:
+        group["maximize"] = True
+    for _ in range(5):
+        backward(one, x, y)
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            q.grad = -p.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    assert same(weights(one), weights(other))
+
+
+def test_tensor_lr_is_a_number_lr():
+    nets = [problem(torch.float64)[0] for _ in range(2)]
+    _, x, y = problem()
+    lr = torch.tensor(0.02, dtype=torch.float64)
+    for net, value in zip(nets, [0.02, lr], strict=True):
+        train(net, ASGO(net.parameters(), lr=value), x, y, 5)
+    for a, b in zip(*(weights(net) for net in nets), strict=True):
+        assert torch.allclose(a, b, atol=1e-9)
+    assert lr.item() == pytest.approx(0.02)
+
+
+SCHEDULERS = {
+    "cosine": lambda o: CosineAnnealingLR(o, 10),
+    "lambda": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
+    "one cycle": lambda o: OneCycleLR(o, max_lr=0.05, total_steps=12),
+    "plateau": lambda o: ReduceLROnPlateau(o, patience=1),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_schedulers_drive_every_group(scheduler):
+    net, x, y = problem()
+    optimizer = ASGO(net.parameters())
+    schedule = scheduler(optimizer)
+    first = [group["lr"] for group in optimizer.param_groups]
+    for _ in range(10):
+        backward(net, x, y)
+        optimizer.step()
+        schedule.step(*([1.0] if isinstance(schedule, ReduceLROnPlateau) else []))
+    assert all(group["lr"] != lr for group, lr in zip(optimizer.param_groups, first, strict=True))
+
+
+def test_missing_gradients_leave_a_parameter_and_its_state_alone():
+    net, x, y = problem()
+    optimizer = ASGO(net.parameters())
+    train(net, optimizer, x, y, 2)
+    backward(net, x, y)
+    net.b.weight.grad = None
+    before = net.b.weight.detach().clone(), {k: t.clone() for k, t in optimizer.state[net.b.weight].items()}
+    optimizer.step()
+    assert torch.equal(before[0], net.b.weight)
+    assert all(torch.equal(t, optimizer.state[net.b.weight][k]) for k, t in before[1].items())
+    net.zero_grad()
+    optimizer.step()  # no gradient at all
+
+
+def test_add_param_group_mid_training():
+    net, x, y = problem()
+    later = [net.b.weight, net.out.bias]
+    optimizer = ASGO([p for p in net.parameters() if all(p is not q for q in later)])
+    train(net, optimizer, x, y, 2)
+    optimizer.add_param_group({"params": later, "lr": 0.5})
+    assert [g["lr"] for g in optimizer.param_groups[-2:]] == [0.5, 0.5]
+    before = weights(net)
+    train(net, optimizer, x, y, 2)
+    assert all(not torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+
+
+# ---- copies and checkpoints -------------------------------------------------------------------------------------
+
+
+def copies(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@every_preset
+@every_dtype
+def test_state_dict_round_trip_continues_bit_for_bit(make, dtype):
+    net, x, y = problem(dtype)
+    optimizer = make(net.named_parameters())
+    train(net, optimizer, x, y, 5)
+    twin = copy.deepcopy(net)
+    other = make(twin.named_parameters())
+    other.load_state_dict(copies(optimizer))
+    train(net, optimizer, x, y, 5)
+    train(twin, other, x, y, 5)
+    assert same(weights(net), weights(twin))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        for key, tensor in optimizer.state[p].items():
+            assert tensor.dtype == other.state[q][key].dtype
+            assert torch.equal(tensor, other.state[q][key])
+
+
+@every_preset
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+def test_copies_continue_bit_for_bit(make, clone):
+    net, x, y = problem()
+    optimizer = make(net.named_parameters())
+    train(net, optimizer, x, y, 3)
+    twin, other = clone((net, optimizer))
+    train(net, optimizer, x, y, 3)
+    assert not same(weights(net), weights(twin))
+    train(twin, other, x, y, 3)
+    assert same(weights(net), weights(twin))
+
+
+def test_a_pickle_is_no_larger_than_its_tensors():
+    params = [nn.Parameter(torch.randn(32, 32)) for _ in range(8)]
+    optimizer = ASGO(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+    held += sum(p.numel() * p.element_size() for p in params)
+    assert len(pickle.dumps(optimizer)) < 1.6 * held
+
+
+def test_distributed_checkpoint_functions_round_trip_and_change_nothing():
+    net, x, y = problem()
+    optimizer = ASGO(net.named_parameters())
+    before = weights(net)
+    fresh = get_optimizer_state_dict(net, optimizer)
+    assert same(before, weights(net))
+    assert "gram" in fresh["state"]["a.weight"]
+    train(net, optimizer, x, y, 4)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
+    twin = copy.deepcopy(net)
+    other = ASGO(twin.named_parameters())
+    set_optimizer_state_dict(twin, other, saved)
+    train(net, optimizer, x, y, 3)
+    train(twin, other, x, y, 3)
+    assert same(weights(net), weights(twin))
+
+
+def test_state_follows_a_model_that_changes_precision_after_construction():
+    net, x, y = problem()
+    optimizer = ASGO(net.parameters())
+    train(net, optimizer, x, y, 2)
+    net.double()
+    train(net, optimizer, x, y, 2)
+    assert {optimizer.state[p]["exp_avg"].dtype for p in net.parameters()} == {torch.float64}
+
+
+# ---- what must not break it -------------------------------------------------------------------------------------
+
+
+@every_preset
+def test_an_idle_step_changes_nothing(make):
+    """Distributed checkpointing calls step() with zero gradients and lr 0."""
+    net, _, _ = problem()
+    optimizer = make(net.parameters(), lr=0.0)
+    before = weights(net)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert same(before, weights(net))
+    assert all(not t.any() for s in optimizer.state.values() for k, t in s.items() if k in ("exp_avg", "gram"))
+
+
+@every_preset
+def test_a_zero_gradient_rests_the_matrix_even_with_momentum(make):
+    net, x, y = problem()
+    optimizer = make(net.parameters(), **({} if make is PRESETS["theory"] else {"weight_decay": 0.0}))
+    train(net, optimizer, x, y, 3)
+    backward(net, x, y)
+    net.b.weight.grad.zero_()
+    before = net.b.weight.detach().clone(), {k: t.clone() for k, t in optimizer.state[net.b.weight].items()}
+    optimizer.step()
+    assert torch.equal(before[0], net.b.weight)
+    for key in ("exp_avg", "gram"):
+        assert torch.equal(before[1][key], optimizer.state[net.b.weight][key])
+    assert optimizer.failures() == {}
+
+
+@every_preset
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make, poison):
+    net, x, y = problem()
+    optimizer = make(net.named_parameters(), **({} if make is PRESETS["theory"] else {"weight_decay": 0.0}))
+    train(net, optimizer, x, y, 3)
+    backward(net, x, y)
+    net.b.weight.grad[0, 0] = poison
+    before = net.b.weight.detach().clone(), net.c.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(before[0], net.b.weight)
+    assert not torch.equal(before[1], net.c.weight)  # the same bucket
+    assert optimizer.failures() == {"b.weight": 1}
+    train(net, optimizer, x, y, 3)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_a_failed_root_keeps_the_last_good_one_and_is_counted(monkeypatch):
+    net, x, y = problem()
+    optimizer = ASGO(net.named_parameters())
+    train(net, optimizer, x, y, 3)
+    kept = optimizer.state[net.b.weight]["root"].clone()
+
+    def failing(A, eps):
+        Z, ok = ROOTS["eigh"](A, eps)
+        if A.shape[1] == 8 and A.shape[0] > 1:
+            ok[0], Z[0] = False, float("nan")
+        return Z, ok
+
+    monkeypatch.setitem(ROOTS, "auto", failing)
+    before = net.b.weight.detach().clone()
+    train(net, optimizer, x, y, 2)
+    assert torch.equal(kept, optimizer.state[net.b.weight]["root"])
+    assert not torch.equal(before, net.b.weight)
+    assert optimizer.failures() == {"b.weight": 2}
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@every_preset
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5), (1, 6), (6, 1), (1, 1), (30000, 4), (4, 30000)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.0, 1e-30])
+def test_odd_shapes_and_scales(make, shape, scale):
+    param = nn.Parameter(torch.randn(shape))
+    optimizer = make([param])
+    largest = max(t.numel() for t in optimizer.state[param].values())
+    assert largest <= max(param.numel(), min(shape) ** 2, *shape)
+    for _ in range(3):
+        param.grad = scale * torch.randn(shape)
+        optimizer.step()
+    assert param.isfinite().all()
+
+
+@every_preset
+def test_rank_deficient_gradients(make):
+    param = nn.Parameter(torch.randn(24, 24))
+    optimizer = make([param])
+    column = torch.randn(24, 1)
+    for _ in range(12):
+        param.grad = column @ torch.randn(1, 24)
+        optimizer.step()
+    assert param.isfinite().all()
+    assert optimizer.failures() == {}
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+def test_the_interval_is_kept_after_the_first_steps_and_turns_are_staggered(interval):
+    params = [nn.Parameter(torch.randn(6, 9)) for _ in range(interval)]
+    optimizer = ASGO(params, precondition_frequency=interval)
+    refreshed = []
+    for _ in range(WARM_STEPS + 2 * interval):
+        before = [optimizer.state[p]["root"].clone() for p in params]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        refreshed.append([not torch.equal(b, optimizer.state[p]["root"]) for b, p in zip(before, params, strict=True)])
+    assert all(all(step) for step in refreshed[:WARM_STEPS])
+    assert all(sum(step) == 1 for step in refreshed[WARM_STEPS:])
+    assert [sum(column) for column in zip(*refreshed[WARM_STEPS:], strict=True)] == [2] * interval
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+BAD = {
+    "lr": [-1.0, float("nan"), float("inf"), "0.1", None, torch.ones(2), torch.tensor(-1.0)],
+    "betas": [(1.0, 0.5), (-0.1, 0.5), (0.9, 1.1), (0.9,), 0.9, (0.9, "x")],
+    "eps": [0.0, -1e-8, float("nan"), "small"],
+    "weight_decay": [-0.1, float("inf"), None],
+    "precondition_frequency": [0, -1, 1.5, True],
+    "statistic": ["gradients", None],
+    "nesterov": ["yes", 2],
+    "cross_normalize": [None],
+    "adjust_lr": ["match_rms_adamw", False],
+    "root": ["svd", None],
+    "maximize": ["no"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values], ids=str)
+def test_a_hyperparameter_out_of_range_is_refused_everywhere(key, value):
+    param = nn.Parameter(torch.randn(3, 4))
+    with pytest.raises(ValueError, match=f"^ASGO: {key} must be .*; got "):
+        ASGO([param], **{key: value})
+    optimizer = ASGO([param])
+    with pytest.raises(ValueError, match=f"^ASGO: {key} must be "):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(3, 4))], "view": MATRIX, key: value})
+    assert len(optimizer.param_groups) == 1
+
+
+REFUSED = {
+    "unknown key": ({"wieght_decay": 0.1}, ValueError, "the key 'wieght_decay' of a group is not known; choose from"),
+    "matrix key without view": ({"view": None, "side": "left"}, ValueError, "'side' of a group is not in a group without"),
+    "bad side": ({"view": MATRIX, "side": "up"}, ValueError, "side must be one of 'auto', 'left', 'right'; got 'up'"),
+    "view that does not fit": ({"view": heads(5)}, ValueError, r"with h=5 does not fit 'w' \(6, 4\): 6 is not a multiple"),
+    "no view": ({"view": 3}, ValueError, "view 3 is not understood"),
+}
+
+
+@pytest.mark.parametrize(("group", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_group_is_refused_before_anything_changes(group, error, message):
+    optimizer = ASGO([("v", nn.Parameter(torch.randn(3, 4)))])
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [("w", nn.Parameter(torch.randn(6, 4)))], **group})
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.state) == 1
+
+
+def test_parameters_that_cannot_be_optimized_are_refused():
+    weight = nn.Parameter(torch.randn(3, 4))
+    cases = [
+        ([nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))], TypeError, "complex64; parameters must be real"),
+        ([torch.ones(3, 4, dtype=torch.int64)], TypeError, "int64; parameters must be real floating point"),
+        ([weight, weight], ValueError, "given twice"),
+        ({weight}, TypeError, "in order"),
+        ([], ValueError, "empty parameter list"),
+        ([{"lr": 1.0}], TypeError, "with the key 'params'"),
+        (["w"], TypeError, "parameters must be tensors"),
+    ]
+    for params, error, message in cases:
+        with pytest.raises(error, match=message):
+            ASGO(params)
+
+
+@every_preset
+def test_a_sparse_gradient_is_refused_before_anything_changes(make):
+    net, x, y = problem()
+    net.embed = nn.Embedding(7, 6, sparse=True)
+    optimizer = make(net.named_parameters())
+    backward(net, x, y)
+    before = weights(net)
+    with pytest.raises(TypeError, match=r"gradient of 'embed.weight' \(7, 6\) is sparse .*sparse=False"):
+        optimizer.step()
+    assert same(before, weights(net))
+    assert all(s["step"] == 0 for s in optimizer.state.values())
+
+
+def test_state_of_another_model_or_optimizer_is_refused_before_anything_changes():
+    net, x, y = problem()
+    optimizer = ASGO(net.named_parameters())
+    train(net, optimizer, x, y, 2)
+    before = {p: {k: t.clone() for k, t in s.items()} for p, s in optimizer.state.items()}
+    other = nn.Linear(5, 4)
+    small = ASGO(other.named_parameters()).state_dict()
+    shapes = ASGO([("w", nn.Parameter(torch.randn(3, 4)))]), ASGO([("w", nn.Parameter(torch.randn(4, 3)))])
+    cases = [
+        (optimizer, small, "the saved state has groups of"),
+        (optimizer, torch.optim.AdamW(net.parameters()).state_dict(), "the saved state has groups of"),
+        (shapes[0], shapes[1].state_dict(), r"the saved state of 'w' has a tensor \(4, 3\)|under 'c"),
+        (ASGO([{"params": [nn.Parameter(torch.randn(4, 4))], "view": heads(2)}]),
+         ASGO([{"params": [nn.Parameter(torch.randn(4, 4))], "view": MATRIX}]).state_dict(), "a saved group has the view"),
+    ]  # fmt: skip
+    for target, saved, message in cases:
+        with pytest.raises(ValueError, match=message):
+            target.load_state_dict(saved)
+    assert all(torch.equal(t, optimizer.state[p][k]) for p, s in before.items() for k, t in s.items())
