@@ -32,7 +32,7 @@ def main(steps: int = 30, folder: str = "runs/hf_trainer") -> float:
     )
     model = LlamaForCausalLM(config)
     optimizer = ASGO(route(model), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     arguments = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=16, logging_steps=10, save_steps=steps, report_to=[],
         use_cpu=not torch.cuda.is_available(),

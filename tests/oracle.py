@@ -48,8 +48,8 @@ def asgo(
     k = m if left else n
     momentum, gram, cross = np.zeros((m, n)), np.zeros((k, k)), np.zeros((1, n) if left else (m, 1))
     precondition = np.eye(k)
-    for t, grad in enumerate(grads):
-        grad = np.asarray(grad, dtype=np.float64)
+    for t, given in enumerate(grads):
+        grad = np.asarray(given, dtype=np.float64)
         weight = weight * (1 - lr * weight_decay)
         momentum = b1 * momentum + (1 - b1) * grad
         direction = b1 * momentum + (1 - b1) * grad if nesterov else momentum

@@ -1,11 +1,11 @@
 """ASGO against the float64 oracle, and the identities that every build must satisfy."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import nn
 
+import oracle
 from asgo import ASGO, View
 from asgo.views import MATRIX, fused_qkv, heads
 
@@ -15,7 +15,12 @@ OPTIONS = {
     "gradient": {"statistic": "gradient"},
     "plain momentum": {"nesterov": False},
     "no cross": {"cross_normalize": False},
-    "all of the paper's": {"statistic": "gradient", "nesterov": False, "cross_normalize": False, "betas": (0.9, 0.8)},
+    "all of the paper's": {
+        "statistic": "gradient",
+        "nesterov": False,
+        "cross_normalize": False,
+        "betas": (0.9, 0.8),
+    },
     "no momentum": {"betas": (0.0, 0.9)},
     "accumulated": {"betas": (0.9, 1.0)},
     "no rescale": {"adjust_lr": None, "lr": 1e-3},

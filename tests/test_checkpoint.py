@@ -45,7 +45,10 @@ def test_resume_is_bit_exact_through_a_file(tmp_path, dtype):
     step_in(model, optimizer, 4)
     step_in(twin, other, 4)
     assert same_weights(model, twin)
-    assert {t.dtype for s in other.state.values() for k, t in s.items() if k == "gram"} <= {torch.float32, torch.float64}
+    assert {t.dtype for s in other.state.values() for k, t in s.items() if k == "gram"} <= {
+        torch.float32,
+        torch.float64,
+    }
 
 
 def test_survives_regrouping():
@@ -69,13 +72,19 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
     optimizer = ASGO(route(model))
     train(model, optimizer, 2)
     saved = checkpoint.named_state_dict(optimizer)
-    before = copy.deepcopy({n: s for n, s in saved["state"].items()})
+    before = copy.deepcopy(saved["state"])
     wider = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 2))
     longer = nn.Sequential(*net(), nn.Linear(2, 2))
     plain = ASGO(net().parameters())
     cases = [
-        (checkpoint.named_state_dict(ASGO(route(wider))), r"the saved state of '.*' has a tensor \(.*build both the same"),
-        (checkpoint.named_state_dict(ASGO(route(longer))), r"2 parameters are not on both sides, first '5.bias', only in the c"),
+        (
+            checkpoint.named_state_dict(ASGO(route(wider))),
+            r"the saved state of '.*' has a tensor \(.*build both the same",
+        ),
+        (
+            checkpoint.named_state_dict(ASGO(route(longer))),
+            r"2 parameters are not on both sides, first '5.bias', only in the c",
+        ),
         ({"format": 99}, "the checkpoint has format 99, known is 1"),
         (optimizer.state_dict(), "the checkpoint has format None"),
     ]

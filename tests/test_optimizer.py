@@ -141,7 +141,12 @@ def test_groups_have_their_own_lr_and_defaults():
     ]
     first, second = ASGO(groups, lr=0.1).param_groups
     assert (first["lr"], first["side"], first["betas"]) == (0.5, "left", (0.95, 0.5))
-    assert (second["lr"], second["betas"], second["eps"], second["weight_decay"]) == (0.25, (0.9, 0.95), 1e-8, 0.0)
+    assert (second["lr"], second["betas"], second["eps"], second["weight_decay"]) == (
+        0.25,
+        (0.9, 0.95),
+        1e-8,
+        0.0,
+    )
     assert "statistic" not in second
 
 
@@ -264,7 +269,9 @@ def test_state_dict_round_trip_continues_bit_for_bit(make, dtype):
 
 
 @every_preset
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 def test_copies_continue_bit_for_bit(make, clone):
     net, x, y = problem()
     optimizer = make(net.named_parameters())
@@ -408,6 +415,25 @@ def test_rank_deficient_gradients(make):
     assert optimizer.failures() == {}
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_script_may_lower_the_precision_of_its_own_products(precision):
+    grads = [torch.randn(48, 64) for _ in range(6)]
+    results = []
+    for setting in ("highest", precision):
+        param = nn.Parameter(torch.zeros(48, 64))
+        optimizer = ASGO([param])
+        torch.set_float32_matmul_precision(setting)
+        try:
+            for grad in grads:
+                param.grad = grad.clone()
+                optimizer.step()
+            assert torch.get_float32_matmul_precision() == setting
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("interval", [2, 3, 5])
 def test_the_interval_is_kept_after_the_first_steps_and_turns_are_staggered(interval):
     params = [nn.Parameter(torch.randn(6, 9)) for _ in range(interval)]
@@ -453,10 +479,26 @@ def test_a_hyperparameter_out_of_range_is_refused_everywhere(key, value):
 
 
 REFUSED = {
-    "unknown key": ({"wieght_decay": 0.1}, ValueError, "the key 'wieght_decay' of a group is not known; choose from"),
-    "matrix key without view": ({"view": None, "side": "left"}, ValueError, "'side' of a group is not in a group without"),
-    "bad side": ({"view": MATRIX, "side": "up"}, ValueError, "side must be one of 'auto', 'left', 'right'; got 'up'"),
-    "view that does not fit": ({"view": heads(5)}, ValueError, r"with h=5 does not fit 'w' \(6, 4\): 6 is not a multiple"),
+    "unknown key": (
+        {"wieght_decay": 0.1},
+        ValueError,
+        "the key 'wieght_decay' of a group is not known; choose from",
+    ),
+    "matrix key without view": (
+        {"view": None, "side": "left"},
+        ValueError,
+        "'side' of a group is not in a group without",
+    ),
+    "bad side": (
+        {"view": MATRIX, "side": "up"},
+        ValueError,
+        "side must be one of 'auto', 'left', 'right'; got 'up'",
+    ),
+    "view that does not fit": (
+        {"view": heads(5)},
+        ValueError,
+        r"with h=5 does not fit 'w' \(6, 4\): 6 is not a multiple",
+    ),
     "no view": ({"view": 3}, ValueError, "view 3 is not understood"),
 }
 
@@ -473,7 +515,11 @@ def test_a_bad_group_is_refused_before_anything_changes(group, error, message):
 def test_parameters_that_cannot_be_optimized_are_refused():
     weight = nn.Parameter(torch.randn(3, 4))
     cases = [
-        ([nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))], TypeError, "complex64; parameters must be real"),
+        (
+            [nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))],
+            TypeError,
+            "complex64; parameters must be real",
+        ),
         ([torch.ones(3, 4, dtype=torch.int64)], TypeError, "int64; parameters must be real floating point"),
         ([weight, weight], ValueError, "given twice"),
         ({weight}, TypeError, "in order"),
@@ -512,7 +558,8 @@ def test_state_of_another_model_or_optimizer_is_refused_before_anything_changes(
         (optimizer, torch.optim.AdamW(net.parameters()).state_dict(), "the saved state has groups of"),
         (shapes[0], shapes[1].state_dict(), r"the saved state of 'w' has a tensor \(4, 3\)|under 'c"),
         (ASGO([{"params": [nn.Parameter(torch.randn(4, 4))], "view": heads(2)}]),
-         ASGO([{"params": [nn.Parameter(torch.randn(4, 4))], "view": MATRIX}]).state_dict(), "a saved group has the view"),
+         ASGO([{"params": [nn.Parameter(torch.randn(4, 4))], "view": MATRIX}]).state_dict(),
+         "a saved group has the view"),
     ]  # fmt: skip
     for target, saved, message in cases:
         with pytest.raises(ValueError, match=message):

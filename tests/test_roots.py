@@ -264,6 +264,13 @@ def test_the_probe_tells_a_diverged_iteration(dtype: torch.dtype):
     assert error(Z[0], exact_root(good, EPS)) <= 2.5e-3
 
 
+def test_damping_below_the_floor_of_float32_fails_loudly():
+    """The smallest eigenvalues of a singular float32 statistic are noise of either sign, here above eps."""
+    G = GRADIENTS["rank 8 of 128"]
+    assert not minimax((G @ G.T)[None], 1e-9)[1].item()
+    assert minimax((G @ G.T).double()[None], 1e-6)[1].item()
+
+
 def test_undamped_eigh_of_a_singular_matrix_fails():
     A = torch.stack([torch.diag(torch.tensor([1.0, 0.0])), torch.eye(2)])
     Z, ok = eigh(A, 0.0)

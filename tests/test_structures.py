@@ -60,7 +60,10 @@ def test_rotation_law(structure, shape):
     left = structure.left(*shape[1:])
     rotation = torch.linalg.qr(stacks((shape[1] if left else shape[2],) * 2, 1, seed=2)[0])[0]
     turn = (lambda x: rotation @ x) if left else (lambda x: x @ rotation)
-    assert close(run(structure, [turn(g) for g in grads], turn(direction))[0], turn(run(structure, grads, direction)[0]))
+    assert close(
+        run(structure, [turn(g) for g in grads], turn(direction))[0],
+        turn(run(structure, grads, direction)[0]),
+    )
 
 
 @every_structure
@@ -112,4 +115,7 @@ def test_memory_is_that_of_the_preconditioned_side(side):
     for m, n in [(3, 7), (7, 3), (5, 5)]:
         k = {"left": m, "right": n, "auto": min(m, n)}[side]
         state = OneSided(side).init(torch.zeros(2, m, n))
-        assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {"gram": (2, k, k), "root": (2, k, k)}
+        assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
+            "gram": (2, k, k),
+            "root": (2, k, k),
+        }

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from asgo import adamw, settings
 from asgo._types import State
 from asgo.buckets import Bucket, init_state, make_buckets, state_dtype, turns
-from asgo.roots import ROOTS
+from asgo.roots import ROOTS, exact_matmul
 from asgo.scaling import SCALINGS
 from asgo.structures import Structure
 from asgo.views import View
@@ -102,11 +102,12 @@ class StructuredOptimizer(Optimizer, ABC):
         direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
         direction = torch.where(moved, direction, 0)
 
-        structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
-        for rows in bucket.rows(lambda member: self._is_due(member.param, member.turn, group)):
-            due = {key: tensor[rows] for key, tensor in state.items()}
-            due["failures"] += ~structure.refresh(due, ROOTS[group["root"]], group["eps"])
-        update = structure.precondition(state, direction)
+        with exact_matmul(grad.device):
+            structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
+            for rows in bucket.rows(lambda member: self._is_due(member.param, member.turn, group)):
+                due = {key: tensor[rows] for key, tensor in state.items()}
+                due["failures"] += ~structure.refresh(due, ROOTS[group["root"]], group["eps"])
+            update = structure.precondition(state, direction)
         update = SCALINGS[group["adjust_lr"]](update, bucket.slices).mul_(-group["lr"])
         torch._foreach_add_(*bucket.scatter(update, _itself))
 

@@ -60,10 +60,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a rule, and read the view."""
-        odd = isinstance(self.match, (type, nn.Module)) or not (
-            isinstance(self.match, str) or callable(self.match)
-        )
-        if odd and not self.types:
+        is_function = callable(self.match) and not isinstance(self.match, (type, nn.Module))
+        if not (self.types or isinstance(self.match, str) or is_function):
             raise TypeError(
                 f"match must be a module class, a name pattern or a function; got {self.match!r}. "
                 "For a single module pass the pattern of its names."
@@ -84,7 +82,8 @@ class Rule:
     def types(self) -> tuple[type[nn.Module], ...]:
         """The module classes that `match` names; empty for a pattern or a function."""
         types = self.match if isinstance(self.match, tuple) else (self.match,)
-        return tuple(each for each in types if isinstance(each, type) and issubclass(each, nn.Module))
+        modules = tuple(each for each in types if isinstance(each, type) and issubclass(each, nn.Module))
+        return modules if len(modules) == len(types) else ()
 
     def matches(self, site: Site) -> bool:
         """Whether the rule is for this parameter."""
@@ -120,10 +119,9 @@ def route(model: nn.Module, rules: Sequence[Rule] = ()) -> list[dict[str, Any]]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"route needs a torch.nn.Module; got {type(model).__name__}.")
-    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
         raise TypeError("rules must be a list of asgo.Rule, e.g. [Rule(torch.nn.Linear, 'm n -> 1 m n')].")
-    sites = find_sites(model)
-    otherwise = Rule("*")
+    sites, otherwise = find_sites(model), Rule("*")
     groups: list[dict[str, Any]] = []
     winners = [next((rule for rule in rules if rule.matches(site)), otherwise) for site in sites]
     for site, rule in zip(sites, winners, strict=True):
@@ -189,6 +187,9 @@ def _unused(rule: Rule, sites: Sequence[Site]) -> str:
     if isinstance(rule.match, str):
         close = difflib.get_close_matches(rule.match, names, 3, 0.5) or close
         hint = "A pattern must match the whole name; '*' stands for any part"
+    elif rule.parameter is not None:
+        close = sorted({site.leaf for site in sites if isinstance(site.module, rule.types)}) or close
+        hint = f"parameter={rule.parameter!r} must be the name of a module's own parameter"
     elif rule.types:
         close = sorted({type(site.module).__name__ for site in sites})
         hint = "A class matches a module's own parameters with two or more axes, with view=None all of them"
@@ -260,11 +261,8 @@ def _bare(site: Site) -> Found:
     shape, sibling = site.shape, site.leaf.removesuffix("_bias")
     if sum(length != 1 for length in shape) < 2 or (len(shape) > 2 and shape[0] == 1):
         return ADAMW
-    if (
-        site.leaf in _ELEMENTWISE
-        or site.leaf == "bias"
-        or (sibling != site.leaf and hasattr(site.module, sibling))
-    ):
+    is_bias = site.leaf == "bias" or (sibling != site.leaf and hasattr(site.module, sibling))
+    if is_bias or site.leaf in _ELEMENTWISE:
         return ADAMW
     if len(shape) == 2:
         return MATRIX
@@ -286,9 +284,7 @@ DEFAULTS: tuple[Callable[[Site], Found], ...] = (
 def _is_transposed(module: nn.Module) -> bool:
     """Whether this is Hugging Face's ``Conv1D``, known without importing transformers."""
     kinds = type(module).__mro__
-    return any(
-        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in kinds
-    )
+    return any((kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in kinds)
 
 
 def _is_dense(site: Site) -> bool:

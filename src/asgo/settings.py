@@ -88,9 +88,7 @@ def split_by_view(group: Any) -> list[dict[str, Any]]:
     for member in members:
         kinds.setdefault(default_view(_tensor(member).ndim), []).append(member)
     shared = {key: value for key, value in group.items() if key not in ADAMW_DEFAULTS}
-    return [
-        {**(group if view is not None else shared), "params": some, "view": view} for view, some in kinds.items()
-    ]
+    return [{**(group if view is not None else shared), "params": some, "view": view} for view, some in kinds.items()]
 
 
 def _tensor(member: Any) -> Tensor:
@@ -114,9 +112,7 @@ def check_group(
         raise ValueError(f"{who}: the key {key!r} of a group is not {known}; choose from {sorted(allowed)}.")
     check(who, group)
     params = [_tensor(member) for member in group["params"]]
-    names = [
-        member[0] if isinstance(member, tuple) else f"parameter {i}" for i, member in enumerate(group["params"])
-    ]
+    names = [member[0] if isinstance(member, tuple) else f"parameter {i}" for i, member in enumerate(group["params"])]
     seen = {id(param) for param in taken}
     for name, param in zip(names, params, strict=True):
         if not param.is_floating_point():

@@ -90,7 +90,8 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     """The output layers over a vocabulary.
 
     A model that can name its head is asked (`get_output_embeddings` of Hugging Face, anywhere inside).
-    Otherwise it is the last Linear outside every `torch.nn.ModuleList`, if its weight has the shape of an embedding's.
+    Otherwise it is the last Linear outside every `torch.nn.ModuleList`, if its weight has an embedding's
+    shape.
     """
     modules = list(model.modules())
     asked = [getattr(module, "get_output_embeddings", None) for module in modules]

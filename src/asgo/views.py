@@ -102,12 +102,12 @@ class View:
     def stack(self, part: int, x: Tensor) -> Tensor:
         """Part number `part`, read as ``(b, m, n)``; shares memory with `x` where strides allow."""
         pattern = self._pattern(part)
-        return rearrange(x, pattern, **_lengths(pattern.split("->")[0], tuple(x.shape), self.sizes))
+        return rearrange(x, pattern, **_lengths(pattern.split("->")[0], tuple(x.shape), self._sizes))
 
     def unstack(self, part: int, stack: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `stack` for a part of the given shape."""
         source, target = self._pattern(part).split("->")
-        return rearrange(stack, f"{target} -> {source}", **_lengths(source, tuple(shape), self.sizes))
+        return rearrange(stack, f"{target} -> {source}", **_lengths(source, tuple(shape), self._sizes))
 
     def matrices(self, x: Tensor) -> list[Tensor]:
         """All stacks ``(b, m, n)`` of a parameter, one per part."""
@@ -143,6 +143,10 @@ class View:
         if self.split is not None:
             notes.append(f"split={self.split}" + (f" on dim {self.split_dim}" if self.split_dim else ""))
         return pattern + (" with " + ", ".join(notes) if notes else "")
+
+    @property
+    def _sizes(self) -> tuple[tuple[str, int], ...]:
+        return self.sizes if isinstance(self.sizes, tuple) else tuple(self.sizes.items())
 
     def _pattern(self, part: int) -> str:
         return self.pattern if isinstance(self.pattern, str) else self.pattern[part]
@@ -225,9 +229,7 @@ def fused_qkv(q: int, k: int, v: int, d: int, transposed: bool = False) -> View:
 
     Covers grouped-query attention (``k < q``) and, with `transposed`, layers that store (in, out).
     """
-    per_head, whole = (
-        ("n (h d) -> h d n", "n m -> 1 m n") if transposed else ("(h d) n -> h d n", MATRIX.pattern)
-    )
+    per_head, whole = ("n (h d) -> h d n", "n m -> 1 m n") if transposed else ("(h d) n -> h d n", MATRIX.pattern)
     return View((per_head, per_head, str(whole)), {"d": d}, (q, k, v), 1 if transposed else 0)
 
 

@@ -14,18 +14,24 @@ from asgo.lab.errors import LabError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises while `path` is written into a `LabError`."""
+    """Turn what a full or read-only disk raises while `path` is written into a `LabError` that says so."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError of its own writer
-        if isinstance(error, RuntimeError) and "writ" not in str(error).lower():
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
+    except OSError as error:
         raise LabError(
-            f"cannot write {path}: {reason}. What was saved before is intact: make room or give access, then "
-            "repeat the command with --resume."
+            f"cannot write {path}: {_reason(error)}. What was saved before is intact: make room or give access, "
+            "then repeat the command with --resume."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The system's words for an error, or for the one that caused it: torch's writer hides a full disk."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +66,15 @@ class Composite(Optimizer):
 
     def _share(self) -> None:
         self.param_groups = [group for part in self.optimizers for group in part.param_groups]
-        self.state = ChainMap(*[part.state for part in self.optimizers])  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The parts' state by parameter."""
+        return {param: state for part in self.optimizers for param, state in part.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Nothing: torch's constructor assigns an empty state, and the parts keep their own."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -98,7 +98,6 @@ class Trainer:
         while self.step < self.config.steps:
             self._train_step()
             self._after_step(stop, progress)
-            self.meter.start()
         return self._finish()
 
     # ---- one step --------------------------------------------------------------------------------
@@ -153,6 +152,7 @@ class Trainer:
                 f"stopped after step {self.step} of {self.config.steps}; a checkpoint is written. Continue "
                 f"with: asgo train --out {self.config.out} --resume"
             )
+        self.meter.start()
 
     def _agree(self, asked: bool) -> bool:
         if self.accelerator.num_processes == 1:

@@ -42,6 +42,7 @@ class OneSided(Structure):
         return self.side == "left" or (self.side == "auto" and m < n)
 
     def init(self, like: Stack) -> State:
+        """Zero statistics and the identity as root."""
         b, m, n = like.shape
         left = self.left(m, n)
         k = m if left else n
@@ -55,9 +56,11 @@ class OneSided(Structure):
         return state
 
     def measure(self, grad: Stack) -> Tensor:
+        """``G G^T`` or ``G^T G``."""
         return grad @ grad.mT if self.left(*grad.shape[1:]) else grad.mT @ grad
 
     def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+        """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
         if beta2 == 1:
             state["gram"].add_(measurement)
         else:
@@ -65,13 +68,16 @@ class OneSided(Structure):
             state["gram"].lerp_(measurement, (1 - beta2) * moved.to(measurement.dtype))
 
     def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+        """A new root of the gram where it can be computed."""
         fresh, ok = root(state["gram"], eps)
         state["root"].copy_(torch.where(ok[:, None, None], fresh, state["root"]))
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
+        """The root times the direction, evened out along the other side if asked."""
         left = self.left(*direction.shape[1:])
-        result = state["root"] @ direction if left else direction @ state["root"]
+        # The computed root is symmetric only up to its error, and accurate in this order of the products.
+        result = state["root"] @ direction if left else direction @ state["root"].mT
         if not self.cross_normalize:
             return result
         square = result.square().mean(1 if left else 2, keepdim=True)
@@ -80,4 +86,5 @@ class OneSided(Structure):
         return result * state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
 
     def cost(self, m: int, n: int) -> float:
+        """``k^3``."""
         return float(m if self.left(m, n) else n) ** 3

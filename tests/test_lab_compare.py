@@ -1,0 +1,275 @@
+"""A comparison: same weights and batches for all, every artefact, interrupted and resumed; and its arithmetic."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from asgo.lab import compare as compare_module
+from asgo.lab.batches import DataConfig
+from asgo.lab.compare import compare
+from asgo.lab.config import CadenceConfig, CompareConfig, MachineConfig, ModelConfig
+from asgo.lab.corpora import CorpusConfig
+from asgo.lab.errors import LabError
+from asgo.lab.plot import Curve, draw_comparison
+from asgo.lab.runs import RunFolder
+from asgo.lab.signals import Stopped
+from asgo.lab.specs import parse_spec
+from asgo.lab.statistics import all_pairs, paired_test, student_p
+from asgo.lab.summary import Outcome, cells, choose_target, summarize
+from asgo.lab.train import Trainer
+from asgo.lab.tune import search
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices("red green blue yellow black".split(), k=3000)))
+    return path
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return CompareConfig(
+        data=DataConfig(corpus=CorpusConfig(name=str(corpus)), block_size=16, batch_size=2),
+        model=ModelConfig(preset="tiny", dropout=0.1),
+        machine=MachineConfig(device="cpu", threads=1),
+        cadence=CadenceConfig(log_every=2, eval_every=2, eval_blocks=4, checkpoint_every=4),
+        steps=6,
+        optimizers=("asgo", "adamw:lr=0.002"),
+        seeds=(0, 1),
+        out=tmp_path / "comparison",
+    )
+
+
+class Links(HTMLParser):
+    """What a page would fetch, and how its tags nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.open, self.text = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for key, value in attrs if key in ("src", "href", "srcset", "action", "data")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_two_optimizers_two_seeds(config, capsys):
+    results = compare(config, Console(width=200))
+    shown = capsys.readouterr().out
+
+    # the same seed gives every optimizer the same start, another seed another one
+    starts = {}
+    for text, folder in (("asgo", "asgo"), ("adamw:lr=0.002", "adamw_lr=0.002")):
+        for seed in config.seeds:
+            metrics = RunFolder(config.out / "runs" / folder / f"seed-{seed}").metrics()
+            starts[text, seed] = metrics[0]["val_loss"]
+    assert starts["asgo", 0] == starts["adamw:lr=0.002", 0]
+    assert starts["asgo", 1] == starts["adamw:lr=0.002", 1]
+    assert starts["asgo", 0] != starts["asgo", 1]
+
+    names = {p.name for p in config.out.iterdir()}
+    files = {"comparison.json", "results.json", "table.md", "table.csv", "plot.png", "report.html"}
+    assert names == files | {"runs"}
+    saved = json.loads((config.out / "results.json").read_text())
+    assert [row["optimizer"] for row in saved["rows"]] == list(config.optimizers)
+    finals = [run["val_loss"] for runs in results["runs"].values() for run in runs]
+    assert saved["target"] == max(finals)
+    for row, runs in zip(saved["rows"], results["runs"].values(), strict=True):
+        losses = [run["val_loss"] for run in runs]
+        assert row["val_loss"] == pytest.approx(sum(losses) / 2)
+        assert row["spread"] == pytest.approx(abs(losses[0] - losses[1]) / math.sqrt(2))
+        assert row["best"] == min(losses)
+        assert row["reached"] == 2
+        assert 0 < row["steps_to_target"] <= 6
+        assert 0 < row["optimizer_share"] < 1
+    rows = list(csv.DictReader((config.out / "table.csv").open()))
+    assert [float(row["val_loss"]) for row in rows] == [row["val_loss"] for row in saved["rows"]]
+    assert (config.out / "table.md").read_text().count("\n| ") == 3
+    assert (config.out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "no test is possible with 2 paired" in saved["tests"][0]["text"]
+    for part in ("adamw:lr=0.002", "val loss", str(config.out / "plot.png"), str(config.out / "report.html")):
+        assert part in shown
+
+
+def test_the_page_needs_nothing_but_itself(config):
+    compare(replace(config, steps=2))
+    text = (config.out / "report.html").read_text()
+    page = Links()
+    page.feed(text)
+    assert not page.open
+    assert page.links
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "url(" not in text
+    words = " ".join(page.text)
+    for part in ("adamw:lr=0.002", "asgo compare --", "asgo train --", "transformers", '"block_size": 16'):
+        assert part in words
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    whole = compare(replace(config, out=tmp_path / "whole"))
+    original, count = Trainer._train_step, []
+
+    def train_step(self):
+        original(self)
+        count.append(self.config.optimizer.name)
+        if len(count) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", train_step)
+        with pytest.raises(Stopped, match="finished runs are kept. Continue with: asgo compare --out .* --resume"):
+            compare(config)
+        assert not (config.out / "results.json").exists()
+        resumed = compare(replace(config, resume=True))
+        assert len(count) == 4 * 6  # no step was done twice
+    for text in config.optimizers:
+        for one, other in zip(whole["runs"][text], resumed["runs"][text], strict=True):
+            assert one["val_loss"] == other["val_loss"]
+    with pytest.raises(LabError, match="already holds a comparison: pass --resume"):
+        compare(config)
+    with pytest.raises(LabError, match=r"steps \(there 6, asked 7\)"):
+        compare(replace(config, resume=True, steps=7))
+
+
+def test_tuning_gives_each_optimizer_the_same_number_of_runs(config):
+    config = replace(config, tune=2, seeds=(0,), steps=2, optimizers=("asgo", "muon"))
+    results = compare(config)
+    for text in config.optimizers:
+        assert len(list((config.out / "tune" / text).iterdir())) == 2
+        tried = dict(results["tuning"][text]["tried"])
+        assert results["tuning"][text]["lr"] == min(tried, key=tried.__getitem__)
+        assert results["runs"][text][0]["seed"] == 0
+    assert "tune" in (config.out / "report.html").read_text()
+    assert "Learning rates" in (config.out / "report.html").read_text()
+
+
+def test_a_diverged_run_is_counted_and_the_rest_goes_on(config, capsys):
+    config = replace(config, optimizers=("adamw", "sgd:lr=1e30"), seeds=(0,), cadence=CadenceConfig(log_every=1))
+    results = compare(config, Console(width=300))
+    assert [row["diverged"] for row in results["rows"]] == [0, 1]
+    assert results["rows"][1]["val_loss"] is None
+    assert "(1 of 1 diverged)" in capsys.readouterr().out
+    json.loads((config.out / "results.json").read_text(), parse_constant=pytest.fail)
+    assert compare(replace(config, resume=True))["rows"][1]["diverged"] == 1
+
+
+def test_a_corpus_that_is_missing_leaves_no_folder(config):
+    data = replace(config.data, corpus=CorpusConfig(name="no/such/file"))
+    with pytest.raises(LabError, match="does not exist"):
+        compare(replace(config, data=data))
+    assert not config.out.exists()
+
+
+# ---- arithmetic -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [  # quantiles of printed tables of Student's t
+        (12.706, 1, 0.05),
+        (4.303, 2, 0.05),
+        (3.182, 3, 0.05),
+        (2.571, 5, 0.05),
+        (2.228, 10, 0.05),
+        (63.657, 1, 0.01),
+        (9.925, 2, 0.01),
+        (3.355, 8, 0.01),
+        (0.0, 4, 1.0),
+    ],
+)
+def test_student_p_agrees_with_the_tables(t, freedom, p):
+    assert student_p(t, freedom) == pytest.approx(p, rel=2e-3)
+    assert student_p(-t, freedom) == student_p(t, freedom)
+
+
+def test_paired_test():
+    test = paired_test("a", "b", [(1.0, 2.0), (2.0, 2.5), (3.0, 4.5)])
+    assert test.difference == pytest.approx(-1.0)
+    assert test.standard_error == pytest.approx(0.5 / math.sqrt(3))
+    assert test.t == pytest.approx(-2 * math.sqrt(3))
+    assert test.p == pytest.approx(0.0742, abs=1e-4)
+    assert str(test) == "a - b: -1.0000, standard error 0.2887 (3 paired seeds, t = -3.46, p = 0.0742)"
+    assert "no test is possible with 2" in str(paired_test("a", "b", [(1, 2), (1, 3)]))
+    assert "without spread" in str(paired_test("a", "b", [(1, 2)] * 3))
+    assert "no seed that both finished" in str(paired_test("a", "b", []))
+    (only,) = all_pairs({"a": {0: 1.0, 1: 2.0}, "b": {1: 1.0, 2: 9.0}})
+    assert (only.seeds, only.difference) == (1, 1.0)
+
+
+@pytest.mark.parametrize("best", [-5.0, -2.0, -0.5, 0.0, 1.5, 4.0])
+@pytest.mark.parametrize("budget", [1, 3, 5, 8])
+def test_search_spends_its_budget_and_walks_to_the_best(best, budget):
+    calls = []
+
+    def loss(lr):
+        calls.append(lr)
+        return (math.log2(lr / 0.01) - best) ** 2
+
+    found = search(0.01, budget, loss)
+    assert len(calls) == len(set(calls)) == budget
+    assert [lr for lr, _ in found.tried] == calls
+    assert loss(found.lr) == min(value for _, value in found.tried)
+    if budget == 8:
+        assert abs(math.log2(found.lr / 0.01) - best) <= 0.5
+        assert found.bracketed
+
+
+def test_search_walks_away_from_divergence():
+    found = search(1.0, 4, lambda lr: math.nan if lr > 0.3 else lr)
+    assert found.lr == 0.25
+    assert not found.bracketed
+
+
+def outcome(losses, seed=0, status="finished"):
+    steps = tuple(10 * i for i in range(len(losses)))
+    result = {"status": status, "val_loss": losses[-1], "seconds_per_step": 0.1, "optimizer_share": 0.5}
+    result |= {"failed_roots": 1, "state_bytes": 2_000_000}
+    return Outcome(seed, result, Curve(steps, tuple(0.5 * step for step in steps), tuple(losses)))
+
+
+def test_rows_of_the_table():
+    runs = [outcome([4.0, 2.0, 1.0]), outcome([4.0, 3.0, 2.0]), outcome([4.0, 9.0], status="diverged")]
+    assert choose_target("auto", {"a": runs}) == 2.0
+    assert choose_target("1.5", {"a": runs}) == 1.5
+    assert choose_target("auto", {"a": runs[2:]}) is None
+    row = summarize("a", 0.01, runs, 2.0)
+    assert (row.val_loss, row.best, row.runs, row.diverged) == (1.5, 1.0, 3, 1)
+    assert (row.reached, row.steps_to_target, row.seconds_to_target) == (2, 15, 7.5)
+    assert row.failed_roots == 2
+    expected = ("a", "0.01", "1.5000 ± 0.7071 (1 of 3 diverged)", "1.0000", "15 (2 of 3 runs)")
+    assert cells(row)[:5] == expected
+    assert cells(row)[6:] == ("100.0", "50 %", "2", "2.00")
+    nothing = summarize("b", 0.01, runs[2:], None)
+    assert cells(nothing)[2:5] == ("- (1 of 1 diverged)", "-", "- (0 of 1 runs)")
+
+
+def test_plot_of_nothing_and_of_many():
+    assert draw_comparison({"a": []}, None).startswith(b"\x89PNG")
+    curve = Curve((0, 1, 2), (0.0, 0.1, 0.2), (4.0, 3.0, 2.0))
+    assert draw_comparison({str(i): [curve, curve] for i in range(9)}, 2.5).startswith(b"\x89PNG")
+
+
+def test_specs():
+    spec = parse_spec("asgo:lr=0.02,betas=0.9/0.99,adamw_lr=1e-3,nesterov=False,statistic=gradient")
+    assert (spec.name, spec.lr, spec.betas, spec.adamw_lr) == ("asgo", 0.02, (0.9, 0.99), 1e-3)
+    assert spec.options == ("nesterov=False", "statistic=gradient")
+    assert parse_spec("adamw").lr == parse_spec("adamw").adamw_lr
+    assert compare_module._slug("adamw:lr=0.1,betas=0.9/0.95") == "adamw_lr=0.1_betas=0.9_0.95"
