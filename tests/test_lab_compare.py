@@ -105,7 +105,7 @@ def test_two_optimizers_two_seeds(config, capsys):
     assert (config.out / "table.md").read_text().count("\n| ") == 3
     assert (config.out / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "no test is possible with 2 paired" in saved["tests"][0]["text"]
-    for part in ("adamw:lr=0.002", "val loss", str(config.out / "plot.png"), str(config.out / "report.html")):
+    for part in ("adamw:lr=0.002", "target", str(config.out / "plot.png"), str(config.out / "report.html")):
         assert part in shown
 
 
@@ -233,9 +233,10 @@ def test_search_spends_its_budget_and_walks_to_the_best(best, budget):
 
 
 def test_search_walks_away_from_divergence():
-    found = search(1.0, 4, lambda lr: math.nan if lr > 0.3 else lr)
+    found = search(1.0, 5, lambda lr: math.nan if lr > 0.3 else 1 / lr)
+    assert [lr for lr, _ in found.tried] == [1.0, 0.5, 0.25, 0.125, 0.25 * math.sqrt(2)]
     assert found.lr == 0.25
-    assert not found.bracketed
+    assert found.bracketed
 
 
 def outcome(losses, seed=0, status="finished"):
@@ -258,7 +259,7 @@ def test_rows_of_the_table():
     assert cells(row)[:5] == expected
     assert cells(row)[6:] == ("100.0", "50 %", "2", "2.00")
     nothing = summarize("b", 0.01, runs[2:], None)
-    assert cells(nothing)[2:5] == ("- (1 of 1 diverged)", "-", "- (0 of 1 runs)")
+    assert cells(nothing)[2:5] == ("- (1 of 1 diverged)", "-", "-")
 
 
 def test_plot_of_nothing_and_of_many():

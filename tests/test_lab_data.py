@@ -40,6 +40,7 @@ PROSE = "the quick brown fox jumps over the lazy dog. " * 400
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ASGO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hub"))
     return tmp_path / "cache"
 
 
@@ -152,8 +153,7 @@ def test_two_writers_leave_one_whole_file_and_nothing_else(tmp_path):
     target = tmp_path / "deep" / "file"
     contents = [bytes([65 + i]) * 200_000 for i in range(4)]
     writers = [
-        threading.Thread(target=cache.write_cached, args=(target, lambda file, c=c: file.write(c)))
-        for c in contents
+        threading.Thread(target=cache.write_cached, args=(target, lambda file, c=c: file.write(c))) for c in contents
     ]
     for writer in writers:
         writer.start()
@@ -452,9 +452,7 @@ def test_the_numbers_behind_the_batches_never_change():
     assert (Draw(8, 4, seed=3).numbers(7, 3) % 10**6).tolist() == [419742, 550203, 930413]
 
 
-@given(
-    world=st.integers(1, 4), each=st.integers(1, 3), step=st.integers(0, 10**9), seed=st.integers(0, 2**63)
-)
+@given(world=st.integers(1, 4), each=st.integers(1, 3), step=st.integers(0, 10**9), seed=st.integers(0, 2**63))
 def test_ranks_share_the_batch_of_one_process(world, each, step, seed):
     ids = np.arange(1000, dtype=np.uint16)
     whole = TrainBatches(ids, Draw(5, world * each, seed)).batch(step)
@@ -483,9 +481,7 @@ def test_validation_blocks_are_fixed_apart_and_spread(length, size, batch, most)
     ids = np.arange(length, dtype=np.uint32)
     pairs = list(validation_blocks(ids, size, batch, most))
     again = list(validation_blocks(ids, size, batch, most))
-    assert all(
-        torch.equal(a, b) for x, y in zip(pairs, again, strict=True) for a, b in zip(x, y, strict=True)
-    )
+    assert all(torch.equal(a, b) for x, y in zip(pairs, again, strict=True) for a, b in zip(x, y, strict=True))
     assert all(torch.equal(inputs + 1, targets) for inputs, targets in pairs)
     starts = [int(row[0]) for inputs, _ in pairs for row in inputs]
     total = (length - 1) // size
@@ -583,9 +579,7 @@ def test_a_stream_is_the_same_on_every_rank(rows):
     ranks = [open_data(rows, 2, rank, 3).batches for rank in range(3)]
     for step in range(30):
         parts = zip(*(rank.batch(step) for rank in ranks), strict=True)
-        assert all(
-            torch.equal(torch.cat(part), pair) for part, pair in zip(parts, whole.batch(step), strict=True)
-        )
+        assert all(torch.equal(torch.cat(part), pair) for part, pair in zip(parts, whole.batch(step), strict=True))
 
 
 def test_a_stream_differs_by_seed_and_goes_in_order(rows):
@@ -605,21 +599,22 @@ def test_what_a_stream_says_of_itself(rows):
     assert data.fingerprint != open_data(replace(rows, tokenizer=TokenizerConfig("bpe", 260))).fingerprint
 
 
-def test_a_stream_without_documents_for_both_parts(rows):
+def test_a_stream_without_documents_for_both_parts(rows, tmp_path):
     def refuse(message, **changes):
         refused(message, open_data, replace(rows, corpus=replace(rows.corpus, **changes)))
 
     refuse("no documents left after the held-out ones", validation_characters=10**6)
     refuse("validation part of .* one block needs 17", validation_characters=3)
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}')
+    refuse("corpus 'hub:json' is empty. Pass", data_files=str(tmp_path / "empty.jsonl"))
     refuse("have no field 'body': pass --corpus.text-field with one of text, id", text_field="body")
     refuse("with datasets: ValueError: .*split 'test'", split="test")
     refuse("Check the name, the files 'nowhere.jsonl', the split 'train'", data_files="nowhere.jsonl")
-    refuse("Check the name, the files 'nowhere-.*', the split 'train'", data_files="nowhere-*.jsonl")
+    refuse("the files 'nowhere-.*', the split|corpus 'hub:json' is empty", data_files="nowhere-*.jsonl")
     refuse("cannot read corpus 'hub:'", name="hub:")
 
 
-def test_the_same_documents_without_streaming(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "arrow"))
+def test_the_same_documents_without_streaming(rows):
     data = open_data(replace(rows, corpus=replace(rows.corpus, streaming=False)))
     assert isinstance(data.batches, TrainBatches)
     text = read_text(rows.corpus)
@@ -633,10 +628,7 @@ def test_a_dataset_folder_and_other_formats(rows, tmp_path):
     table = datasets.Dataset.from_list([{"text": document(i)} for i in range(60)])
     table.to_parquet(str(folder / "train.parquet"), batch_size=7)
     expected = stream_text(rows)
-    assert (
-        stream_text(replace(rows, corpus=replace(rows.corpus, name=f"hub:{folder}", data_files=None)))
-        == expected
-    )
+    assert stream_text(replace(rows, corpus=replace(rows.corpus, name=f"hub:{folder}", data_files=None))) == expected
     (tmp_path / "lines.txt").write_text("\n".join(map(document, range(60))))
     lines = replace(rows.corpus, name="hub:text", data_files=str(tmp_path / "lines.txt"))
     assert stream_text(replace(rows, corpus=lines)) == expected

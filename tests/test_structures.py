@@ -102,9 +102,10 @@ def test_zero_history_gives_zero_and_no_nan(structure):
 
 
 @every_structure
-@pytest.mark.parametrize(("root", "tolerance"), [("eigh", 4e-2), ("minimax", 3e-3)])
+@pytest.mark.parametrize(("root", "tolerance"), [("eigh", 4e-2), ("minimax", 8e-3)])
 def test_float32_is_close_to_float64(structure, root, tolerance):
-    grads, direction = stacks((2, 12, 40), 10), stacks((2, 12, 40), 1, seed=1)[0]
+    grads = stacks((2, 12, 40), 10)
+    direction = grads[-1] + grads[-2]
     exact, _ = run(structure, grads, direction)
     got, _ = run(structure, [g.float() for g in grads], direction.float(), root=root)
     assert (got - exact).norm() <= tolerance * exact.norm()

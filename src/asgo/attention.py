@@ -26,6 +26,7 @@ QUERY_KEY = (
     ("q", "k"),  # T5
     ("linear_q", "linear_k"),  # Conformers
     ("to_q", "to_k"),  # diffusion transformers
+    ("Wq", "Wk"),  # CTRL
     ("q_attn", "c_attn"),  # GPT-2's cross attention, where c_attn holds key and value
     ("q_proj_weight", "k_proj_weight"),  # torch.nn.MultiheadAttention with kdim or vdim
 )
@@ -62,29 +63,28 @@ def head_view(attention: nn.Module, slot: str, shape: Sequence[int], transposed:
         shape: the weight's shape, ``(out, in)``, or ``(in, out)`` if `transposed`.
         transposed: whether the layer stores (in, out).
     """
+    pairs = [pair for pair in QUERY_KEY if slot in pair and all(hasattr(attention, name) for name in pair)]
+    if slot not in FUSED and not pairs:
+        return None
     h = _number(attention, HEADS) or _number(getattr(attention, "config", None), HEADS)
     d, rows = _number(attention, HEAD_DIM), shape[1 if transposed else 0]
     if not h or not rows:
         return None
     if slot in FUSED:
-        if FUSED[slot] != bool(OTHERWISE & {kind.__name__ for kind in type(attention).__mro__}):
-            return _in_blocks(rows, h, d or rows // (3 * h), transposed, hasattr(attention, "q_attn"))
         d = d or rows // (3 * h)
+        if FUSED[slot] != bool(OTHERWISE & {kind.__name__ for kind in type(attention).__mro__}):
+            return _in_blocks(rows, h, d, transposed, hasattr(attention, "q_attn"))
         return per_head(rows // d, transposed) if d and rows % d == 0 else None
-    for query, key in QUERY_KEY:
-        if slot in (query, key) and hasattr(attention, query) and hasattr(attention, key):
-            if slot == query:
-                return per_head(h, transposed) if rows % (h * max(d, 1)) == 0 else None
-            d = d or getattr(getattr(attention, query), "out_features", 0) // h
-            return per_head(rows // d) if key != "kv_b_proj" and _are_heads(rows, h, d) else None
-    return None
+    query, key = pairs[0]
+    if slot == query:
+        return per_head(h, transposed) if rows % (h * max(d, 1)) == 0 else None
+    d = d or getattr(getattr(attention, query), "out_features", 0) // h
+    return per_head(rows // d) if key != "kv_b_proj" and _are_heads(rows, h, d) else None
 
 
 def per_head(h: int, transposed: bool = False) -> View | None:
     """The view of `h` heads; none of its own for a single head, which is the whole matrix."""
-    if h == 1:
-        return None
-    return View("n (h d) -> h d n", {"h": h}) if transposed else heads(h)
+    return heads(h, transposed) if h > 1 else None
 
 
 def _in_blocks(rows: int, h: int, d: int, transposed: bool, is_cross: bool) -> View | None:

@@ -67,14 +67,10 @@ class Rule:
                 "For a single module pass the pattern of its names."
             )
         if self.parameter is not None and not self.types:
-            raise ValueError(
-                f"parameter={self.parameter!r} needs a module class to match; got {self.match!r}."
-            )
+            raise ValueError(f"parameter={self.parameter!r} needs a module class to match; got {self.match!r}.")
         reserved = sorted({"params", "param_names", "view", "name"} & set(self.options))
         if reserved:
-            raise ValueError(
-                f"options may not set {', '.join(reserved)}: the rule has arguments for view and name."
-            )
+            raise ValueError(f"options may not set {', '.join(reserved)}: the rule has arguments for view and name.")
         if self.view != DEFAULT:
             object.__setattr__(self, "view", View.of(self.view))
 
@@ -203,7 +199,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2
 _ELEMENTWISE = {
     *("pos_embed", "pos_embedding", "position_embedding", "position_embeddings", "positional_embedding"),
     *("position_enc", "wpe", "pe", "level_embed", "seg_embed", "rel_pos_h", "rel_pos_w", "attention_biases"),
-    *("relative_position_bias_table", "relative_attention_bias", "pos_bias_u", "pos_bias_v"),
+    *("relative_position_bias_table", "relative_attention_bias", "position_bias", "pos_bias_u", "pos_bias_v"),
     *("bias_u", "bias_v", "r_w_bias", "r_r_bias", "r_s_bias", "A_log"),
 }
 """Exact names of parameters that are no matrices though they have two axes: positions, biases, decays."""
@@ -258,10 +254,11 @@ def _bare(site: Site) -> Found:
     table of positions go to AdamW. Three axes are a stack of matrices (experts, `torch.nn.Bilinear`): which
     side is preconditioned goes by size, so it may hold (in, out) as well as (out, in).
     """
-    shape, sibling = site.shape, site.leaf.removesuffix("_bias")
+    shape, base = site.shape, site.leaf.removesuffix("_bias")
     if sum(length != 1 for length in shape) < 2 or (len(shape) > 2 and shape[0] == 1):
         return ADAMW
-    is_bias = site.leaf == "bias" or (sibling != site.leaf and hasattr(site.module, sibling))
+    has_weight = any(hasattr(site.module, name) for name in (base, f"{base}_weight"))
+    is_bias = site.leaf == "bias" or (base != site.leaf and has_weight)
     if is_bias or site.leaf in _ELEMENTWISE:
         return ADAMW
     if len(shape) == 2:

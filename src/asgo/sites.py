@@ -44,9 +44,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         if param.requires_grad:
             names.setdefault(param, []).append(name)
     if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no trainable parameter: set requires_grad before routing."
-        )
+        raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad before routing.")
     modules = dict(model.named_modules(remove_duplicate=False))
     heads = _output_heads(model)
     return [_site(modules, param, aliases, heads) for param, aliases in names.items()]
@@ -59,9 +57,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return _unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
-def _site(
-    modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence[str], heads: set[nn.Module]
-) -> Site:
+def _site(modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence[str], heads: set[nn.Module]) -> Site:
     if is_lazy(param) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
             f"{names[0]!r} has no shape of its own: run a lazy model once before routing, and shard with "
@@ -78,9 +74,7 @@ def _place(modules: Mapping[str, nn.Module], name: str, param: nn.Parameter) -> 
     """The path of the module and the name there; a parametrized weight stands where the weight stood."""
     path, _, leaf = name.rpartition(".")
     owner = modules[path]
-    if isinstance(owner, ParametrizationList) and param.numel() == max(
-        p.numel() for p in owner.parameters(False)
-    ):
+    if isinstance(owner, ParametrizationList) and param.numel() == max(p.numel() for p in owner.parameters(False)):
         holder, _, leaf = path.rpartition(".")  # path is "<module>.parametrizations.<leaf>"
         path = holder.rpartition(".")[0]
     return path, {"weight_v": "weight", "weight_orig": "weight"}.get(leaf, leaf)
@@ -97,9 +91,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     asked = [getattr(module, "get_output_embeddings", None) for module in modules]
     if any(map(callable, asked)):
         answers = [answer for ask in asked if callable(ask) and isinstance(answer := ask(), nn.Module)]
-        return {
-            head for answer in answers for head in (answer if isinstance(answer, nn.ModuleList) else [answer])
-        }
+        return {head for answer in answers for head in (answer if isinstance(answer, nn.ModuleList) else [answer])}
     inside = {inner for module in modules if isinstance(module, nn.ModuleList) for inner in module.modules()}
     linear = [module for module in modules if isinstance(module, nn.Linear) and module not in inside]
     tables = {(table.num_embeddings, table.embedding_dim) for table in modules if isinstance(table, TABLES)}

@@ -209,9 +209,12 @@ STACK = View("e m n -> e m n")
 """A stack of matrices in one parameter: mixture-of-experts weights ``(experts, out, in)``."""
 
 
-def heads(h: int) -> View:
-    """One matrix ``(d, n)`` per attention head: query and key (Section 1.4: their Hessians are block-diagonal)."""
-    return View("(h d) n -> h d n", {"h": h})
+def heads(h: int, transposed: bool = False) -> View:
+    """One matrix ``(d, n)`` per attention head: query and key, whose Hessians are block-diagonal by head.
+
+    With `transposed`, for layers that store (in, out).
+    """
+    return View("n (h d) -> h d n" if transposed else "(h d) n -> h d n", {"h": h})
 
 
 def head_columns(h: int) -> View:
@@ -236,8 +239,8 @@ def fused_qkv(q: int, k: int, v: int, d: int, transposed: bool = False) -> View:
 def conv(ndim: int, groups: int = 1, transposed: bool = False) -> View:
     """A convolution weight with `ndim` axes as ``out x (in * kernel)``, one matrix per group.
 
-    Depthwise convolutions (one input channel per group) are one matrix ``channels x kernel``: a stack of single
-    rows would have nothing to precondition.
+    Read depthwise convolutions with ``groups=1``, as one matrix ``channels x kernel``: in a stack of single rows
+    there would be nothing to precondition.
     """
     kernel = " ".join(f"k{i}" for i in range(ndim - 2))
     if transposed:

@@ -117,9 +117,7 @@ def _encode_cached(tokenizer: Tokenizer, text: str, file: Path) -> np.ndarray:
 def _check_length(ids: np.ndarray, part: str, config: DataConfig) -> None:
     if len(ids) <= config.block_size:
         what = f"the {part} part of corpus '{config.corpus.name}' has {len(ids):,} tokens"
-        need = (
-            f"one block needs {config.block_size + 1:,} (--block-size {config.block_size} and the next token)"
-        )
+        need = f"one block needs {config.block_size + 1:,} (--block-size {config.block_size} and the next token)"
         raise LabError(f"{what}, but {need}. Pass a longer corpus, a smaller --block-size, or another split.")
 
 
@@ -155,9 +153,7 @@ class Data:
         return validation_blocks(self.held_out, self.block_size, batch_size, max_blocks)
 
 
-def open_data(
-    config: DataConfig, seed: int = 0, rank: int = 0, world: int = 1, cache_dir: Path | None = None
-) -> Data:
+def open_data(config: DataConfig, seed: int = 0, rank: int = 0, world: int = 1, cache_dir: Path | None = None) -> Data:
     """Open the data of a run, whole corpus or stream.
 
     Args:
@@ -191,6 +187,9 @@ def _open_stream(config: DataConfig, draw: Draw, cache_dir: Path | None) -> Data
     corpus = config.corpus
     stream = DocumentStream(corpus)
     held_out = stream.take(corpus.validation_characters)
+    if not held_out:
+        what = f"corpus '{corpus.name}' is empty"
+        raise LabError(f"{what}. Pass --corpus.name, or --corpus.data-files, with a corpus that has text.")
     start = stream.state_dict()
     tokenizer = _stream_tokenizer(config.tokenizer, stream, cache_dir)
     stream.load_state_dict(start)
@@ -198,9 +197,7 @@ def _open_stream(config: DataConfig, draw: Draw, cache_dir: Path | None) -> Data
     _check_length(ids, "validation", config)
     source = (corpus.name, corpus.split, corpus.text_field, corpus.data_files)
     fingerprint = _hash(*source, tokenizer.fingerprint, text_hash(held_out))
-    batches = StreamingBatches(
-        stream, tokenizer, replace(draw, fingerprint=fingerprint), corpus.shuffle_blocks
-    )
+    batches = StreamingBatches(stream, tokenizer, replace(draw, fingerprint=fingerprint), corpus.shuffle_blocks)
     description = (
         f"{corpus.name}: a stream, its first {len(held_out):,} characters ({len(ids):,} tokens) held out; "
         f"vocabulary {tokenizer.vocab_size:,}"

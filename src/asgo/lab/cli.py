@@ -87,9 +87,7 @@ def _saved(kind: type[Any], path: Path) -> Any:
     return from_json(kind, read_json(path))
 
 
-def _parse(
-    args: Sequence[str], run: TrainConfig, comparison: CompareConfig, demo: CompareConfig
-) -> Command | None:
+def _parse(args: Sequence[str], run: TrainConfig, comparison: CompareConfig, demo: CompareConfig) -> Command | None:
     subcommand = tyro.conf.subcommand
     kinds = Union[  # noqa: UP007 (built from values, so it cannot be written with |)
         Annotated[TrainConfig, subcommand("train", default=run)],

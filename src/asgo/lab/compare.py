@@ -11,6 +11,7 @@ A comparison is a folder of run folders, so an interrupted one goes on where it 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -22,7 +23,8 @@ from rich.console import Console
 from asgo.lab import environment
 from asgo.lab.batches import open_data
 from asgo.lab.config import CompareConfig, OptimizerConfig, RunConfig, TrainConfig, command, to_json
-from asgo.lab.files import make_folder, write_bytes, write_json, write_text
+from asgo.lab.errors import LabError
+from asgo.lab.files import make_folder, read_json, write_bytes, write_json, write_text
 from asgo.lab.html import page
 from asgo.lab.models import shape_of
 from asgo.lab.plot import Curve, draw_comparison
@@ -58,6 +60,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     """
     console = console or Console(quiet=True)
     validate(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LabError("asgo compare runs in one process: start it without torchrun, or use asgo train.")
     specs = {text: parse_spec(text) for text in config.optimizers}
     shape_of(config.model)
     check_comparison(config)
@@ -65,9 +69,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     make_folder(config.out)
     write_json(config.out / "comparison.json", to_json(replace(config, resume=False)))
     try:
-        tuning = (
-            {text: _tune(config, text, spec, console) for text, spec in specs.items()} if config.tune else {}
-        )
+        tuning = {text: _tune(config, text, spec, console) for text, spec in specs.items()} if config.tune else {}
         specs = {text: replace(spec, lr=tuning[text].lr) if tuning else spec for text, spec in specs.items()}
         runs = _run_all(config, specs, console)
     except Stopped as error:
@@ -131,9 +133,7 @@ def _conclude(
 ) -> dict[str, Any]:
     target = choose_target(config.target, runs)
     rows = [summarize(text, specs[text].lr or 0.0, outcomes, target) for text, outcomes in runs.items()]
-    losses = {
-        text: {run.seed: run.result["val_loss"] for run in own if run.finished} for text, own in runs.items()
-    }
+    losses = {text: {run.seed: run.result["val_loss"] for run in own if run.finished} for text, own in runs.items()}
     tests = all_pairs(losses)
     results = {
         "target": target,
@@ -143,9 +143,7 @@ def _conclude(
         "runs": {text: [dict(run.result) for run in own] for text, own in runs.items()},
         "command": command("compare", replace(config, resume=False)),
         "config": to_json(config),
-        "python": environment.describe_python(),
-        "packages": environment.versions(),
-        "commit": environment.commit(),
+        "environment": _environment(config),
         "date": environment.now(),
     }
     curves = {text: [run.curve for run in own if run.finished] for text, own in runs.items()}
@@ -160,11 +158,15 @@ def _conclude(
     return results
 
 
+def _environment(config: CompareConfig) -> dict[str, Any]:
+    """What the first run ran on."""
+    folder = config.out / "runs" / _slug(config.optimizers[0]) / f"seed-{config.seeds[0]}"
+    return read_json(folder / "environment.json")["sessions"][0]
+
+
 def _show(config: CompareConfig, results: Mapping[str, Any], rows: Any, tests: Any, console: Console) -> None:
     target = results["target"]
-    title = f"{len(config.seeds)} seed(s), {config.steps} steps" + (
-        f", target {target:.4f}" if target else ""
-    )
+    title = f"{len(config.seeds)} seed(s), {config.steps} steps" + (f", target {target:.4f}" if target else "")
     console.print(rich_table(rows, title))
     for text, found in results["tuning"].items():
         edge = "" if found["bracketed"] else ", at the edge of what was tried"

@@ -69,7 +69,7 @@ def describe(device: torch.device, processes: int, step: int) -> dict[str, Any]:
     return {
         "date": now(),
         "from_step": step,
-        "python": describe_python(),
+        "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions(),
         "commit": commit(),
@@ -77,11 +77,6 @@ def describe(device: torch.device, processes: int, step: int) -> dict[str, Any]:
         "processes": processes,
         "threads": torch.get_num_threads(),
     }
-
-
-def describe_python() -> str:
-    """Python's version, for example ``3.11.4``."""
-    return platform.python_version()
 
 
 def now() -> str:

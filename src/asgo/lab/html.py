@@ -16,10 +16,12 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
        max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } .wide { overflow-x: auto; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #888; }
 img { max-width: 100%; height: auto; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+pre { background: #f5f5f5; padding: .8rem; font-size: .85rem; white-space: pre-wrap; }
+figure { margin: 1rem 0; }
 .note { color: #555; font-size: .9rem; }
 """
 
@@ -51,9 +53,8 @@ def page(results: Mapping[str, Any], rows: Sequence[Row], tests: Sequence[Paired
         "<h2>Configuration</h2>",
         "<details><summary>Every field</summary>",
         f"<pre>{escape(json.dumps(results['config'], indent=2))}</pre></details>",
-        "<h2>Versions</h2>",
-        table(("package", "version"), [("python", results["python"]), *results["packages"].items()]),
-        f'<p class="note">Commit: {escape(results["commit"] or "not run from a git checkout")}.</p>',
+        "<h2>Machine and versions</h2>",
+        _environment(results["environment"]),
     ]
     body = "\n".join(sections)
     return (
@@ -99,7 +100,7 @@ def _table_notes(results: Mapping[str, Any]) -> str:
     return (
         f'<p class="note">Losses are nats per token: mean ± standard deviation over seeds. {aim}Steps and '
         "seconds to target are those of the first evaluation at or below it. Time is training time: "
-        "evaluation and saving do not count.</p>"
+        "evaluation and saving do not count; opt. share is the part of a step inside the optimizer.</p>"
     )
 
 
@@ -122,6 +123,13 @@ def _tuning(tuning: Mapping[str, Any]) -> list[str]:
         rows.append((name, f"{found['lr']:.4g}", "yes" if found["bracketed"] else "no", tried))
     head = ("optimizer", "chosen", "worse on both sides", "learning rate: final loss, in the order tried")
     return ["<h2>Learning rates</h2>", "<p>Chosen on a seed that is not compared.</p>", table(head, rows)]
+
+
+def _environment(session: Mapping[str, Any]) -> str:
+    facts = {"python": session["python"], **session["packages"]}
+    facts |= {key: session[key] for key in ("platform", "device", "threads")}
+    facts["commit"] = session["commit"] or "not run from a git checkout"
+    return table(("what", "which"), list(facts.items()))
 
 
 def _run_commands(results: Mapping[str, Any]) -> str:

@@ -46,9 +46,7 @@ def inspect_routing(config: InspectConfig) -> str:
     """
     for name in ("vocab_size", "block_size"):
         if getattr(config, name) < 1:
-            raise LabError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} is out of range: pass 1 or more."
-            )
+            raise LabError(f"--{name.replace('_', '-')} {getattr(config, name)} is out of range: pass 1 or more.")
     with torch.device("meta"):
         model = build_model(config.model, config.vocab_size, config.block_size, seed=0)
         optimizer = build_optimizer(model, config.optimizer)
@@ -74,7 +72,5 @@ def routing_text(model: nn.Module, optimizer: Optimizer) -> str:
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns of text, each as wide as its longest cell."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
-    )
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
     return "\n".join(line.rstrip() for line in lines)

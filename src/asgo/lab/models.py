@@ -61,13 +61,9 @@ def shape_of(config: ModelConfig) -> Shape:
 
 def _check(shape: Shape) -> None:
     if shape.width % shape.heads:
-        raise LabError(
-            f"--model.width {shape.width} is not a multiple of --model.heads {shape.heads}: change one."
-        )
+        raise LabError(f"--model.width {shape.width} is not a multiple of --model.heads {shape.heads}: change one.")
     if shape.heads % shape.kv_heads:
-        raise LabError(
-            f"--model.kv-heads {shape.kv_heads} does not divide --model.heads {shape.heads}: change one."
-        )
+        raise LabError(f"--model.kv-heads {shape.kv_heads} does not divide --model.heads {shape.heads}: change one.")
     if shape.family == "gpt2" and shape.kv_heads != shape.heads:
         raise LabError("--model.kv-heads is for llama: gpt2 has one key head per query.")
     if shape.family == "llama" and shape.width // shape.heads % 2:

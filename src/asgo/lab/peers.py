@@ -148,9 +148,7 @@ PEERS: dict[str, Peer] = {
         0.1,
         "ASGO's practical form (ASGO: Adaptive Structured Gradient Optimization, An et al., 2025)",
     ),
-    "adamw": Peer(
-        _adamw, AdamW, 4e-3, None, 0.1, "Decoupled Weight Decay Regularization, Loshchilov and Hutter, 2019"
-    ),
+    "adamw": Peer(_adamw, AdamW, 4e-3, None, 0.1, "Decoupled Weight Decay Regularization, Loshchilov and Hutter, 2019"),
     "muon": Peer(
         _beside_adamw(Muon, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"),
         Muon,
@@ -159,9 +157,7 @@ PEERS: dict[str, Peer] = {
         0.1,
         "Muon: An optimizer for hidden layers in neural networks, Jordan et al., 2024",
     ),
-    "sgd": Peer(
-        _beside_adamw(SGD, momentum=0.9, nesterov=True), SGD, 1e-1, 3e-3, 0.0, "SGD with Nesterov momentum"
-    ),
+    "sgd": Peer(_beside_adamw(SGD, momentum=0.9, nesterov=True), SGD, 1e-1, 3e-3, 0.0, "SGD with Nesterov momentum"),
 }
 
 
@@ -175,9 +171,7 @@ def resolve(config: OptimizerConfig) -> OptimizerConfig:
         raise LabError(f"optimizer {config.name!r} does not exist: choose from {', '.join(PEERS)}.")
     peer = PEERS[config.name]
     lr = peer.lr if config.lr is None else config.lr
-    adamw_lr = (
-        (lr if peer.adamw_lr is None else peer.adamw_lr) if config.adamw_lr is None else config.adamw_lr
-    )
+    adamw_lr = (lr if peer.adamw_lr is None else peer.adamw_lr) if config.adamw_lr is None else config.adamw_lr
     weight_decay = peer.weight_decay if config.weight_decay is None else config.weight_decay
     return replace(config, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay)
 

@@ -60,9 +60,7 @@ def draw_run(metrics: Sequence[Mapping[str, Any]]) -> bytes:
     training = [line for line in metrics if "loss" in line]
     curve = Curve.of(metrics)
     grey, (color, style, marker) = "#7f7f7f", _STYLES[0]
-    axes.plot(
-        [line["step"] for line in training], [line["loss"] for line in training], color=grey, label="training"
-    )
+    axes.plot([line["step"] for line in training], [line["loss"] for line in training], color=grey, label="training")
     axes.plot(curve.steps, curve.losses, color=color, linestyle=style, marker=marker, label="validation")
     _label(axes, "optimizer steps", "loss (nats per token)")
     return _png(figure)
@@ -82,7 +80,8 @@ def draw_comparison(curves: Mapping[str, Sequence[Curve]], target: float | None)
             _draw_mean(by_step, by_time, name, runs, number)
     for axes in (by_step, by_time):
         if target is not None:
-            axes.axhline(target, color="#404040", linewidth=0.8, linestyle=(0, (2, 2)))
+            dots = (0, (2, 2))
+            axes.axhline(target, color="#404040", linewidth=0.8, linestyle=dots, label=f"target {target:.3f}")
     _label(by_step, "optimizer steps", "validation loss (nats per token)")
     _label(by_time, "training time (seconds, without evaluation)", "")
     low, high = _window([run for runs in curves.values() for run in runs])
@@ -97,9 +96,7 @@ def _draw_mean(by_step: Axes, by_time: Axes, name: str, runs: Sequence[Curve], n
     seconds = [statistics.fmean(column) for column in zip(*(run.seconds for run in runs), strict=False)]
     every = max(1, len(mean) // 8)
     for axes, x in ((by_step, runs[0].steps[: len(mean)]), (by_time, seconds)):
-        axes.plot(
-            x, mean, color=color, linestyle=style, marker=marker, markersize=5, markevery=every, label=name
-        )
+        axes.plot(x, mean, color=color, linestyle=style, marker=marker, markersize=5, markevery=every, label=name)
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
@@ -108,10 +105,7 @@ def _window(runs: Sequence[Curve]) -> tuple[float | None, float | None]:
     if not runs:
         return None, None
     late = [
-        loss
-        for run in runs
-        for step, loss in zip(run.steps, run.losses, strict=True)
-        if step >= run.steps[-1] / 10
+        loss for run in runs for step, loss in zip(run.steps, run.losses, strict=True) if step >= run.steps[-1] / 10
     ]
     low, high = min(late), max(late)
     margin = 0.05 * (high - low) or 0.05

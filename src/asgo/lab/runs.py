@@ -122,9 +122,7 @@ class RunFolder:
                 f"cannot read the checkpoint {saved[-1]}: {reason}. Delete it to go on from the one before."
             ) from error
         if not isinstance(state, dict) or not {"step", "model_fingerprint", "data_fingerprint"} <= set(state):
-            raise LabError(
-                f"{saved[-1]} is not a checkpoint of asgo train: delete it, or pass another --out."
-            )
+            raise LabError(f"{saved[-1]} is not a checkpoint of asgo train: delete it, or pass another --out.")
         return state
 
     # ---- the end ---------------------------------------------------------------------------------
@@ -168,9 +166,7 @@ def check_folder(path: Path, resume: bool, marker: str, what: str) -> None:
     if not (path / marker).exists():
         raise LabError(f"--out {path} is not empty and holds no {what}: pass another folder.")
     if not resume:
-        raise LabError(
-            f"--out {path} already holds a {what}: pass --resume to continue it, or another --out."
-        )
+        raise LabError(f"--out {path} already holds a {what}: pass --resume to continue it, or another --out.")
 
 
 def check_same(saved: Any, asked: Any, path: Path) -> None:

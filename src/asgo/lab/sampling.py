@@ -43,9 +43,7 @@ class Draw:
         if self.seed < 0:
             raise LabError(f"seed {self.seed} is out of range: pass 0 or more.")
         if not 0 <= self.rank < self.world:
-            raise LabError(
-                f"rank {self.rank} is out of range: {self.world} processes have 0 to {self.world - 1}."
-            )
+            raise LabError(f"rank {self.rank} is out of range: {self.world} processes have 0 to {self.world - 1}.")
 
     @property
     def blocks(self) -> int:
@@ -195,9 +193,7 @@ class StreamingBatches:
             document = self.stream.read()
         if document is None:
             what = f"corpus '{self.stream.config.name}' has no documents left after the held-out ones"
-            raise LabError(
-                f"{what}. Pass a smaller --corpus.validation-characters, or --corpus.no-streaming."
-            )
+            raise LabError(f"{what}. Pass a smaller --corpus.validation-characters, or --corpus.no-streaming.")
         return document
 
 

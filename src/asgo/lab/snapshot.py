@@ -42,8 +42,7 @@ def check_identity(state: dict[str, Any], own: dict[str, Any], processes: int, w
             )
     if len(state["ranks"]) != processes:
         raise LabError(
-            f"checkpoint {where} is of {len(state['ranks'])} processes and this run has {processes}: start "
-            "as many."
+            f"checkpoint {where} is of {len(state['ranks'])} processes and this run has {processes}: start as many."
         )
 
 

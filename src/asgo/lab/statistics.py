@@ -39,10 +39,7 @@ class PairedTest:
         if not self.seeds:
             return head + "no seed that both finished"
         if self.seeds < SEEDS_NEEDED:
-            return (
-                head
-                + f"{self.difference:+.4f}; no test is possible with {self.seeds} paired seed(s), it needs 3"
-            )
+            return head + f"{self.difference:+.4f}; no test is possible with {self.seeds} paired seed(s), it needs 3"
         if math.isnan(self.t):
             return head + f"{self.difference:+.4f} on every seed; no test is possible without spread"
         p = "p < 0.0001" if self.p < 1e-4 else f"p = {self.p:.4f}"

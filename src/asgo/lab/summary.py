@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from asgo.lab.plot import Curve
@@ -118,7 +119,7 @@ HEAD = (
     "steps to target",
     "seconds to target",
     "ms per step",
-    "in optimizer",
+    "opt. share",
     "failed roots",
     "state MB",
 )
@@ -149,9 +150,11 @@ def _show(value: float | None, form: str, note: str = "") -> str:
 
 def rich_table(rows: Sequence[Row], title: str) -> Table:
     """The rows for a terminal."""
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(HEAD):
-        table.add_column(name, justify="left" if number == 0 else "right")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column(HEAD[0], overflow="fold", min_width=10)
+    for name in HEAD[1:]:
+        # One word to a line, so that the table fits into 80 columns.
+        table.add_column("\n".join(name.split()), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
     return table

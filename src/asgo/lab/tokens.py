@@ -186,9 +186,7 @@ class BpeTokenizer(Tokenizer):
             return cls(tokenizers.Tokenizer.from_file(str(file)).to_str())
         except Exception as error:  # `tokenizers` raises Exception itself.
             what = f"--tokenizer.kind '{path}' holds no tokenizer that can be read ({error})"
-            raise LabError(
-                f"{what}. Pass a tokenizer.json, or a folder with vocab.json and merges.txt."
-            ) from error
+            raise LabError(f"{what}. Pass a tokenizer.json, or a folder with vocab.json and merges.txt.") from error
 
     @cached_property
     def _model(self) -> tokenizers.Tokenizer:
@@ -217,9 +215,7 @@ class BpeTokenizer(Tokenizer):
         return json.dumps({"kind": "bpe", "tokenizer": json.loads(self.serialized)}, ensure_ascii=False)
 
 
-def build_tokenizer(
-    config: TokenizerConfig, text: str, held_out: str | None, cache: Path | None = None
-) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, text: str, held_out: str | None, cache: Path | None = None) -> Tokenizer:
     """Make the tokenizer of a corpus, learning from `text` what has to be learned.
 
     Args:

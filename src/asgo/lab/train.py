@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from asgo.lab.batches import open_data
 from asgo.lab.config import TrainConfig, command
 from asgo.lab.errors import LabError
 from asgo.lab.inspect import routing_text
+from asgo.lab.machine import accelerator
 from asgo.lab.meter import Meter
 from asgo.lab.models import build_model, count_parameters, model_fingerprint, token_loss
 from asgo.lab.peers import build_optimizer, failed_roots, resolve, state_bytes
@@ -72,10 +72,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        if config.machine.threads is not None:
-            torch.set_num_threads(config.machine.threads)
         self.config = config
-        self.accelerator = _accelerator(config)
+        self.accelerator = accelerator(config.machine)
         self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.data = open_data(config.data, config.seed, rank, world)
@@ -165,8 +163,7 @@ class Trainer:
         line = {
             "step": self.step,
             "loss": self.meter.loss(),
-            "lr": (self.config.optimizer.lr or 0.0)
-            * factor(self.config.schedule, self.step - 1, self.config.steps),
+            "lr": (self.config.optimizer.lr or 0.0) * factor(self.config.schedule, self.step - 1, self.config.steps),
             "grad_norm": float(self.grad_norm),
             "tokens": self.meter.tokens,
             "seconds": self.meter.seconds,
@@ -292,14 +289,3 @@ class Trainer:
         }
         self.folder.finish(result, draw_run(self.folder.metrics()))
         return result
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    try:
-        return Accelerator(mixed_precision=config.machine.precision, cpu=config.machine.device == "cpu")
-    except (ValueError, RuntimeError, ImportError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise LabError(
-            f"--precision {config.machine.precision} on --device {config.machine.device}: {reason}. Pass "
-            "--precision no, or another --device."
-        ) from error

@@ -28,6 +28,7 @@ def search(start: float, budget: int, loss: Callable[[float], float]) -> Tuning:
 
     Each run goes to an untried neighbour of the best so far, the larger one first, so the search walks on
     while the best is at the edge; when both neighbours have been tried, the factor becomes its square root.
+    While every run diverges, it goes down.
 
     Args:
         start: the first learning rate.
@@ -37,16 +38,19 @@ def search(start: float, budget: int, loss: Callable[[float], float]) -> Tuning:
     tried = {0.0: loss(start)}
     step = 1.0
     while len(tried) < budget:
-        best = min(tried, key=lambda exponent: _rank(tried[exponent]))
-        new = [exponent for exponent in (best + step, best - step) if exponent not in tried]
+        best = _best(tried)
+        neighbours = (best + step, best - step) if math.isfinite(tried[best]) else (best - step,)
+        new = [exponent for exponent in neighbours if exponent not in tried]
         if not new:
             step /= 2
             continue
         tried[new[0]] = loss(start * 2.0 ** new[0])
-    best = min(tried, key=lambda exponent: _rank(tried[exponent]))
+    best = _best(tried)
     bracketed = min(tried) < best < max(tried)
     return Tuning(start * 2.0**best, tuple((start * 2.0**e, value) for e, value in tried.items()), bracketed)
 
 
-def _rank(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+def _best(tried: dict[float, float]) -> float:
+    """The exponent of the lowest loss; the lowest exponent while all runs diverge."""
+    finite = {exponent: loss for exponent, loss in tried.items() if math.isfinite(loss)}
+    return min(finite, key=finite.__getitem__) if finite else min(tried)
