@@ -20,7 +20,27 @@ from asgo.lab.cli import main, parse
 from asgo.lab.config import DEMO, CompareConfig, OptimizerConfig, TrainConfig, command
 from asgo.lab.runs import RunFolder
 
-WORDS = "to be or not to be that is the question whether it is nobler in the mind to suffer".split()
+WORDS = [
+    "to",
+    "be",
+    "or",
+    "not",
+    "to",
+    "be",
+    "that",
+    "is",
+    "the",
+    "question",
+    "whether",
+    "it",
+    "is",
+    "nobler",
+    "in",
+    "the",
+    "mind",
+    "to",
+    "suffer",
+]
 
 
 @pytest.fixture(autouse=True)

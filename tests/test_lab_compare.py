@@ -33,7 +33,7 @@ from asgo.lab.tune import search
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices("red green blue yellow black".split(), k=3000)))
+    path.write_text(" ".join(random.Random(0).choices(["red", "green", "blue", "yellow", "black"], k=3000)))
     return path
 
 

@@ -50,7 +50,7 @@ TIMES = ("seconds", "optimizer_seconds", "tokens_per_second")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """A text file of 20,000 characters that a model can learn something from."""
-    words = "the quick brown fox jumps over a lazy dog and then it sleeps".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "then", "it", "sleeps"]
     text = " ".join(random.Random(0).choices(words, k=4500))[:20_000]
     path = tmp_path_factory.mktemp("corpus") / "fox.txt"
     path.write_text(text)
@@ -169,11 +169,10 @@ def test_every_peer_trains(config, name):
     assert "transformer.wte.weight" in (config.out / "routing.txt").read_text()
 
 
-@pytest.mark.parametrize("preset", ["llama-tiny"])
-def test_llama_bf16_and_compile_flags(config, preset):
+def test_llama_in_bf16(config):
     config = replace(
         config,
-        model=ModelConfig(preset=preset),
+        model=ModelConfig(preset="llama-tiny"),
         machine=replace(config.machine, precision="bf16"),
         schedule=ScheduleConfig(kind="constant"),
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asgo.lab.config import ModelConfig
+from asgo.lab.config import ModelConfig, Preset
 from asgo.lab.errors import LabError
 
 
@@ -30,7 +30,7 @@ class Shape:
     tie_embeddings: bool
 
 
-PRESETS: dict[str, Shape] = {
+PRESETS: dict[Preset, Shape] = {
     "tiny": Shape("gpt2", 2, 2, 2, 32, True),
     "demo": Shape("gpt2", 4, 4, 4, 128, True),
     "small": Shape("gpt2", 6, 6, 6, 384, True),

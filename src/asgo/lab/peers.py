@@ -73,7 +73,7 @@ class Composite(Optimizer):
         return {param: state for part in self.optimizers for param, state in part.state.items()}
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Nothing: torch's constructor assigns an empty state, and the parts keep their own."""
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ def _adamw(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Opti
     return AdamW([group for group in groups if group["params"]], **(defaults | arguments))
 
 
-def _beside_adamw(constructor: Callable[..., Optimizer], **defaults: Any) -> Build:
+def _beside_adamw(constructor: Callable[..., Optimizer], defaults: dict[str, Any]) -> Build:
     def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
         matrices, rest = split(model)
         vectors = {"lr": adamw_lr, "betas": _ADAMW_BETAS, "weight_decay": 0.0, "fused": _fused(rest)}
@@ -150,14 +150,16 @@ PEERS: dict[str, Peer] = {
     ),
     "adamw": Peer(_adamw, AdamW, 4e-3, None, 0.1, "Decoupled Weight Decay Regularization, Loshchilov and Hutter, 2019"),
     "muon": Peer(
-        _beside_adamw(Muon, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"),
+        _beside_adamw(Muon, {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}),
         Muon,
         1e-2,
         3e-3,
         0.1,
         "Muon: An optimizer for hidden layers in neural networks, Jordan et al., 2024",
     ),
-    "sgd": Peer(_beside_adamw(SGD, momentum=0.9, nesterov=True), SGD, 1e-1, 3e-3, 0.0, "SGD with Nesterov momentum"),
+    "sgd": Peer(
+        _beside_adamw(SGD, {"momentum": 0.9, "nesterov": True}), SGD, 1e-1, 3e-3, 0.0, "SGD with Nesterov momentum"
+    ),
 }
 
 
