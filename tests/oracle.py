@@ -29,7 +29,7 @@ def asgo(
     grads,
     *,
     lr=1e-2,
-    betas=(0.95, 0.5),
+    betas=(0.95, 0.2),
     eps=1e-6,
     weight_decay=0.1,
     statistic="momentum",

@@ -16,8 +16,10 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from asgo import checkpoint
+from asgo.lab.batches import DataConfig
 from asgo.lab.cli import main, parse
-from asgo.lab.config import DEMO, CompareConfig, OptimizerConfig, TrainConfig, command
+from asgo.lab.config import DEMO, CompareConfig, ModelConfig, OptimizerConfig, TrainConfig, command
+from asgo.lab.corpora import CorpusConfig
 from asgo.lab.runs import RunFolder
 
 WORDS = [
@@ -264,6 +266,13 @@ def test_inspect_routing_of_a_large_model_needs_no_memory(capsys):
             ),
         ),
         ("compare", CompareConfig(optimizers=("asgo", "adamw:lr=0.1,betas=0.9/0.99"), seeds=(4,), tune=3)),
+        (
+            "train",
+            TrainConfig(
+                data=DataConfig(corpus=CorpusConfig(name="fineweb", streaming=False)),
+                model=ModelConfig(tie_embeddings=False),
+            ),
+        ),
     ],
 )
 def test_a_config_and_its_command_say_the_same(verb, config):

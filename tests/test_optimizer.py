@@ -140,7 +140,7 @@ def test_groups_have_their_own_lr_and_defaults():
         {"params": [net.embed.weight], "view": None, "lr": 0.25},
     ]
     first, second = ASGO(groups, lr=0.1).param_groups
-    assert (first["lr"], first["side"], first["betas"]) == (0.5, "left", (0.95, 0.5))
+    assert (first["lr"], first["side"], first["betas"]) == (0.5, "left", (0.95, 0.2))
     assert (second["lr"], second["betas"], second["eps"], second["weight_decay"]) == (
         0.25,
         (0.9, 0.95),

@@ -720,3 +720,13 @@ def test_wrong_arguments(make, error, message):
         make()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_heads_can_be_left_whole():
+    views = [group["view"] for group in route(gpt2(), per_head=False) if group["view"]]
+    assert {str(view["pattern"]) for view in views} == {str(["n m -> 1 m n"] * 3), "n m -> 1 m n"}
+    assert {g["view"]["pattern"] for g in route(llama(), per_head=False) if g["view"]} == {"m n -> 1 m n"}
+    assert "(h d) n -> h d n" in {g["view"]["pattern"] for g in route(llama()) if g["view"]}
+    mine = [Rule("*.q_proj.weight", heads(2))]
+    kept = {str(g["view"]["sizes"]) for g in route(llama(), mine, per_head=False) if g["view"]}
+    assert "{'h': 2}" in kept  # a rule's view is obeyed as it stands

@@ -102,7 +102,10 @@ def _write(obj: Any, file: IO[bytes], path: Path) -> None:
     try:
         torch.save(obj, file)
         file.flush()
-    except RuntimeError as error:  # the zip writer's account of a write that failed
+    except RuntimeError as error:
+        # torch's zip writer hides why a write failed behind its own account of it.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     os.fsync(file.fileno())
 

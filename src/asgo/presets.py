@@ -64,7 +64,7 @@ class ASGO(StructuredOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.95, 0.5),
+        betas: tuple[float, float] = (0.95, 0.2),
         eps: float = 1e-6,
         weight_decay: float = 0.1,
         precondition_frequency: int = 1,

@@ -21,7 +21,7 @@ from torch import nn
 
 from asgo.attention import head_view
 from asgo.sites import TABLES, Site, find_sites
-from asgo.views import MATRIX, STACK, TRANSPOSED, View, blocks, conv, fused_qkv, head_columns, heads
+from asgo.views import MATRIX, STACK, TRANSPOSED, View, blocks, conv, fused_qkv, head_columns, heads, whole
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
 Found: TypeAlias = "View | Literal['adamw'] | None"
@@ -97,12 +97,18 @@ class Rule:
         return f"rule {self.name or shown}"
 
 
-def route(model: nn.Module, rules: Sequence[Rule] = ()) -> list[dict[str, Any]]:
+def route(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = True) -> list[dict[str, Any]]:
     """Named groups of all trainable parameters, each in exactly one: ``ASGO(route(model), lr=1e-2)``.
 
     The first rule that matches decides, then the defaults (see `asgo.routing`). Frozen parameters are left
     out; tied ones appear once, and a weight tied to an embedding is an embedding. Names are those of the
     module inside `DistributedDataParallel` or `torch.compile`, so that checkpoints fit the bare model too.
+
+    Args:
+        model: any module.
+        rules: what should differ from the defaults.
+        per_head: read queries and keys as one matrix per head (the paper's transformer form, whose roots are
+            cheaper by the square of the number of heads) instead of one matrix in all.
 
     Returns:
         Groups ``{"params": [(name, parameter), ...], "view": dict | None, "name": str, **options}`` for a
@@ -121,7 +127,7 @@ def route(model: nn.Module, rules: Sequence[Rule] = ()) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     winners = [next((rule for rule in rules if rule.matches(site)), otherwise) for site in sites]
     for site, rule in zip(sites, winners, strict=True):
-        view = default_view(site) if rule.view == DEFAULT else View.of(rule.view)
+        view = default_view(site, per_head) if rule.view == DEFAULT else View.of(rule.view)
         if view is not None:
             view.check(site.names[0], site.shape)
         _add(groups, site, view, rule)
@@ -131,10 +137,12 @@ def route(model: nn.Module, rules: Sequence[Rule] = ()) -> list[dict[str, Any]]:
     return groups
 
 
-def default_view(site: Site) -> View | None:
+def default_view(site: Site, per_head: bool = True) -> View | None:
     """The view of a parameter that no rule matches: the first answer of `DEFAULTS`."""
     found = next(answer for row in DEFAULTS if (answer := row(site)) is not None)
-    return found if isinstance(found, View) else None
+    if not isinstance(found, View):
+        return None
+    return found if per_head else whole(found)
 
 
 def _add(groups: list[dict[str, Any]], site: Site, view: View | None, rule: Rule) -> None:

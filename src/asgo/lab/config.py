@@ -108,12 +108,14 @@ class CadenceConfig:
         log_every: steps between lines of training metrics; each carries the mean loss since the last.
         eval_every: steps between validation losses; the start and the last step always have one.
         eval_blocks: validation blocks per measurement, the same ones each time; 0: all of them.
+        final_eval_blocks: blocks for the final validation loss of the result; None: as eval_blocks.
         checkpoint_every: steps between checkpoints, the most that kill -9 can lose; the last step has one.
     """
 
     log_every: int = 10
     eval_every: int = 100
     eval_blocks: int = 128
+    final_eval_blocks: int | None = None
     checkpoint_every: int = 200
 
 
@@ -184,12 +186,12 @@ class CompareConfig(RunConfig):
 
 
 DEMO = CompareConfig(
-    data=DataConfig(block_size=128, batch_size=8),
+    data=DataConfig(block_size=128, batch_size=16),
     model=ModelConfig(preset="demo"),
-    cadence=CadenceConfig(log_every=10, eval_every=50, eval_blocks=128, checkpoint_every=200),
-    steps=600,
+    cadence=CadenceConfig(log_every=10, eval_every=25, eval_blocks=128, final_eval_blocks=0, checkpoint_every=150),
+    steps=300,
     optimizers=("asgo", "adamw", "muon"),
-    seeds=(0, 1),
+    seeds=(0, 1, 2),
     out=Path("runs/demo"),
 )
 """The comparison of ``asgo demo``: Shakespeare by characters, a GPT-2 of 4 layers and width 128."""
@@ -264,8 +266,9 @@ def command(verb: str, config: Any) -> str:
     for name, value in flat(config).items():
         if value == defaults[name]:
             continue
-        if isinstance(value, bool):
-            words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+        if isinstance(value, bool) and defaults[name] is not None:
+            prefix, dot, leaf = flag(name).rpartition(".") if "." in flag(name) else ("--", "", flag(name)[2:])
+            words.append(flag(name) if value else f"{prefix}{dot}no-{leaf}")
         else:
             words += [flag(name), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words)

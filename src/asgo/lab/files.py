@@ -18,20 +18,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or str(error).rstrip(".")
         raise LabError(
-            f"cannot write {path}: {_reason(error)}. What was saved before is intact: make room or give access, "
+            f"cannot write {path}: {reason}. What was saved before is intact: make room or give access, "
             "then repeat the command with --resume."
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The system's words for an error, or for the one that caused it: torch's writer hides a full disk."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -40,6 +40,7 @@ class Peer:
         adamw_lr: default for everything else; None: the same as lr.
         weight_decay: default decoupled decay of the hidden matrices.
         about: what it is, and where it is from.
+        routing: further options, which go to `asgo.route`.
     """
 
     build: Build
@@ -48,6 +49,7 @@ class Peer:
     adamw_lr: float | None
     weight_decay: float
     about: str
+    routing: frozenset[str] = frozenset()
 
 
 class Composite(Optimizer):
@@ -107,7 +109,7 @@ def split(model: nn.Module) -> tuple[Named, Named]:
 
 def _asgo(constructor: Callable[..., Optimizer]) -> Build:
     def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-        groups = route(model)
+        groups = route(model, per_head=arguments.pop("per_head", True))
         for group in groups:
             if group.get("view") is None:
                 group["lr"] = adamw_lr
@@ -139,21 +141,22 @@ def _fused(named: Named) -> bool:
 
 # The recorded tuning runs of these learning rates are in benchmarks/.
 PEERS: dict[str, Peer] = {
-    "asgo": Peer(_asgo(ASGO), ASGO, 1e-2, 3e-3, 0.1, "ASGO with this library's defaults"),
+    "asgo": Peer(_asgo(ASGO), ASGO, 1e-2, None, 0.1, "ASGO with this library's defaults", frozenset({"per_head"})),
     "asgo-paper": Peer(
         _asgo(ASGO.paper),
         ASGO.paper,
         1e-2,
-        3e-3,
+        None,
         0.1,
         "ASGO's practical form (ASGO: Adaptive Structured Gradient Optimization, An et al., 2025)",
+        frozenset({"per_head"}),
     ),
     "adamw": Peer(_adamw, AdamW, 4e-3, None, 0.1, "Decoupled Weight Decay Regularization, Loshchilov and Hutter, 2019"),
     "muon": Peer(
         _beside_adamw(Muon, {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}),
         Muon,
         1e-2,
-        3e-3,
+        None,
         0.1,
         "Muon: An optimizer for hidden layers in neural networks, Jordan et al., 2024",
     ),
@@ -200,7 +203,8 @@ def parse_options(config: OptimizerConfig) -> dict[str, Any]:
     Raises:
         LabError: for an entry that is not key=value, or a key that the optimizer does not have.
     """
-    takes = set(inspect.signature(PEERS[config.name].constructor).parameters)
+    peer = PEERS[config.name]
+    takes = set(inspect.signature(peer.constructor).parameters) | peer.routing
     if config.betas is not None and "betas" not in takes:
         raise LabError(f"optimizer {config.name} has no betas: leave --optimizer.betas out.")
     options = {}

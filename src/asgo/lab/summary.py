@@ -74,13 +74,13 @@ class Row:
 
 
 def choose_target(target: str, outcomes: Mapping[str, Sequence[Outcome]]) -> float | None:
-    """The loss of steps-to-target: a number, or for ``auto`` the worst final loss of the finished runs.
+    """The loss of steps-to-target: a number, or for ``auto`` the worst last loss on the curve of a finished run.
 
     Every finished run then reaches it, at the latest with its last evaluation. None if no run finished.
     """
     if target != "auto":
         return float(target)
-    losses = [run.result["val_loss"] for runs in outcomes.values() for run in runs if run.finished]
+    losses = [run.curve.losses[-1] for runs in outcomes.values() for run in runs if run.finished]
     return max(losses, default=None)
 
 

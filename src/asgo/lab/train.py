@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -174,15 +173,8 @@ class Trainer:
         self.folder.log(line)
         return line
 
-    @torch.no_grad()
     def _evaluate(self) -> dict[str, Any]:
-        self.model.eval()
-        total, tokens = torch.zeros((), dtype=torch.float64), 0
-        for inputs, targets in self._validation():
-            total += token_loss(self.model, inputs, targets).double().cpu() * targets.numel()
-            tokens += targets.numel()
-        loss = float(total) / tokens
-        self._check_loss(loss, "validation")
+        loss = self._validation_loss(self.config.cadence.eval_blocks)
         self.meter.val_losses.append(loss)
         line = {
             "step": self.step,
@@ -193,10 +185,17 @@ class Trainer:
         self.folder.log(line)
         return line
 
-    def _validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        blocks = self.config.cadence.eval_blocks or None
-        for batch in self.data.validation(self.config.data.batch_size, blocks):
-            yield self._to_device(batch)
+    @torch.no_grad()
+    def _validation_loss(self, blocks: int) -> float:
+        self.model.eval()
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
+        for batch in self.data.validation(self.config.data.batch_size, blocks or None):
+            inputs, targets = self._to_device(batch)
+            total += token_loss(self.model, inputs, targets).double().cpu() * targets.numel()
+            tokens += targets.numel()
+        loss = float(total) / tokens
+        self._check_loss(loss, "validation")
+        return loss
 
     def _check_loss(self, loss: float, which: str) -> None:
         if math.isfinite(loss):
@@ -267,12 +266,12 @@ class Trainer:
         }
 
     def _finish(self) -> dict[str, Any]:
-        meter, losses = self.meter, self.meter.val_losses
+        meter, losses, blocks = self.meter, self.meter.val_losses, self.config.cadence.final_eval_blocks
         result = {
             "status": "finished",
             "optimizer": self.config.optimizer.name,
             "seed": self.config.seed,
-            "val_loss": losses[-1],
+            "val_loss": losses[-1] if blocks is None else self._validation_loss(blocks),
             "best_val_loss": min(losses),
             "steps": self.step,
             "tokens": meter.tokens,

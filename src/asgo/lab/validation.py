@@ -21,6 +21,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "cadence.log_every": (1, 1e12, "a number of steps"),
     "cadence.eval_every": (1, 1e12, "a number of steps"),
     "cadence.eval_blocks": (0, 1e12, "a number of validation blocks; 0 means all"),
+    "cadence.final_eval_blocks": (0, 1e12, "a number of validation blocks; 0 means all"),
     "cadence.checkpoint_every": (1, 1e12, "a number of steps"),
     "seed": (0, 2**63 - 1, "a seed"),
     "tune": (0, 1000, "a number of learning rates; 0 means no tuning"),

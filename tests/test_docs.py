@@ -1,0 +1,263 @@
+"""The documentation runs as it stands: its code, its commands, its links, and its tables against the library."""
+
+import ast
+import contextlib
+import inspect
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import asgo
+from asgo import ASGO, Rule, View, checkpoint, roots, route, settings, views
+from asgo.attention import FUSED, HEADS, OTHERWISE, QUERY_KEY
+from asgo.routing import DEFAULT
+
+pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
+
+from asgo.lab import cli, peers
+from asgo.lab.config import CompareConfig, RunConfig, TrainConfig, flag, flat
+from asgo.lab.corpora import HUB_CORPORA
+from asgo.lab.models import PRESETS, shape_of
+from asgo.lab.specs import parse_spec
+from asgo.lab.summary import HEAD
+from asgo.lab.validation import validate
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README.md"))]
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+class Block(NamedTuple):
+    info: str
+    code: str
+    line: int
+
+
+def blocks(path):
+    text = path.read_text()
+    return [Block(m["info"], m["code"], text.count("\n", 0, m.start()) + 1) for m in FENCE.finditer(text)]
+
+
+def prose(path):
+    return FENCE.sub("", path.read_text())
+
+
+def page(name):
+    return (ROOT / "docs" / name).read_text()
+
+
+def rows(text):
+    """The cells of all lines of all tables."""
+    table = [line.strip("| ") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")] for line in table]
+
+
+def section(text, title):
+    """What stands under a heading, up to the next one."""
+    return re.split(r"^#+ ", text.split(f"# {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+# ---- code ----------------------------------------------------------------------------------------------------
+
+
+def run(block, path, namespace):
+    """What a block prints; line numbers of a traceback are those of the page."""
+    printed = io.StringIO()
+    code = compile("\n" * block.line + block.code, str(path), "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(code, namespace)
+    return lines(printed.getvalue())
+
+
+def console(block, capsys):
+    """The lines of a session: each command after ``$`` and what it prints."""
+    session = []
+    for line in block.code.splitlines():
+        if line.startswith("$ asgo "):
+            capsys.readouterr()
+            cli.main(shlex.split(line)[2:])
+            session += [line, *lines("".join(capsys.readouterr()))]
+    return session
+
+
+def lines(text):
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+@every_page
+def test_every_block_is_seen(path):
+    text = path.read_text()
+    assert not re.search(r"^[ \t]+```", text, re.MULTILINE), "an indented block would not be run"
+    assert text.count("```") == 2 * len(blocks(path))
+
+
+@every_page
+def test_code_runs_and_prints_what_the_page_says(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace, printed = {"__name__": path.stem}, None
+    for block in blocks(path):
+        if block.info.strip() == "python":
+            printed = run(block, path, namespace)
+        elif 'title="Output"' in block.info:
+            assert printed == lines(block.code), f"{path.name}:{block.line}"
+        elif block.info.strip() == "console":
+            assert console(block, capsys) == lines(block.code), f"{path.name}:{block.line}"
+
+
+# ---- commands and links --------------------------------------------------------------------------------------
+
+
+def commands(path):
+    shell = "".join(block.code for block in blocks(path) if block.info.split(" ")[0] in ("bash", "sh"))
+    words = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
+    launched = [line[line.index("asgo.lab") + 1 :] for line in words if "asgo.lab" in line]
+    return launched + [line[1:] for line in words if line[:1] == ["asgo"]]
+
+
+@every_page
+def test_commands_parse(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in commands(path):
+        if words == ["--version"]:
+            assert cli.main(words) == 0
+        else:
+            check_command(words)
+    assert not list(tmp_path.iterdir())
+
+
+def check_command(words):
+    """Parse, and read what the command's own words stand for; nothing is run."""
+    parsed = cli.parse(words)
+    assert (parsed is None) == ("--help" in words)
+    if isinstance(parsed, RunConfig):
+        validate(parsed)
+        shape_of(parsed.model)
+    if isinstance(parsed, CompareConfig):
+        assert all(parse_spec(text).lr for text in parsed.optimizers)
+    elif parsed is not None:
+        peers.parse_options(peers.resolve(parsed.optimizer))
+
+
+@every_page
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(path))
+    internal = [target for target in targets if not re.match(r"[a-z]+:", target)]
+    for target in internal:
+        file, _, anchor = target.partition("#")
+        place = path.parent / file if file else path
+        assert place.exists(), f"{path.name} links to {target}"
+        assert not anchor or anchor in anchors(place), f"{path.name} links to {target}"
+
+
+def anchors(path):
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"\b[\w-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+# ---- what the tables say against the library -----------------------------------------------------------------
+
+SIGNATURES = {
+    "`ASGO`": ASGO,
+    "`ASGO.paper`": ASGO.paper,
+    "`ASGO.theory`": ASGO.theory,
+    "`ASGO.reference`": ASGO.reference,
+    "`route`": route,
+    "`Rule`": Rule,
+    "`View`": View,
+}
+
+
+@pytest.mark.parametrize("title", SIGNATURES)
+def test_signatures(title):
+    table = section(page("api.md"), title).split("\n\n|")[0].strip()
+    written = {name.strip("`"): default.strip("`") for name, default, _ in rows(table)[2:]}
+    parameters = inspect.signature(SIGNATURES[title]).parameters
+    assert list(written) == list(parameters)
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty:
+            assert not written[name]
+        elif name == "options":
+            assert written[name] == "{}"  # a dataclass makes a new one each time
+        else:
+            assert ast.literal_eval(written[name]) == parameter.default, name
+    assert DEFAULT == "default"
+
+
+def test_names():
+    text = section(page("api.md"), "API")
+    assert set(re.findall(r"`(\w+)`", text.split("Public names of", 1)[1])) == {"asgo", *asgo.__all__}
+    places = {"Methods": [ASGO], "`View`": [View, views], "Checkpoints": [checkpoint], "Roots": [roots]}
+    for title, owners in places.items():
+        names = re.findall(r"`(?:View\.)?(\w+)\(|`([A-Z]{2,})`", section(page("api.md"), title))
+        for name in filter(None, sum(names, ())):
+            assert any(hasattr(owner, name) for owner in owners), name
+
+
+def test_roots_table():
+    written = {row[0].strip('`"') for row in rows(section(page("concepts.md"), "Roots"))[2:]}
+    assert written == set(roots.ROOTS)
+
+
+def test_options_per_group():
+    table = rows(section(page("choosing-rules.md"), "Options per group"))[2:]
+    keys = [set(re.findall(r"`(\w+)`", row[1])) for row in table]
+    assert keys == [set(settings.CHECKS), settings.WITHOUT_VIEW]
+
+
+def test_attention_families():
+    text = section(page("choosing-rules.md"), "Attention")
+    table = [[re.findall(r"`(\w+)`", cell) for cell in row] for row in rows(text)]
+    assert {tuple(row[0]) for row in table if len(row[0]) == 2} == set(QUERY_KEY)
+    fused = {row[0][0] for row in table if len(row[0]) == 1}
+    assert fused == set(FUSED)
+    in_blocks = {row[0].strip("`") for row in rows(text) if len(row) == 3 and row[1].startswith("all q")}
+    assert in_blocks == {name for name, blocks in FUSED.items() if blocks}
+    assert {*HEADS, *OTHERWISE} <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_model_presets():
+    table = rows(section(page("harness.md"), "Models"))[2:]
+    written = {row[0].strip("`"): (row[1], *map(int, row[2:6]), row[6] == "yes") for row in table}
+    assert written == {name: tuple(vars(shape).values()) for name, shape in PRESETS.items()}
+
+
+def test_optimizers():
+    table = {row[0].strip("`"): row[2:] for row in rows(section(page("harness.md"), "Optimizers"))[2:]}
+    assert set(table) == set(peers.PEERS)
+    for name, (lr, adamw_lr, decay) in table.items():
+        peer = peers.PEERS[name]
+        assert (float(lr), float(decay)) == (peer.lr, peer.weight_decay)
+        assert adamw_lr == "the same as `lr`" if peer.adamw_lr is None else float(adamw_lr) == peer.adamw_lr
+
+
+def test_hub_corpora():
+    table = {row[0].strip("`"): row[1] for row in rows(section(page("harness.md"), "Corpora"))[2:]}
+    for name, parts in HUB_CORPORA.items():
+        assert all(f"`{part}`" in table[name] for part in parts if part)
+
+
+def test_flags_exist():
+    known = {"--help", "--version", "--nproc_per_node"}
+    for kind in (TrainConfig, CompareConfig, cli.InspectConfig):
+        flags = {flag(name) for name in flat(kind())}
+        known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}
+        known |= {re.sub(r"--([\w-]+\.)", r"--\1no-", flag) for flag in flags}
+    text = "\n".join(path.read_text() for path in PAGES if path.parent.name == "docs")
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text))
+    assert used <= known, used - known
+
+
+def test_columns_of_a_comparison_are_explained():
+    text = section(page("harness.md"), "Reading the report")
+    for column in HEAD[2:]:
+        assert f"**{column}**" in text, column
