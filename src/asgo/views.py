@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -138,7 +139,9 @@ class View:
             ) from None
 
     def __str__(self) -> str:
-        pattern = repr(self.pattern) if isinstance(self.pattern, str) else " | ".join(map(repr, self.pattern))
+        patterns = (self.pattern,) if isinstance(self.pattern, str) else self.pattern
+        runs = [(pattern, len(list(run))) for pattern, run in groupby(patterns)]
+        pattern = " | ".join(repr(pattern) + (f" x{count}" if count > 1 else "") for pattern, count in runs)
         notes = [f"{axis}={size}" for axis, size in self.sizes]
         if self.split is not None:
             notes.append(f"split={self.split}" + (f" on dim {self.split_dim}" if self.split_dim else ""))
