@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import asgo
 from asgo import ASGO, Rule, View, checkpoint, roots, route, settings, views
@@ -100,6 +101,8 @@ def test_every_block_is_seen(path):
 def test_code_runs_and_prints_what_the_page_says(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace, printed = {"__name__": path.stem}, None
+    if path.name == "README.md":
+        namespace["model"] = torch.nn.Linear(4, 2)  # its one-line use starts from the reader's model
     for block in blocks(path):
         if block.info.strip() == "python":
             printed = run(block, path, namespace)
