@@ -52,9 +52,7 @@ TABLES = {
 def test_coefficients_are_the_printed_ones(low: float):
     steps = compose(math.sqrt(low), 1e-12)[: len(TABLES[low])]
     for step, printed in zip(steps, TABLES[low], strict=True):
-        assert step == pytest.approx(
-            printed, rel=1e-5
-        )  # the printed digits agree to 1e-7 at first, 1e-5 at last
+        assert step == pytest.approx(printed, rel=1e-5)  # the printed digits agree to 1e-7 at first, 1e-5 at last
 
 
 @pytest.mark.parametrize(("eps", "count"), [(1e-4, 5), (1e-5, 6), (1e-6, 6), (1e-7, 7), (1e-8, 8)])
@@ -109,7 +107,5 @@ def test_narrow_intervals_end_with_the_taylor_step():
 
 @pytest.mark.parametrize("eps", [0.0, -1e-6, math.inf, math.nan])
 def test_minimax_refuses_an_impossible_damping(eps: float):
-    with pytest.raises(
-        ValueError, match=r"root 'minimax' got eps=.*: it needs a positive damping\. Pass eps=1e-6"
-    ):
+    with pytest.raises(ValueError, match=r"root 'minimax' got eps=.*: it needs a positive damping\. Pass eps=1e-6"):
         minimax(torch.eye(2)[None], eps)

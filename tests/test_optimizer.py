@@ -93,7 +93,7 @@ def test_state_is_tensors_and_exists_before_the_first_step():
     before = {p: {k: t.shape for k, t in s.items()} for p, s in optimizer.state.items()}
     assert set(before) == set(net.parameters())
     assert set(before[net.a.weight]) == {"step", "exp_avg", "gram", "root", "cross", "failures"}
-    assert set(before[net.norm.bias]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(before[net.norm.bias]) == {"step", "exp_avg", "exp_avg_sq", "failures"}
     train(net, optimizer, x, y, 2)
     assert before == {p: {k: t.shape for k, t in s.items()} for p, s in optimizer.state.items()}
     assert all(isinstance(t, torch.Tensor) for s in optimizer.state.values() for t in s.values())
@@ -368,6 +368,52 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make, poison):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_adamw_takes_a_gradient_that_is_not_finite_as_zero_and_counts_it(poison):
+    nets = [problem()[0] for _ in range(2)]
+    _, x, y = problem()
+    optimizers = [ASGO([{"params": list(net.named_parameters()), "view": None}], lr=0.01) for net in nets]
+    for step in range(4):
+        for net, optimizer, value in zip(nets, optimizers, [poison, 0.0], strict=True):
+            backward(net, x, y)
+            if step == 1:
+                net.norm.weight.grad[:2] = poison if value else 0.0
+                if not value:
+                    net.norm.weight.grad.zero_()
+            optimizer.step()
+    assert same(*(weights(net) for net in nets))
+    assert optimizers[0].failures() == {"norm.weight": 1}
+    assert optimizers[1].failures() == {}
+
+
+def test_nameless_parameters_are_told_apart():
+    params = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))]
+    optimizer = ASGO(params)
+    for p in params:
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    assert optimizer.failures() == {"parameter 0": 1, "parameter 1": 1, "parameter 2": 1}
+
+
+def test_a_resting_matrix_does_not_enlarge_the_others():
+    experts, alone = nn.Parameter(torch.zeros(4, 3, 5)), nn.Parameter(torch.zeros(1, 3, 5))
+    optimizer = ASGO([{"params": [experts, alone], "view": "e m n -> e m n"}], lr=1.0)
+    grad = torch.randn(3, 5)
+    experts.grad, alone.grad = torch.zeros(4, 3, 5), grad[None]
+    experts.grad[2] = grad
+    optimizer.step()
+    assert torch.allclose(experts[2], alone[0], rtol=1e-5)
+    assert not experts[[0, 1, 3]].any()
+
+
+def test_sharded_matrices_are_refused():
+    class Sharded(nn.Parameter):
+        placements = ("Shard(dim=0)",)
+
+    with pytest.raises(TypeError, match=r"'w' \(4, 3\) is sharded .* Use DistributedDataParallel"):
+        ASGO([{"params": [("w", Sharded(torch.randn(4, 3)))], "view": MATRIX}])
+
+
 def test_a_failed_root_keeps_the_last_good_one_and_is_counted(monkeypatch):
     net, x, y = problem()
     optimizer = ASGO(net.named_parameters())
@@ -499,6 +545,7 @@ REFUSED = {
         ValueError,
         r"with h=5 does not fit 'w' \(6, 4\): 6 is not a multiple",
     ),
+    "sum without view": ({"view": None, "betas": (0.9, 1.0)}, ValueError, "must both be below 1; got"),
     "no view": ({"view": 3}, ValueError, "view 3 is not understood"),
 }
 

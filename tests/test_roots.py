@@ -56,9 +56,7 @@ def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
 def drifting(m: int, n: int, steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Gram and momentum, float32, of gradients that are a drifting low-rank signal plus power-law noise."""
     rank = 8
-    basis, columns = (
-        torch.linalg.qr(gaussian(size, rank, seed=seed, dtype=torch.float64))[0] for size in (m, n)
-    )
+    basis, columns = (torch.linalg.qr(gaussian(size, rank, seed=seed, dtype=torch.float64))[0] for size in (m, n))
     turn = torch.linalg.qr(gaussian(m, m, seed=seed + 1, dtype=torch.float64))[0]
     law = torch.arange(1, m + 1, dtype=torch.float64) ** -1
     V, M = torch.zeros(m, m), torch.zeros(m, n)
@@ -134,9 +132,7 @@ def test_spectra_at_the_floor_of_float32_stay_close(name: str, steps: int):
     assert error(Z[0], exact_root(V, EPS), M) <= 2 * BOUND[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "bound"), [("eigh", 1e-8), ("eigh64", 1e-8), ("minimax", 1e-7), ("auto", 1e-8)]
-)
+@pytest.mark.parametrize(("name", "bound"), [("eigh", 1e-8), ("eigh64", 1e-8), ("minimax", 1e-7), ("auto", 1e-8)])
 @pytest.mark.parametrize("eps", [1e-3, 1e-6, 1e-8])
 def test_float64_statistics_get_float64_roots(name: str, bound: float, eps: float):
     spectra = [torch.logspace(0, -7, 40), torch.ones(16), torch.cat([torch.ones(8), torch.zeros(16)])]
@@ -210,9 +206,7 @@ def test_rotation(name: str, k: int, rank: int, seed: int):
     turn = torch.linalg.qr(gaussian(k, k, seed=seed + 1, dtype=torch.float64))[0]
     plain = ROOTS[name]((G @ G.T)[None], 1e-3)[0][0]
     turned = ROOTS[name]((turn @ G @ G.T @ turn.T)[None], 1e-3)[0][0]
-    assert error(turned, turn @ plain @ turn.T) <= (
-        1e-4 if name == "outside" else 1e-6
-    )  # sqrt of rounding / eps
+    assert error(turned, turn @ plain @ turn.T) <= (1e-4 if name == "outside" else 1e-6)  # sqrt of rounding / eps
 
 
 @pytest.mark.parametrize("name", ["eigh", "eigh64", "outside"])
@@ -255,9 +249,7 @@ def test_a_bad_matrix_fails_alone(name: str, dtype: torch.dtype):
 def test_the_probe_tells_a_diverged_iteration(dtype: torch.dtype):
     """An indefinite matrix is outside the basin; eigh clamps, the products cannot."""
     good = with_spectrum(torch.linspace(0.1, 1, 32))
-    bad = [
-        with_spectrum(torch.cat([torch.linspace(0.1, 1, 31), torch.tensor([low])])) for low in (-0.1, -1e-3)
-    ]
+    bad = [with_spectrum(torch.cat([torch.linspace(0.1, 1, 31), torch.tensor([low])])) for low in (-0.1, -1e-3)]
     Z, ok = minimax(torch.stack([good, *bad]).to(dtype), EPS)
     assert ok.tolist() == [True, False, False]
     assert not Z[1:].any()
@@ -415,9 +407,7 @@ def test_products():
 
 @pytest.mark.parametrize("look_up", [resolve, lambda name: products(name, EPS)])
 def test_unknown_names(look_up):
-    with pytest.raises(
-        ValueError, match=r"^root 'eihg' is unknown: choose one of 'auto', 'eigh', .*'reference'$"
-    ):
+    with pytest.raises(ValueError, match=r"^root 'eihg' is unknown: choose one of 'auto', 'eigh', .*'reference'$"):
         look_up("eihg")
 
 
@@ -428,9 +418,7 @@ def test_resolve():
 @pytest.mark.parametrize("name", ROOTS)
 @pytest.mark.parametrize("A", [torch.eye(3), torch.zeros(2, 3, 4), torch.eye(3).bfloat16()[None]])
 def test_wrong_stacks_are_refused(name: str, A: Tensor):
-    with pytest.raises(
-        ValueError, match=r"^root got torch\..* of shape \(.*\): it takes float32 or float64 of shape"
-    ):
+    with pytest.raises(ValueError, match=r"^root got torch\..* of shape \(.*\): it takes float32 or float64 of shape"):
         ROOTS[name](A, EPS)
 
 

@@ -32,8 +32,6 @@ class Root(Protocol):
     Apply a root as ``Z @ M`` or ``M @ Z.mT``: rounding may leave it less than symmetric.
     """
 
-    def __call__(
-        self, A: Float[Tensor, "b k k"], eps: float
-    ) -> tuple[Float[Tensor, "b k k"], Bool[Tensor, "b"]]:
+    def __call__(self, A: Float[Tensor, "b k k"], eps: float) -> tuple[Float[Tensor, "b k k"], Bool[Tensor, "b"]]:
         """Return the roots of the stack ``A`` and which of them can be trusted."""
         ...

@@ -24,20 +24,24 @@ def init(like: Tensor, dtype: torch.dtype) -> State:
     return {
         "exp_avg": torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format),
+        "failures": torch.zeros((), dtype=torch.int64, device=like.device),
     }
 
 
 def adamw(params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]) -> None:
     """One step of AdamW on parameters that have gradients, in place.
 
-    Parameters of lower precision than their state are updated in the state's precision and rounded once.
+    Parameters of lower precision than their state are updated in the state's precision and rounded once. A
+    gradient that is not finite counts as a failure and is taken as zero, without waiting for the device.
     """
     if not params:
         return
-    low = [param.dtype != state["exp_avg"].dtype for param, state in zip(params, states, strict=True)]
-    pairs = list(zip(params, states, low, strict=True))
-    work = [param.to(state["exp_avg"].dtype) if cast else param for param, state, cast in pairs]
-    grads = [param.grad.to(state["exp_avg"].dtype) for param, state in zip(params, states, strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+    dtypes = [state["exp_avg"].dtype for state in states]
+    work = [param.to(dtype) for param, dtype in zip(params, dtypes, strict=True)]  # itself where it has that dtype
+    grads = [param.grad.to(dtype) for param, dtype in zip(params, dtypes, strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+    for i, (norm, state) in enumerate(zip(torch._foreach_norm(grads), states, strict=True)):
+        state["failures"] += ~norm.isfinite()
+        grads[i] = torch.where(norm.isfinite(), grads[i], 0)
     torch_adamw(
         work,
         grads,
@@ -53,6 +57,6 @@ def adamw(params: Sequence[Tensor], states: Sequence[State], group: dict[str, An
         eps=group["eps"],
         maximize=group["maximize"],
     )
-    for (param, _, cast), updated in zip(pairs, work, strict=True):
-        if cast:
+    for param, updated in zip(params, work, strict=True):
+        if updated is not param:
             param.copy_(updated)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from asgo.settings import check_tensors, names_of
+from asgo.settings import check_tensors
 
 FORMAT = 1
 
@@ -34,7 +34,7 @@ def named_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     """
     state = {name: dict(optimizer.state[param]) for name, param in _named(optimizer).items()}
     groups = [
-        {**{key: value for key, value in group.items() if key != "param_names"}, "params": names_of(group)}
+        {**{key: value for key, value in group.items() if key != "param_names"}, "params": list(group["param_names"])}
         for group in optimizer.param_groups
     ]
     return {"format": FORMAT, "state": state, "groups": groups}
@@ -70,7 +70,7 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
                 tensor.copy_(saved["state"][name][key])
     hyperparameters = {frozenset(group["params"]): group for group in saved["groups"]}
     for group in optimizer.param_groups:
-        same = hyperparameters.get(frozenset(names_of(group)), {})
+        same = hyperparameters.get(frozenset(group["param_names"]), {})
         group.update({key: value for key, value in same.items() if key != "params"})
 
 

@@ -121,10 +121,9 @@ class StructuredOptimizer(Optimizer, ABC):
         """How often each parameter could not be updated or its root not be computed, by name; only those that
         ever failed. Counts matrices and steps: non-finite gradients and failed roots. Synchronises the device."""
         counts = {}
-        for group in self.param_groups:
-            for name, param in zip(settings.names_of(group), group["params"], strict=True):
-                failed = sum(int(t.sum()) for key, t in self.state[param].items() if key.startswith("failures"))
-                counts |= {name: failed} if failed else {}
+        for param, name in settings.names_of(self).items():
+            failed = sum(int(t.sum()) for key, t in self.state[param].items() if key.startswith("failures"))
+            counts |= {name: failed} if failed else {}
         return counts
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -137,10 +136,7 @@ class StructuredOptimizer(Optimizer, ABC):
         for group in groups:
             view = View.of(group["view"])
             group["view"] = None if view is None else view.to_dict()
-            names, params = settings.check_group(who, group, self.defaults, taken)
-            for name, param in zip(names, params, strict=True):
-                if view is not None:
-                    view.check(name, param.shape)
+            settings.check_group(who, group, self.defaults, taken)
         for group in groups:
             if group["view"] is None:
                 group.update({key: value for key, value in adamw.DEFAULTS.items() if key not in group})

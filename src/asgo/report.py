@@ -62,14 +62,16 @@ def report(optimizer: StructuredOptimizer) -> Report:
     """Name, shape, view, structure, state bytes and cost of the roots of every parameter.
 
     The bytes are those of the tensors that the optimizer holds. The cost of a root is its number of ``k^3``
-    products (`asgo.roots.products`) times ``2 k^3`` operations, for each matrix of the stack.
+    products (`asgo.roots.products`) times ``2 k^3`` operations, for each matrix of the stack; a model on the meta
+    device is counted as one on the CPU.
 
     >>> print(report(ASGO(route(model))))   # doctest: +SKIP
     """
-    rows = []
+    rows, names = [], names_of(optimizer)
     for group in optimizer.param_groups:
         view = View.of(group["view"])
-        for name, param in zip(names_of(group), group["params"], strict=True):
+        for param in group["params"]:
+            name = names[param]
             size = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state[param].values())
             if view is None:
                 rows.append(Row(name, tuple(param.shape), "-", "-", "AdamW", size, 0.0))
@@ -77,7 +79,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
             shapes = view.shapes(param.shape)
             structure = optimizer.structure(group)
             cubes = sum(b * structure.cost(m, n) for b, m, n in shapes)
-            flops = 2 * products(group["root"], group["eps"], param.device) * cubes
+            flops = 2 * products(group["root"], group["eps"], "cpu" if param.is_meta else param.device) * cubes
             matrices = " + ".join("x".join(map(str, shape)) for shape in shapes)
             kept = _remembered(type(structure).__name__, optimizer.state[param])
             rows.append(Row(name, tuple(param.shape), str(view), matrices, kept, size, flops))

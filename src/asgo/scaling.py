@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,8 @@ RMS = 0.2
 def match_rms(update: Stack, slices: int) -> Stack:
     """Scale to a root mean square of 0.2 over each run of `slices` matrices, i.e. over a whole parameter.
 
-    ``U * 0.2 * sqrt(slices * m * n) / ||U||_F``; an update that is zero stays zero.
+    ``U * 0.2 * sqrt(moving * m * n) / ||U||_F`` with `moving` the number of matrices of the run that are not zero,
+    so that an expert that rests does not enlarge the steps of the others.
 
     Args:
         update: ``(b, m, n)``, `b` a multiple of `slices`.
@@ -25,10 +25,11 @@ def match_rms(update: Stack, slices: int) -> Stack:
     """
     if update.numel() == 0:
         return update
-    runs = update.reshape(-1, slices * update.shape[1] * update.shape[2])
-    norm = torch.linalg.vector_norm(runs, dim=1, keepdim=True)
-    factor = torch.where(norm > 0, RMS * math.sqrt(runs.shape[1]) / norm, 0.0)
-    return (runs * factor).view_as(update)
+    norms = torch.linalg.vector_norm(update, dim=(1, 2)).view(-1, slices)
+    size = (norms > 0).to(update.dtype).sum(1, keepdim=True) * update[0].numel()
+    norm = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+    factor = torch.where(norm > 0, RMS * size.sqrt() / norm, 0.0)
+    return update * factor.expand_as(norms).reshape(-1, 1, 1)
 
 
 def match_rms_per_slice(update: Stack, slices: int) -> Stack:

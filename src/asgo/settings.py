@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,32 +98,45 @@ def _tensor(member: Any) -> Tensor:
     return tensor
 
 
-def check_group(
-    who: str, group: Mapping[str, Any], defaults: Mapping[str, Any], taken: Iterable[Tensor]
-) -> tuple[list[str], list[Tensor]]:
-    """Refuse unknown keys, values out of range, and parameters that cannot be optimized.
+def check_group(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any], taken: Sequence[Tensor]) -> None:
+    """Refuse unknown keys, values out of range, views that do not fit and parameters that cannot be optimized.
 
-    Returns:
-        The parameters and their names (shapes, where they have none), for later messages.
+    Args:
+        who: the optimizer, for messages.
+        group: a group whose ``view`` is plain data.
+        defaults: the optimizer's hyperparameters.
+        taken: the parameters that it has already.
     """
-    allowed = WITHOUT_VIEW if group["view"] is None else set(defaults)
+    view = View.of(group["view"])
+    allowed = WITHOUT_VIEW if view is None else set(defaults)
     for key in set(group) - ALWAYS_ALLOWED - allowed:
         known = "in a group without a view" if key in defaults else "known"
         raise ValueError(f"{who}: the key {key!r} of a group is not {known}; choose from {sorted(allowed)}.")
     check(who, group)
-    params = [_tensor(member) for member in group["params"]]
-    names = [member[0] if isinstance(member, tuple) else f"parameter {i}" for i, member in enumerate(group["params"])]
+    if view is None and "betas" in group and group["betas"][1] == 1:
+        raise ValueError(f"{who}: betas of a group without a view must both be below 1; got {group['betas']!r}.")
     seen = {id(param) for param in taken}
-    for name, param in zip(names, params, strict=True):
-        if not param.is_floating_point():
-            raise TypeError(
-                f"{who}: {name!r} {tuple(param.shape)} is {param.dtype}; parameters must be real floating point. "
-                "Optimize the real and imaginary parts (torch.view_as_real) or leave it out."
-            )
+    for i, member in enumerate(group["params"]):
+        param, name = _tensor(member), member[0] if isinstance(member, tuple) else f"parameter {len(taken) + i}"
+        _check_param(f"{who}: {name!r} {tuple(param.shape)}", param, view)
         if id(param) in seen:
             raise ValueError(f"{who}: {name!r} {tuple(param.shape)} is given twice; pass every parameter once.")
         seen.add(id(param))
-    return names, params
+        if view is not None:
+            view.check(name, param.shape)
+
+
+def _check_param(what: str, param: Tensor, view: View | None) -> None:
+    if not param.is_floating_point():
+        raise TypeError(
+            f"{what} is {param.dtype}; parameters must be real floating point. Optimize the real and imaginary "
+            "parts (torch.view_as_real) or leave it out."
+        )
+    if view is not None and hasattr(param, "placements"):
+        raise TypeError(
+            f"{what} is sharded ({param.placements}); matrices must be whole on every rank. Use "  # pyright: ignore
+            "DistributedDataParallel, or give sharded parameters to a group with view=None (AdamW)."
+        )
 
 
 def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -135,14 +148,15 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
             f"of {[len(g['params']) for g in optimizer.param_groups]}. Build it with the same groups, or load by "
             "name with asgo.checkpoint.load_named_state_dict."
         )
+    names = names_of(optimizer)
     for old, group in zip(saved, optimizer.param_groups, strict=True):
         if set(group) - set(old) - ALWAYS_ALLOWED or old.get("view") != group["view"]:
             raise ValueError(
                 f"{who}: a saved group has the view {old.get('view')}, this optimizer {group['view']}, or it lacks "
                 "hyperparameters: it is of another optimizer. Build this one as the saved one was built."
             )
-        for i, name, param in zip(old["params"], names_of(group), group["params"], strict=True):
-            check_tensors(who, name, state_dict["state"].get(i, {}), optimizer.state[param])
+        for i, param in zip(old["params"], group["params"], strict=True):
+            check_tensors(who, names[param], state_dict["state"].get(i, {}), optimizer.state[param])
 
 
 def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
@@ -161,18 +175,22 @@ def _shape(shape: Sequence[int] | None) -> str:
     return "nothing" if shape is None else f"a tensor {tuple(shape)}"
 
 
-def names_of(group: Mapping[str, Any]) -> list[str]:
-    """The names of a group's parameters, or their places where they have none."""
-    return list(group.get("param_names", [f"parameter {i}" for i in range(len(group["params"]))]))
+def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
+    """The name of every parameter, or its place among all of them where it has none."""
+    names: dict[Tensor, str] = {}
+    for group in optimizer.param_groups:
+        given = group.get("param_names") or [f"parameter {len(names) + i}" for i in range(len(group["params"]))]
+        names |= dict(zip(group["params"], given, strict=True))
+    return names
 
 
 def refuse_sparse(optimizer: Optimizer) -> None:
     """Raise `TypeError` naming the first parameter whose gradient is not dense."""
     for group in optimizer.param_groups:
-        for i, param in enumerate(group["params"]):
+        for param in group["params"]:
             if param.grad is not None and param.grad.layout != torch.strided:
                 raise TypeError(
-                    f"{type(optimizer).__name__}: the gradient of {names_of(group)[i]!r} {tuple(param.shape)} is "
-                    f"sparse ({param.grad.layout}); it must be dense. Build the embedding with sparse=False, or "
+                    f"{type(optimizer).__name__}: the gradient of {names_of(optimizer)[param]!r} {tuple(param.shape)} "
+                    f"is sparse ({param.grad.layout}); it must be dense. Build the embedding with sparse=False, or "
                     "give it to torch.optim.SparseAdam."
                 )

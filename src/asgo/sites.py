@@ -60,8 +60,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _site(modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence[str], heads: set[nn.Module]) -> Site:
     if is_lazy(param) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
-            f"{names[0]!r} has no shape of its own: run a lazy model once before routing, and shard with "
-            "torch.distributed.fsdp.fully_shard, which keeps parameters apart."
+            f"{names[0]!r} has no shape of its own: run a lazy model once before routing, and use "
+            "DistributedDataParallel, which keeps parameters whole, instead of FullyShardedDataParallel."
         )
     places = [_place(modules, name, param) for name in names]
     path, leaf = next((place for place in places if isinstance(modules[place[0]], TABLES)), places[0])

@@ -112,7 +112,7 @@ def _run(
     try:
         train(run, console, title)
     except Diverged as error:
-        console.print(f"{title}: {error}", highlight=False, soft_wrap=True)
+        console.print(f"{title}: {error}", highlight=False, markup=False, soft_wrap=True)
     folder = RunFolder(out)
     return Outcome(seed, folder.result() or {"status": "diverged"}, Curve.of(folder.metrics()))
 

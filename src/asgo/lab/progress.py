@@ -35,9 +35,9 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
             )
             live = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
             self._task = live.add_task(self.title, total=self.steps, text="")
@@ -66,7 +66,7 @@ class RunProgress:
             elapsed = self._printed - self._began
             left = elapsed / max(1, step - self._first) * (self.steps - step)
             text = f"{self.title}  {self._text(step)}  elapsed {_clock(elapsed)}  left {_clock(left)}"
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _text(self, step: int) -> str:
         formats = {"loss": "loss {:.3f}", "val_loss": "val {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}
