@@ -11,8 +11,11 @@ import transformers as hf
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from asgo.routing import Rule, route
+from asgo.routing import Rule
+from asgo.routing import route as route_by_default
 from asgo.views import MATRIX, View, heads
+
+route = partial(route_by_default, per_head=True)
 
 SIZE = {"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 4, "intermediate_size": 28}
 TEXT = {**SIZE, "vocab_size": 48, "max_position_embeddings": 16}
@@ -722,11 +725,11 @@ def test_wrong_arguments(make, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_heads_can_be_left_whole():
-    views = [group["view"] for group in route(gpt2(), per_head=False) if group["view"]]
+def test_heads_are_whole_by_default():
+    views = [group["view"] for group in route_by_default(gpt2()) if group["view"]]
     assert {str(view["pattern"]) for view in views} == {str(["n m -> 1 m n"] * 3), "n m -> 1 m n"}
-    assert {g["view"]["pattern"] for g in route(llama(), per_head=False) if g["view"]} == {"m n -> 1 m n"}
+    assert {g["view"]["pattern"] for g in route_by_default(llama()) if g["view"]} == {"m n -> 1 m n"}
     assert "(h d) n -> h d n" in {g["view"]["pattern"] for g in route(llama()) if g["view"]}
     mine = [Rule("*.q_proj.weight", heads(2))]
-    kept = {str(g["view"]["sizes"]) for g in route(llama(), mine, per_head=False) if g["view"]}
+    kept = {str(g["view"]["sizes"]) for g in route_by_default(llama(), mine) if g["view"]}
     assert "{'h': 2}" in kept  # a rule's view is obeyed as it stands

@@ -4,8 +4,9 @@ The defaults look at module types, tied weights and exact attributes of attentio
 name: a Linear called ``embed_norm`` is a matrix. The first row of `DEFAULTS` that knows a parameter decides:
 
 - AdamW for vectors and scalars, embeddings, vocabulary heads and gains;
-- one matrix per head for the queries and keys of attention (`asgo.attention`), also inside a fused projection
-  and with grouped queries; where the heads are unknown or do not divide the rows, the weight stays whole;
+- one matrix each for query, key and value inside a fused projection (`asgo.attention`), and with ``per_head``
+  one per head for queries and keys, also with grouped queries; where the heads are unknown or do not divide the
+  rows, the weight stays whole;
 - one matrix, or a stack of them, for other layers.
 """
 
@@ -97,7 +98,7 @@ class Rule:
         return f"rule {self.name or shown}"
 
 
-def route(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = True) -> list[dict[str, Any]]:
+def route(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = False) -> list[dict[str, Any]]:
     """Named groups of all trainable parameters, each in exactly one: ``ASGO(route(model), lr=1e-2)``.
 
     The first rule that matches decides, then the defaults (see `asgo.routing`). Frozen parameters are left
@@ -108,7 +109,8 @@ def route(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = True) -
         model: any module.
         rules: what should differ from the defaults.
         per_head: read queries and keys as one matrix per head (the paper's transformer form, whose roots are
-            cheaper by the square of the number of heads) instead of one matrix in all.
+            cheaper by the square of the number of heads) instead of one matrix in all. Off by default because
+            whole ones trained better in every run recorded in ``benchmarks/defaults``.
 
     Returns:
         Groups ``{"params": [(name, parameter), ...], "view": dict | None, "name": str, **options}`` for a
@@ -137,7 +139,7 @@ def route(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = True) -
     return groups
 
 
-def default_view(site: Site, per_head: bool = True) -> View | None:
+def default_view(site: Site, per_head: bool = False) -> View | None:
     """The view of a parameter that no rule matches: the first answer of `DEFAULTS`."""
     found = next(answer for row in DEFAULTS if (answer := row(site)) is not None)
     if not isinstance(found, View):

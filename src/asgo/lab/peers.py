@@ -109,7 +109,7 @@ def split(model: nn.Module) -> tuple[Named, Named]:
 
 def _asgo(constructor: Callable[..., Optimizer]) -> Build:
     def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-        groups = route(model, per_head=arguments.pop("per_head", True))
+        groups = route(model, per_head=arguments.pop("per_head", False))
         for group in groups:
             if group.get("view") is None:
                 group["lr"] = adamw_lr
