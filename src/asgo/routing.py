@@ -179,8 +179,8 @@ _KINDS = {
     head_columns(2).pattern: "head columns",
     blocks(2, 2).pattern: "blocks",
     GATES: "gates",
-    fused_qkv(1, 1, 1, 1).pattern: "fused qkv",
-    fused_qkv(1, 1, 1, 1, True).pattern: "fused qkv",
+    **{fused_qkv(1, 1, 1, 1, t).pattern: "fused qkv" for t in (False, True)},
+    **{whole(fused_qkv(1, 1, 1, 1, t)).pattern: "fused qkv" for t in (False, True)},
     fused_qkv(1, 1, 1, 1, True).pattern[1:]: "fused kv",
 }
 

@@ -160,7 +160,10 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def learn(cls, text: str, vocab_size: int) -> BpeTokenizer:
-        """Learn byte pairs (Sennrich, Haddow and Birch, Neural Machine Translation of Rare Words with Subword Units, 2016)."""
+        """Learn byte pairs.
+
+        "Neural Machine Translation of Rare Words with Subword Units", Sennrich, Haddow and Birch, 2016.
+        """
         model = _byte_level(tokenizers.models.BPE())
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
