@@ -214,6 +214,15 @@ def test_schedulers_drive_every_group(scheduler):
     assert all(group["lr"] != lr for group, lr in zip(optimizer.param_groups, first, strict=True))
 
 
+def test_what_a_scheduler_adds_to_groups_does_not_stop_a_checkpoint():
+    net, _, _ = problem()
+    saved = ASGO(net.named_parameters()).state_dict()
+    optimizer = ASGO(net.named_parameters())
+    OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
 def test_missing_gradients_leave_a_parameter_and_its_state_alone():
     net, x, y = problem()
     optimizer = ASGO(net.parameters())

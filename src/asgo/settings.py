@@ -150,7 +150,7 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         )
     names = names_of(optimizer)
     for old, group in zip(saved, optimizer.param_groups, strict=True):
-        if set(group) - set(old) - ALWAYS_ALLOWED or old.get("view") != group["view"]:
+        if (set(group) & set(optimizer.defaults)) - set(old) or old.get("view") != group["view"]:
             raise ValueError(
                 f"{who}: a saved group has the view {old.get('view')}, this optimizer {group['view']}, or it lacks "
                 "hyperparameters: it is of another optimizer. Build this one as the saved one was built."

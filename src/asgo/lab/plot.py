@@ -1,4 +1,4 @@
-"""Pictures of runs, as PNG bytes: readable in grey and for the colour-blind ."""
+"""Pictures of runs, as PNG bytes: readable in grey and for the colour-blind."""
 
 from __future__ import annotations
 
