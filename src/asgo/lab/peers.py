@@ -151,7 +151,9 @@ PEERS: dict[str, Peer] = {
         "ASGO's practical form (ASGO: Adaptive Structured Gradient Optimization, An et al., 2025)",
         frozenset({"per_head"}),
     ),
-    "adamw": Peer(_adamw, AdamW, 5.7e-3, None, 0.1, "Decoupled Weight Decay Regularization, Loshchilov and Hutter, 2019"),
+    "adamw": Peer(
+        _adamw, AdamW, 5.7e-3, None, 0.1, "Decoupled Weight Decay Regularization, Loshchilov and Hutter, 2019"
+    ),
     "muon": Peer(
         _beside_adamw(Muon, {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}),
         Muon,

@@ -149,14 +149,16 @@ def _show(value: float | None, form: str, note: str = "") -> str:
 
 
 def rich_table(rows: Sequence[Row], title: str) -> Table:
-    """The rows for a terminal."""
+    """The rows for a terminal of 80 columns: titles one word to a line, and without the best run."""
+    shown = [i for i, name in enumerate(HEAD) if name != "best"]
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column(HEAD[0], overflow="fold", min_width=10)
-    for name in HEAD[1:]:
-        # One word to a line, so that the table fits into 80 columns.
-        table.add_column("\n".join(name.split()), justify="right", no_wrap=True)
+    for i in shown:
+        first = i == 0
+        head = HEAD[i] if first else "\n".join(HEAD[i].split())
+        table.add_column(head, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in rows:
-        table.add_row(*cells(row))
+        texts = cells(row)
+        table.add_row(*(texts[i] for i in shown))
     return table
 
 
