@@ -95,7 +95,7 @@ def _image(picture: bytes) -> str:
 
 def _table_notes(results: Mapping[str, Any]) -> str:
     target = results["target"]
-    how = "the worst final loss of the finished runs" if results["config"]["target"] == "auto" else "as asked"
+    how = "the worst last loss of a finished run" if results["config"]["target"] == "auto" else "as asked"
     aim = f"The target is a validation loss of {target:.4f} ({how}). " if target is not None else ""
     return (
         f'<p class="note">Losses are nats per token: mean ± standard deviation over seeds. {aim}Steps and '
