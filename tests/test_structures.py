@@ -76,6 +76,20 @@ def test_transpose_law(structure, shape):
 
 
 @every_structure
+@pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6), (1, 5, 5)], ids=str)
+def test_shards_law(structure, shape):
+    grad = stacks(shape, 1)[0]
+    whole, left = structure.measure(grad), structure.left(*shape[1:])
+    assert structure.additive_rows(*shape[1:]) == (not left)
+    if structure.additive_rows(*shape[1:]):
+        # A shard may be taller or wider than the whole, so its side is given.
+        measure = OneSided("right").measure
+        assert close(sum(measure(shard) for shard in grad.split(2, dim=1)), whole)
+    else:
+        assert whole.shape[1] == shape[1]  # rows of different shards meet in the gram: they cannot be summed
+
+
+@every_structure
 @pytest.mark.parametrize("beta2", [0.5, 1.0])
 def test_idle_law(structure, beta2):
     shape = (3, 4, 6)

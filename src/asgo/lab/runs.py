@@ -97,7 +97,7 @@ class RunFolder:
         with writing(path):
             _sync(self.metrics_path)
             checkpoint.save(state, path)
-            for old in self.saved()[:-KEEP]:
+            for old in [*self.saved()[:-KEEP], *self.checkpoints.glob(".*.tmp")]:  # also what a kill left half-way
                 old.unlink()
 
     def saved(self) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,11 +16,13 @@ class Structure(ABC):
     stand in one tensor. A structure holds settings only; the state belongs to the optimizer.
 
     Laws (tested for every structure): a stack gives what each matrix gives alone; the result equals the
-    textbook formula in float64; a matrix whose gradient is zero rests: nothing of its state changes.
+    textbook formula in float64; measurements of row shards add up where it says so; a matrix whose gradient is zero
+    rests: nothing of its state changes.
     """
 
-    additive_rows: ClassVar[bool]
-    """Whether measurements of row shards add up to the measurement of the whole."""
+    @abstractmethod
+    def additive_rows(self, m: int, n: int) -> bool:
+        """Whether measurements of row shards of an ``m x n`` matrix add up to the measurement of the whole."""
 
     @abstractmethod
     def init(self, like: Stack) -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,11 +35,14 @@ class OneSided(Structure):
 
     side: Literal["auto", "left", "right"] = "auto"
     cross_normalize: bool = False
-    additive_rows: ClassVar[bool] = False
 
     def left(self, m: int, n: int) -> bool:
         """Whether an ``m x n`` matrix is preconditioned from the left."""
         return self.side == "left" or (self.side == "auto" and m < n)
+
+    def additive_rows(self, m: int, n: int) -> bool:
+        """On the right: ``G^T G`` is a sum over rows."""
+        return not self.left(m, n)
 
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
