@@ -282,3 +282,13 @@ def test_a_config_and_its_command_say_the_same(verb, config):
 def test_demo_is_a_comparison_with_its_own_defaults():
     assert parse(["demo"]) == DEMO
     assert parse(["demo", "--steps", "5"]) == replace(DEMO, steps=5)
+
+
+def test_without_its_extra_the_command_says_what_to_install():
+    """As if tyro were not there: a module of that name that cannot be imported."""
+    code = "import sys; sys.modules['tyro'] = None; import asgo.lab.__main__"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "asgo: error: the command needs tyro, which is not installed: pip install 'asgo[lab]' brings all it needs.\n"
+    )
