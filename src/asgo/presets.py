@@ -38,10 +38,10 @@ class ASGO(StructuredOptimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups; ``asgo.route(model)`` makes good ones.
         lr: step size on AdamW's scale (updates have a root mean square of 0.2), a number or a tensor.
         betas: decay of the momentum and of the statistic; 1 as the second adds up instead of averaging.
-        eps: damping inside the root relative to the Frobenius norm of ``V``; 1e-6 is ten times the rounding
-            error of a float32 statistic and trains as well as less.
+        eps: damping inside the root relative to the Frobenius norm of ``V``. 1e-6 is a little above the spacing of
+            float32 (1.2e-7), below which eigenvalues of a float32 statistic are rounding.
         weight_decay: decoupled, multiplied by ``lr`` as in AdamW; 0.1 as released.
-        precondition_frequency: steps between refreshes of a root. A stale root costs loss, hence 1. Different
+        precondition_frequency: steps between refreshes of a root; more is cheaper and less exact. Different
             matrices refresh on different steps; the first ten steps refresh all.
         statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
             ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
