@@ -14,7 +14,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = [path for path in FILES if "lab" not in path.relative_to(ROOT).parts]
 FLOORS = [
     {"_types"},
-    {"views", "minimax", "roots", "scaling"},
+    {"views", "masks", "matmul", "scaling"},
+    {"minimax", "eigen", "roots"},
     {"adamw"},
     {"structures", "structures.base", "structures.one_sided"},
     {"buckets", "settings"},

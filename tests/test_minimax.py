@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asgo.minimax import MAX_STEPS, TAYLOR, best_quintic, compose, schedule, smallest_sigma
+from asgo.minimax import MAX_STEPS, TAYLOR, best_odd, compose, schedule, smallest_sigma
 from asgo.roots import minimax
 
 # Printed on the numerics page, from another program; eps 1e-7 stands there with l = 9e-8.
@@ -71,7 +71,7 @@ def apply(quintic: tuple[float, float, float], x: Tensor) -> Tensor:
 @given(low=st.floats(1e-5, 0.95), width=st.floats(0.01, 1))
 def test_best_quintic_equioscillates(low: float, width: float):
     """Four equal extrema of alternating sign: by Chebyshev's theorem no odd quintic is nearer to 1."""
-    quintic, distance = best_quintic(low, low + width)
+    quintic, distance = best_odd(low, low + width)
     off = 1 - apply(quintic, torch.linspace(low, low + width, 100_001, dtype=torch.float64))
     assert off.abs().max() == pytest.approx(distance, rel=1e-3, abs=1e-12)
     runs = torch.unique_consecutive(torch.sign(off[off.abs() > 0.999 * distance]))

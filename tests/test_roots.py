@@ -17,11 +17,15 @@ from asgo.roots import ROOTS, auto, eigh, eigh64, exact_matmul, minimax, outside
 
 BACKENDS: Any = torch.backends
 EPS = 1e-6
-DAMPED = ["eigh", "eigh64", "minimax"]
+DAMPED = ["eigh", "eigh64", "minimax", "minimax_fast", "minimax_bf16x3"]
+DEFICIENT = {"minimax_fast": 1.5e-2, "minimax_bf16x3": 2.5e-2}  # on rank-deficient first steps
+LEAST_EPS = {name: 1e-5 if name == "minimax_tf32" else EPS for name in ROOTS}
 BOUND = {
     "eigh": 4e-2,
     "eigh64": 1e-4,
     "minimax": 2.5e-3,
+    "minimax_fast": 1.2e-2,
+    "minimax_bf16x3": 4e-3,
 }  # of ||U - U_exact|| / ||U_exact||, U = Z M, float32
 
 
@@ -110,7 +114,7 @@ def test_first_step_is_near_exact(name: str, case: str):
     assert Z.dtype == A.dtype
     assert Z.shape == (1, *A.shape)
     scale = G.abs().max()  # keeps the check itself in range
-    assert error(Z[0].double() * scale, exact_root(A, EPS) * scale, G / scale) <= BOUND[name]
+    assert error(Z[0].double() * scale, exact_root(A, EPS) * scale, G / scale) <= DEFICIENT.get(name, BOUND[name])
 
 
 @pytest.mark.parametrize(("m", "n"), [(64, 64), (64, 192), (128, 128), (128, 384)])
@@ -129,7 +133,7 @@ def test_spectra_at_the_floor_of_float32_stay_close(name: str, steps: int):
     V, M = drifting(128, 128, steps)
     Z, ok = ROOTS[name](V[None], EPS)
     assert ok.all()
-    assert error(Z[0], exact_root(V, EPS), M) <= 2 * BOUND[name]
+    assert error(Z[0], exact_root(V, EPS), M) <= max(2 * BOUND[name], DEFICIENT.get(name, 0))
 
 
 @pytest.mark.parametrize(("name", "bound"), [("eigh", 1e-8), ("eigh64", 1e-8), ("minimax", 1e-7), ("auto", 1e-8)])
@@ -219,7 +223,7 @@ def test_roots_by_eigh_are_symmetric(name: str):
 @pytest.mark.parametrize("shape", [(0, 4, 4), (3, 0, 0), (0, 0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_empty_stacks(name: str, shape: tuple[int, int, int], dtype: torch.dtype):
-    Z, ok = ROOTS[name](torch.zeros(shape, dtype=dtype), EPS)
+    Z, ok = ROOTS[name](torch.zeros(shape, dtype=dtype), LEAST_EPS[name])
     assert Z.shape == shape
     assert Z.dtype == dtype
     assert ok.shape == shape[:1]
@@ -303,7 +307,7 @@ def test_eigh_falls_back_per_matrix(monkeypatch: pytest.MonkeyPatch, fails_in_fl
 @pytest.mark.parametrize("name", ROOTS)
 def test_the_random_state_is_untouched(name: str):
     before = torch.get_rng_state()
-    ROOTS[name](GRADIENTS["square"][None] @ GRADIENTS["square"].T, EPS)
+    ROOTS[name](GRADIENTS["square"][None] @ GRADIENTS["square"].T, LEAST_EPS[name])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -317,10 +321,10 @@ def settings_now() -> list[str]:
 def test_matmul_precision_neither_matters_nor_changes(name: str, chosen: str):
     G = GRADIENTS["rank 8 of 128"]
     A = (G @ G.T)[None]
-    plain = ROOTS[name](A, EPS)[0]
+    plain = ROOTS[name](A, LEAST_EPS[name])[0]
     torch.set_float32_matmul_precision(chosen)
     before = settings_now()
-    assert torch.equal(ROOTS[name](A, EPS)[0], plain)
+    assert torch.equal(ROOTS[name](A, LEAST_EPS[name])[0], plain)
     assert settings_now() == before
     assert torch.get_float32_matmul_precision() == chosen
 
@@ -346,15 +350,17 @@ def test_precision_is_restored_after_an_error():
 @pytest.mark.parametrize("name", ROOTS)
 def test_autocast_does_not_matter(name: str):
     A = (GRADIENTS["square"] @ GRADIENTS["square"].T)[None]
-    plain = ROOTS[name](A, EPS)[0]
+    plain = ROOTS[name](A, LEAST_EPS[name])[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        Z = ROOTS[name](A, EPS)[0]
+        Z = ROOTS[name](A, LEAST_EPS[name])[0]
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(Z, plain)
 
 
-def test_auto_is_eigh_on_cpu():
-    A = drifting(32, 32, 3)[0][None]
+def test_auto_on_cpu_goes_by_size_and_precision():
+    A = drifting(160, 160, 3)[0][None]
+    assert torch.equal(auto(A[:, :64, :64], EPS)[0], minimax(A[:, :64, :64], EPS)[0])
+    assert torch.equal(auto(A[:, :64, :64].double(), EPS)[0], eigh(A[:, :64, :64].double(), EPS)[0])
     assert torch.equal(auto(A, EPS)[0], eigh(A, EPS)[0])
     assert torch.equal(eigh64(A.double(), EPS)[0], eigh(A.double(), EPS)[0])
 
@@ -419,7 +425,7 @@ def test_resolve():
 @pytest.mark.parametrize("A", [torch.eye(3), torch.zeros(2, 3, 4), torch.eye(3).bfloat16()[None]])
 def test_wrong_stacks_are_refused(name: str, A: Tensor):
     with pytest.raises(ValueError, match=r"^root got torch\..* of shape \(.*\): it takes float32 or float64 of shape"):
-        ROOTS[name](A, EPS)
+        ROOTS[name](A, LEAST_EPS[name])
 
 
 # The released iteration

@@ -1,19 +1,21 @@
 """An inverse square root by matrix products alone: which polynomials, how many, and how to multiply.
 
-The iteration drives every ``sigma = sqrt(lambda)`` to 1 through a chain of odd quintics
-``p(x) = c0 x + c1 x^3 + c2 x^5``; the product of all ``p(x)/x`` is then ``lambda^(-1/2)``. Damping tells
-where the smallest sigma lies, so each quintic can be the best possible one: it minimises ``max |1 - p|`` over
-the interval that the chain has reached. Taking the best at each step gives the best chain of that length
-("The Polar Express", Amsel, Persson, Musco and Gower, 2025).
+The iteration drives every ``sigma = sqrt(lambda)`` to 1 through a chain of odd polynomials
+``p(x) = c0 x + c1 x^3 + c2 x^5 (+ c3 x^7 + c4 x^9)``; the product of all ``p(x)/x`` is then ``lambda^(-1/2)``.
+Damping tells where the smallest sigma lies, so each polynomial can be the best possible one: it minimises
+``max |1 - p|`` over the interval that the chain has reached. Taking the best at each step gives the best chain
+of that length ("The Polar Express", Amsel, Persson, Musco and Gower, 2025).
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
+
+from asgo.matmul import Precision, baddbmm
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
 
     Square: TypeAlias = Float[Tensor, "b k k"]
 
-Quintic: TypeAlias = tuple[float, float, float]
+Odd: TypeAlias = tuple[float, ...]
+"""Coefficients ``(c0, c1, c2, ...)`` of ``x, x^3, x^5, ...``."""
 
 CUSHION = 1.01  # room above the interval: without it an eigenvalue of 1.0001 diverges, with it 1.01 is safe
 MAX_STEPS = 12  # reaches eps 1e-12; below that the smallest eigenvalues only come out more damped
-TAYLOR: Quintic = (15 / 8, -10 / 8, 3 / 8)  # the limit of the best quintic as its interval shrinks to 1
+TAYLOR: Odd = (15 / 8, -10 / 8, 3 / 8)  # the limit of the best quintic as its interval shrinks to 1
 PROBE_TOLERANCE = 0.2  # healthy residuals are below 0.03 in float32, broken ones above 1
 
 
@@ -48,90 +51,109 @@ def smallest_sigma(eps: float) -> float:
     return math.sqrt(min(margin * eps, 0.99 * eps / (1 + eps)))
 
 
-def best_quintic(low: float, high: float) -> tuple[Quintic, float]:
-    """The odd quintic nearest to 1 on ``[low, high]``, and its largest distance from 1.
+def best_odd(low: float, high: float, degree: Literal[5, 9] = 5) -> tuple[Odd, float]:
+    """The odd polynomial nearest to 1 on ``[low, high]``, and its largest distance from 1.
 
-    Remez exchange. The distance is attained, with alternating signs, at both ends and at two points between,
-    so four guesses of those points give the quintic by a linear system, and the two zeros of its derivative
-    (a quadratic in x^2) are the next guesses.
+    Remez exchange. The distance is attained, with alternating signs, at both ends and at points between, one
+    fewer than there are coefficients; guesses of those points give the polynomial by a linear system, and the
+    zeros of its derivative (a polynomial in x^2) are the next guesses.
     """
-    inner = ((3 * low + high) / 4, (low + 3 * high) / 4)
-    c0 = c1 = c2 = error = 0.0
-    for _ in range(50):  # converges quadratically, in about 10 rounds
-        points = (low, *inner, high)
-        rows = [[x, x**3, x**5, sign] for x, sign in zip(points, (1, -1, 1, -1), strict=True)]
-        system = torch.tensor(rows, dtype=torch.float64, device="cpu")
-        c0, c1, c2, error = torch.linalg.solve(system, torch.ones_like(system[0])).tolist()
-        split = math.sqrt(9 * c1 * c1 - 20 * c0 * c2)
-        before = inner
-        inner = (math.sqrt((-3 * c1 - split) / (10 * c2)), math.sqrt((-3 * c1 + split) / (10 * c2)))
-        if math.dist(before, inner) < 1e-14:
+    powers = torch.arange(1, degree + 1, 2, dtype=torch.float64, device="cpu")
+    terms = len(powers)
+    signs = (-1.0) ** torch.arange(terms + 1, dtype=torch.float64, device="cpu")
+    points = torch.linspace(low, high, terms + 1, dtype=torch.float64, device="cpu")
+    coefficients, error = powers, math.nan
+    for _ in range(50):  # converges quadratically, in about 6 rounds
+        system = torch.cat([points[:, None] ** powers, signs[:, None]], dim=1)
+        *solution, error = torch.linalg.solve(system, torch.ones_like(points)).tolist()
+        coefficients = torch.tensor(solution, dtype=torch.float64, device="cpu")
+        before, points = points, points.clone()
+        points[1:-1] = _roots(coefficients * powers).sqrt()
+        if (points - before).abs().max() < 1e-14:
             break
-    return (c0, c1, c2), error
+    return tuple(coefficients.tolist()), error
 
 
-def _evaluate(quintic: Quintic, x: float) -> float:
-    c0, c1, c2 = quintic
-    return x * (c0 + x * x * (c1 + x * x * c2))
+def _roots(polynomial: Tensor) -> Tensor:
+    """The zeros of ``sum_i polynomial[i] y^i``, all real, in ascending order: eigenvalues of its companion matrix."""
+    companion = torch.diag(torch.ones(len(polynomial) - 2, dtype=torch.float64, device="cpu"), -1)
+    companion[0] = -polynomial[:-1].flip(0) / polynomial[-1]
+    return torch.linalg.eigvals(companion).real.sort().values
 
 
-def _next_step(low: float, high: float) -> tuple[Quintic, float, float]:
-    """The next quintic and the interval it leads to."""
-    if high - low < CUSHION - 1:  # so narrow that the cushion would cost more than the best quintic gains
+def _evaluate(odd: Odd, x: float) -> float:
+    return sum(c * x ** (2 * i + 1) for i, c in enumerate(odd))
+
+
+def _next_step(low: float, high: float, degree: Literal[5, 9]) -> tuple[Odd, float, float]:
+    """The next polynomial and the interval it leads to."""
+    if high - low < CUSHION - 1:  # so narrow that the cushion would cost more than the best polynomial gains
         return TAYLOR, _evaluate(TAYLOR, low), _evaluate(TAYLOR, high)
-    quintic, error = best_quintic(low, high * CUSHION)
-    return quintic, 1 - error, 1 + error
+    odd, error = best_odd(low, high * CUSHION, degree)
+    return odd, 1 - error, 1 + error
 
 
-def compose(low: float, tolerance: float) -> tuple[Quintic, ...]:
-    """The fewest quintics that take ``[low, 1]`` within ``tolerance`` of 1, at most `MAX_STEPS`."""
+def compose(low: float, tolerance: float, degree: Literal[5, 9] = 5) -> tuple[Odd, ...]:
+    """The fewest polynomials that take ``[low, 1]`` within ``tolerance`` of 1, at most `MAX_STEPS`."""
     high = 1.0
-    steps: list[Quintic] = []
+    steps: list[Odd] = []
     while max(1 - low, high - 1) > tolerance and len(steps) < MAX_STEPS:
-        quintic, low, high = _next_step(low, high)
-        steps.append(quintic)
+        odd, low, high = _next_step(low, high, degree)
+        steps.append(odd)
     return tuple(steps)
 
 
 @lru_cache(maxsize=256)
-def schedule(eps: float, tolerance: float = 2e-3) -> tuple[Quintic, ...]:
-    """The quintics ``(c0, c1, c2)`` for a relative damping ``eps``, cached.
+def schedule(eps: float, tolerance: float = 2e-3, degree: Literal[5, 9] = 5) -> tuple[Odd, ...]:
+    """The polynomials' coefficients for a relative damping ``eps``, cached.
 
     Args:
         eps: relative damping; the smallest sigma is about sqrt(eps).
         tolerance: largest relative error of the root in exact arithmetic. 2e-3 is what accumulating the
-            statistic in float32 costs anyway at eps 1e-6, and takes 6 steps there.
+            statistic in float32 costs anyway at eps 1e-6, and takes 6 quintic steps there.
+        degree: 9 gains more per product but has larger coefficients, hence more rounding.
 
     Raises:
         ValueError: if eps is not a positive finite number.
     """
-    return compose(smallest_sigma(eps), tolerance)
+    return compose(smallest_sigma(eps), tolerance, degree)
+
+
+def products(steps: tuple[Odd, ...]) -> int:
+    """How many matrix products `coupled_root` takes."""
+    return 3 * len(steps) - 3 + sum((len(step) - 1) // 2 for step in steps)
 
 
 # The iteration: on the device of A, no branch on data, no transfer to or from the host.
 
 
-def bracket(R: Square, c1: float, c2: float) -> Square:
-    """``c1 R + c2 R^2`` with one product."""
-    return torch.baddbmm(R, R, R, beta=c1, alpha=c2)
+def bracket(R: Square, odd: Odd, precision: Precision = "ieee") -> Square:
+    """``c1 R + c2 R^2`` with one product, ``c1 R + c2 R^2 + c3 R^3 + c4 R^4`` with two."""
+    _, c1, c2, *more = odd
+    if not more:
+        return baddbmm(R, R, R, c1, c2, precision)
+    c3, c4 = more
+    square = baddbmm(R, R, R, 0.0, 1.0, precision)
+    linear = torch.add(square.mul(c2), R, alpha=c1)
+    return baddbmm(linear, square, torch.add(square.mul(c4), R, alpha=c3), 1.0, 1.0, precision)
 
 
-def coupled_root(A: Square, steps: tuple[Quintic, ...]) -> Square:
-    """``A^(-1/2)`` for eigenvalues in (0, 1], with ``4 len(steps) - 3`` products.
+def coupled_root(A: Square, steps: tuple[Odd, ...], precision: Precision = "ieee") -> Square:
+    """``A^(-1/2)`` for eigenvalues in (0, 1], with `products` matrix products.
 
     Y goes to A^(1/2) and Z to A^(-1/2). In exact arithmetic the factors commute; in floating point any order
     but this one (or its mirror image) diverges, and so does symmetrising on the way, or adding c0 I to the
     bracket instead of c0 times the matrix to the product. Symmetrising the result would cost accuracy, too:
     with this order ``Z @ M`` is nearer than ``Z.mT @ M`` where A is near singular.
     """
-    (c0, c1, c2), *rest = steps
-    B = bracket(A, c1, c2)  # Z = I here, so Z Y = A and Z costs no product
-    Y, Z = A, B + c0 * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    for next_c0, c1, c2 in rest:
-        Y = torch.baddbmm(Y, Y, B, beta=c0)  # left until here, as the last step needs no Y
-        c0 = next_c0
-        B = bracket(Z @ Y, c1, c2)
-        Z = torch.baddbmm(Z, B, Z, beta=c0)
+    first, *rest = steps
+    B = bracket(A, first, precision)  # Z = I here, so Z Y = A and Z costs no product
+    Y, Z, c0 = A, B + first[0] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), first[0]
+    for step in rest:
+        Y = baddbmm(Y, Y, B, c0, 1.0, precision)  # left until here, as the last step needs no Y
+        c0 = step[0]
+        B = bracket(baddbmm(Y, Z, Y, 0.0, 1.0, precision), step, precision)
+        Z = baddbmm(Z, B, Z, c0, 1.0, precision)
     return Z
 
 

@@ -20,14 +20,16 @@ in full precision whatever the script chose, see `exact_matmul`. ("reference" al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
+from asgo import eigen
+from asgo import minimax as iteration
 from asgo._types import Root
-from asgo.minimax import bracket, coupled_root, probe, schedule
+from asgo.masks import choose
+from asgo.matmul import Precision, exact_matmul
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -38,31 +40,14 @@ if TYPE_CHECKING:
     Result: TypeAlias = tuple[Square, Bool[Tensor, "b"]]
     Solver: TypeAlias = Callable[[Square, PerMatrix, float], Square]
 
-TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9}  # asked of the schedule of `minimax`
-
-
-@contextmanager
-def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Matrix products in full precision inside; the caller's settings are as before outside.
-
-    Otherwise ``torch.set_float32_matmul_precision("high")`` spoils an iterative root on CUDA, ``"medium"``
-    every root on CPUs with bfloat16 units, and autocast both. The settings belong to the process: a product
-    that another thread starts meanwhile is exact too.
-    """
-    mkldnn = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    backends = (torch.backends.cuda.matmul, mkldnn)
-    before = [backend.fp32_precision for backend in backends]
-    known = torch.amp.is_autocast_available(device.type)
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False) if known else nullcontext():
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = "none"  # inherit, as an inherited value should not become a fixed one
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9}
+"""Asked of the schedule of `minimax`."""
+FAST_TOLERANCE = 1.4e-2
+"""Asked of the schedule of `minimax_fast`: the worst of 17 products at eps 1e-6; the usual error is 1e-2."""
+LEAST_EPS_TF32 = 1e-5
+"""TF32 products keep 11 bits: below this damping their root is off by 9 %."""
+SMALL = 128
+"""Up to this size products are the faster root of a stack in float32 on a CPU as well."""
 
 
 def _check(A: Square) -> None:
@@ -82,71 +67,64 @@ def _norm(A: Square) -> PerMatrix:
 
 
 def _solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = None) -> Result:
-    """Root of A by a solver ``(unit, scale, eps) -> root of unit``.
+    """Root of A by a solver ``(A, scale, eps) -> root of A / scale``, times ``scale^(-1/2)``.
 
-    ``A = scale * unit``, and unit's largest entry is in [1, 2), so that its norm can be squared whatever the
-    range of A. In place of a matrix that is zero or not finite the solver meets the identity. It marks a
-    failure by a diagonal that is not finite. It works in ``dtype`` (A's own if None); the result has A's.
+    The largest entry of ``A / scale`` is in [1, 2), so that its norm can be squared whatever the range of A. In
+    place of a matrix that is zero or not finite the solver meets the identity. It marks a failure by a diagonal
+    that is not finite. It works in ``dtype`` (A's own if None); the result has A's.
     """
     _check(A)
     own, A = A.dtype, A.to(dtype or A.dtype)
     if A.numel() == 0:
         return torch.zeros_like(A, dtype=own), torch.ones(len(A), dtype=torch.bool, device=A.device)
-    top = A.abs().amax(dim=(-2, -1), keepdim=True)  # NaN wins
-    finite = top.isfinite()
-    live = finite & (top > 0)
-    scale = torch.where(live, top / (2 * torch.frexp(top).mantissa), 1)  # a power of two: exact
+    top = A.diagonal(dim1=-2, dim2=-1).amax(dim=-1)  # no entry of a semidefinite matrix is larger
+    finite = A.sum(dim=-1).isfinite().all(dim=-1)  # a sum keeps NaN and infinity, and costs one pass
+    live = (finite & (top > 0))[:, None, None]
+    scale = choose(live, top[:, None, None], 1.0)
+    scale = scale / (2 * torch.frexp(scale).mantissa)  # a power of two: exact
     with exact_matmul(A.device):
-        Z = solver(torch.where(live, A, _eye(A)) / scale, scale, eps) / scale.sqrt()
-    ok = finite.flatten() & Z.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
-    return torch.where(ok[:, None, None] & live, Z, 0).to(own), ok
+        Z = solver(choose(live, A, _eye(A)), scale, eps)
+    ok = finite & Z.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
+    return choose(ok[:, None, None] & live, Z, 0.0).to(own), ok
 
 
-def _eigh(A: Square) -> tuple[Float[Tensor, "b k"], Square]:
-    """Eigenvalues and eigenvectors.
+def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:
+    def weights(values: Tensor, scale: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        return ((values + eps * norm) * scale).pow(-0.25)
 
-    One matrix that LAPACK cannot solve raises for its whole stack. Then all are tried in float64, then one
-    by one; a matrix that fails even so becomes NaN, alone.
-    """
-    try:
-        return torch.linalg.eigh(A)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        pass
-    if A.dtype != torch.float64:
-        values, vectors = _eigh(A.double())
-        return values.to(A.dtype), vectors.to(A.dtype)
-    if len(A) > 1:
-        values, vectors = zip(*(_eigh(one[None]) for one in A), strict=True)
-        return torch.cat(values), torch.cat(vectors)
-    return torch.full_like(A[..., 0], math.nan), torch.full_like(A, math.nan)
+    return eigen.root(A, scale, weights)
 
 
-def _by_eigh(unit: Square, scale: PerMatrix, eps: float) -> Square:
-    values, vectors = _eigh(unit)
-    half = vectors * (values.clamp(min=0) + eps * _norm(unit)[..., 0]).pow(-0.25)[:, None]
-    return half @ half.mT  # positive semidefinite whatever the rounding, so any NaN shows on the diagonal
+def _by_eigh_outside(A: Square, scale: PerMatrix, eps: float) -> Square:
+    def weights(values: Tensor, scale: Tensor) -> Tensor:
+        return ((values * scale).sqrt() + eps).pow(-0.5)
+
+    return eigen.root(A, scale, weights)
 
 
-def _by_eigh_outside(unit: Square, scale: PerMatrix, eps: float) -> Square:
-    values, vectors = _eigh(unit)
-    half = vectors * (values.clamp(min=0).sqrt() + eps / scale.sqrt()[..., 0]).pow(-0.5)[:, None]
-    return half @ half.mT
+def _by_products(degree: Literal[5, 9] = 5, precision: Precision = "ieee") -> Solver:
+    def solver(A: Square, scale: PerMatrix, eps: float) -> Square:
+        fast = degree == 9 and A.dtype == torch.float32
+        steps = iteration.schedule(eps, FAST_TOLERANCE if fast else TOLERANCE[A.dtype], degree)
+        unit = A / scale
+        norm = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+        bound = norm * ((1 + eps) * (1 + 2e-6))  # no eigenvalue of the damped matrix is larger
+        unit = unit.div_(bound)
+        unit.diagonal(dim1=-2, dim2=-1).add_(eps * (norm / bound)[..., 0])
+        with exact_matmul(A.device, "tf32" if precision == "tf32" else "ieee"):
+            Z = iteration.coupled_root(unit, steps, precision)
+        good = iteration.probe(unit, Z)[:, None, None]
+        return Z.mul_(torch.where(good, bound.rsqrt() * scale.rsqrt(), math.nan))
 
-
-def _by_products(unit: Square, scale: PerMatrix, eps: float) -> Square:
-    norm = _norm(unit)
-    bound = norm * ((1 + eps) * (1 + 2e-6))  # no eigenvalue of the damped matrix is larger
-    A = unit / bound
-    A.diagonal(dim1=-2, dim2=-1).add_(eps * (norm / bound)[..., 0])
-    Z = coupled_root(A, schedule(eps, TOLERANCE[unit.dtype]))
-    return Z * torch.where(probe(A, Z)[:, None, None], bound.rsqrt(), math.nan)
+    return solver
 
 
 def eigh(A: Square, eps: float) -> Result:
-    """The root by ``torch.linalg.eigh`` in A's dtype: the fastest on CPU.
+    """The root by ``torch.linalg.eigh`` in A's dtype: the fastest on CPU unless matrices are small.
 
     At eps 1e-6 in float32 the step is within 5e-2 of exact (measured; usually 2e-2), as eigenvectors of close
-    eigenvalues mix.
+    eigenvalues mix. On a CPU the threads of torch share the matrices of the stack.
     """
     return _solve(_by_eigh, A, eps)
 
@@ -174,12 +152,44 @@ def minimax(A: Square, eps: float) -> Result:
     Raises:
         ValueError: if eps is not a positive finite number.
     """
-    return _solve(_by_products, A, eps)
+    return _solve(_by_products(), A, eps)
+
+
+def minimax_fast(A: Square, eps: float) -> Result:
+    """`minimax` with polynomials of degree 9: 17 products instead of 21 at eps 1e-6, within 1.2e-2 of exact.
+
+    In float64 it is as exact as `minimax`.
+    """
+    return _solve(_by_products(degree=9), A, eps)
+
+
+def minimax_bf16x3(A: Square, eps: float) -> Result:
+    """`minimax` with three bfloat16 products for each in float32: within 4e-3 of exact at eps 1e-6.
+
+    On rank-deficient statistics, as on the first steps, within 2e-2. For tensor cores, where the three cost
+    less than the one. Float64 is computed as ever.
+    """
+    return _solve(_by_products(precision="bf16x3"), A, eps)
+
+
+def minimax_tf32(A: Square, eps: float) -> Result:
+    """`minimax` with TF32 products on CUDA (float32 elsewhere): within 4e-2 of exact at eps 1e-5.
+
+    Raises:
+        ValueError: if eps is below 1e-5, where TF32 is too coarse.
+    """
+    check_eps("minimax_tf32", eps)
+    return _solve(_by_products(precision="tf32"), A, eps)
 
 
 def auto(A: Square, eps: float) -> Result:
-    """`eigh` on CPU, `minimax` on every other device."""
-    return (eigh if A.device.type == "cpu" else minimax)(A, eps)
+    """The fastest by measurement (``asgo bench root``): on a CPU `eigh` for matrices larger than 128 and for
+    float64, else `minimax`. How many matrices stand in the stack makes no difference to their roots."""
+    return ROOTS[_fastest(A.device.type, A.shape[-1], A.dtype)](A, eps)
+
+
+def _fastest(device: str, k: int, dtype: torch.dtype = torch.float32) -> str:
+    return "eigh" if device == "cpu" and (k > SMALL or dtype == torch.float64) else "minimax"
 
 
 _CUSHIONED = (
@@ -207,7 +217,7 @@ def reference(A: Square, eps: float) -> Result:
     Y, Z = X / norm, eye.expand_as(X)
     with exact_matmul(A.device):
         for c0, c1, c2 in _RELEASED:
-            B = bracket(Z @ Y, c1, c2)
+            B = iteration.bracket(Z @ Y, (c0, c1, c2))
             Y, Z = torch.baddbmm(Y, Y, B, beta=c0), torch.baddbmm(Z, B, Z, beta=c0)
     Z = Z / norm.sqrt()
     finite = Z.isfinite().all(dim=-1).all(dim=-1)
@@ -219,6 +229,9 @@ ROOTS: dict[str, Root] = {
     "eigh": eigh,
     "eigh64": eigh64,
     "minimax": minimax,
+    "minimax_fast": minimax_fast,
+    "minimax_bf16x3": minimax_bf16x3,
+    "minimax_tf32": minimax_tf32,
     "outside": outside,
     "reference": reference,
 }
@@ -236,20 +249,29 @@ def resolve(name: str) -> Root:
     return ROOTS[name]
 
 
-def products(name: str, eps: float, device: torch.device | str = "cpu") -> float:
+def check_eps(name: str, eps: float) -> None:
+    """Raise `ValueError` if a root cannot work with so little damping."""
+    if name == "minimax_tf32" and eps < LEAST_EPS_TF32:
+        raise ValueError(
+            f"root 'minimax_tf32' got eps={eps}: TF32 products need eps of {LEAST_EPS_TF32} or more. Pass "
+            "eps=1e-5, or use root 'minimax_bf16x3' or 'minimax'"
+        )
+
+
+def products(name: str, eps: float, device: torch.device | str = "cpu", k: int = 768) -> float:
     """What the root of one float32 matrix costs, in ``k x k`` products of ``2 k^3`` operations each.
 
-    Exact for a root made of products; an eigendecomposition counts by its measured time. ``device`` matters
-    for "auto" only.
+    Exact for a root made of products; an eigendecomposition counts by its measured time. The device and the
+    size matter for "auto" only.
 
     Raises:
         ValueError: if there is no root of that name, or "minimax" cannot take eps.
     """
     resolve(name)
-    if name == "auto":
-        name = "eigh" if torch.device(device).type == "cpu" else "minimax"
-    if name == "minimax":
-        return 4 * len(schedule(eps)) - 3
+    name = _fastest(torch.device(device).type, k) if name == "auto" else name
+    if name.startswith("minimax"):
+        fast = name == "minimax_fast"
+        return iteration.products(iteration.schedule(eps, *((FAST_TOLERANCE, 9) if fast else ())))
     if name == "reference":
         return 4 * len(_RELEASED)
     return _EIGH_PRODUCTS if name == "eigh" else 2 * _EIGH_PRODUCTS

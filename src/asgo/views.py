@@ -22,6 +22,7 @@ from einops import EinopsError, rearrange
 from torch import Tensor
 
 _AXIS = re.compile(r"\(([^)]*)\)|(\S+)")
+JOINT = "several"  # the axis along which equal parts of several parameters are stacked
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,23 @@ class View:
         source, target = self._pattern(part).split("->")
         return rearrange(stack, f"{target} -> {source}", **_lengths(source, tuple(shape), self._sizes))
 
+    def stack_all(self, part: int, xs: Sequence[Tensor]) -> Tensor:
+        """Part number `part` of several parameters, equal in shape, read as one stack ``(len(xs) b, m, n)``.
+
+        A copy, in the memory order of the parts where a stack can have it; a single part is not copied.
+        """
+        if len(xs) == 1:
+            return self.stack(part, xs[0])
+        source, target = self._joint(part)
+        sizes = _lengths(self._pattern(part).split("->")[0], tuple(xs[0].shape), self._sizes)
+        return rearrange(torch.stack(list(xs)), f"{source} -> {target}", **sizes)
+
+    def unstack_all(self, part: int, stack: Tensor, shape: Sequence[int], count: int) -> Sequence[Tensor]:
+        """The inverse of `stack_all` for `count` parts of the given shape."""
+        source, target = self._joint(part)
+        sizes = _lengths(self._pattern(part).split("->")[0], tuple(shape), self._sizes)
+        return rearrange(stack, f"{target} -> {source}", **{JOINT: count, **sizes}).unbind()
+
     def matrices(self, x: Tensor) -> list[Tensor]:
         """All stacks ``(b, m, n)`` of a parameter, one per part."""
         return [self.stack(i, part) for i, part in enumerate(self.cut(x))]
@@ -150,6 +168,12 @@ class View:
     @property
     def _sizes(self) -> tuple[tuple[str, int], ...]:
         return self.sizes if isinstance(self.sizes, tuple) else tuple(self.sizes.items())
+
+    def _joint(self, part: int) -> tuple[str, str]:
+        """Both sides of the pattern for several parameters: a new first axis, merged into the stack's first."""
+        source, target = self._pattern(part).split("->")
+        first, *rest = (match[1] if match[1] is not None else match[2] for match in _AXIS.finditer(target))
+        return f"{JOINT} {source}", f"({JOINT} {first}) {' '.join(f'({axes})' for axes in rest)}"
 
     def _pattern(self, part: int) -> str:
         return self.pattern if isinstance(self.pattern, str) else self.pattern[part]
