@@ -213,8 +213,10 @@ def test_roots_table():
 
 def test_options_per_group():
     table = rows(section(page("choosing-rules.md"), "Options per group"))[2:]
-    keys = [set(re.findall(r"`(\w+)`", row[1])) for row in table]
-    assert keys == [set(settings.CHECKS), settings.WITHOUT_VIEW]
+    own, relatives, adamw = (set(re.findall(r"`(\w+)`", row[1])) for row in table)
+    assert own == set(ASGO([torch.zeros(2, 3)]).defaults)
+    assert own | relatives == set(settings.CHECKS)
+    assert adamw == settings.WITHOUT_VIEW
 
 
 def test_attention_families():

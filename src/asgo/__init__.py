@@ -6,10 +6,24 @@
 
 from asgo import checkpoint
 from asgo.optimizer import StructuredOptimizer
-from asgo.presets import ASGO
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, AdamMini
 from asgo.report import Report, report
 from asgo.routing import Rule, route
 from asgo.views import View
 
-__all__ = ["ASGO", "Report", "Rule", "StructuredOptimizer", "View", "checkpoint", "report", "route"]
+__all__ = [
+    "AGD",
+    "ASGO",
+    "BAG",
+    "BAGM",
+    "DASGO",
+    "AdamMini",
+    "Report",
+    "Rule",
+    "StructuredOptimizer",
+    "View",
+    "checkpoint",
+    "report",
+    "route",
+]
 __version__ = "0.1.0"

@@ -1,0 +1,8 @@
+"""The named optimizers: each chooses a view and a structure and names its hyperparameters."""
+
+from asgo.presets.agd import AGD
+from asgo.presets.asgo import ASGO
+from asgo.presets.blockwise import BAG, BAGM, AdamMini
+from asgo.presets.dasgo import DASGO
+
+__all__ = ["AGD", "ASGO", "BAG", "BAGM", "DASGO", "AdamMini"]

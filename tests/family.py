@@ -1,0 +1,26 @@
+"""Every optimizer of the library, for the suites that all of them must pass. A new one is one more row."""
+
+import pytest
+
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdamMini
+
+PRESETS = {
+    "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
+    "paper": lambda params, **options: ASGO.paper(params, **{"lr": 0.02, **options}),
+    "theory": lambda params, **options: ASGO.theory(params, **{"lr": 0.1, **options}),
+    "reference": lambda params, **options: ASGO.reference(params, **{"lr": 0.02, **options}),
+    "dasgo": lambda params, **options: DASGO(params, **{"lr": 0.02, **options}),
+    "bag": lambda params, **options: BAG(params, **{"lr": 0.05, **options}),
+    "bagm": lambda params, **options: BAGM(params, **{"lr": 0.02, **options}),
+    "bagm, rows": lambda params, **options: BAGM(params, **{"lr": 0.02, "blocks": "row", **options}),
+    "adam-mini": lambda params, **options: AdamMini(params, **{"lr": 0.02, **options}),
+    "agd": lambda params, **options: AGD(params, **{"lr": 0.02, **options}),
+}
+every_preset = pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())
+
+
+def without_decay(optimizer):
+    """The optimizer with weight decay off in every group."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    return optimizer

@@ -1,0 +1,76 @@
+"""The family as the papers write it: numpy, float64, one parameter at a time, explicit matrices and loops.
+
+Independent of the library: it imports nothing of it. Every function gives the weights after a step with each gradient.
+"""
+
+import numpy as np
+
+from oracle import power
+
+
+def dasgo(weight, grads, *, lr, betas, eps, weight_decay, axis):
+    """Algorithm 4 of the ASGO paper: one number per column, eps inside, update rescaled to an RMS of 0.2."""
+    momentum, square = np.zeros_like(weight), 0.0
+    for grad in grads:
+        momentum = betas[0] * momentum + (1 - betas[0]) * grad
+        square = betas[1] * square + (1 - betas[1]) * (grad**2).sum(axis={"column": 0, "row": 1}[axis], keepdims=True)
+        update = momentum / np.sqrt(square + eps)
+        update *= 0.2 * np.sqrt(weight.size) / np.linalg.norm(update)
+        weight = weight * (1 - lr * weight_decay) - lr * update
+    return weight
+
+
+def bag(weight, grads, blocks, *, lr, eps):
+    """`blocks` holds the number of its block for every entry."""
+    square = np.zeros(blocks.max() + 1)
+    for grad in grads:
+        for b in range(len(square)):
+            square[b] += (grad[blocks == b] ** 2).mean()
+        weight = weight - lr * grad / (np.sqrt(square[blocks]) + eps)
+    return weight
+
+
+def bagm(weight, grads, blocks, *, lr, betas, eps, weight_decay=0.0):
+    """The paper's weighted mean, with a_t = b2^-t."""
+    weighted, total, momentum = np.zeros(blocks.max() + 1), 0.0, np.zeros_like(weight)
+    for t, grad in enumerate(grads, 1):
+        a = betas[1] ** -t
+        total += a
+        for b in range(len(weighted)):
+            weighted[b] += a * (grad[blocks == b] ** 2).mean()
+        momentum = betas[0] * momentum + (1 - betas[0]) * grad
+        size = np.sqrt(weighted[blocks] / total) + eps
+        weight = weight * (1 - lr * weight_decay) - lr * momentum / size
+    return weight
+
+
+def adam_mini(weight, grads, blocks, *, lr, betas, eps, weight_decay):
+    square, momentum = np.zeros(blocks.max() + 1), np.zeros_like(weight)
+    for t, grad in enumerate(grads, 1):
+        momentum = betas[0] * momentum + (1 - betas[0]) * grad
+        for b in range(len(square)):
+            square[b] = betas[1] * square[b] + (1 - betas[1]) * (grad[blocks == b] ** 2).mean()
+        size = np.sqrt(square[blocks] / (1 - betas[1] ** t)) + eps
+        weight = weight * (1 - lr * weight_decay) - lr * momentum / (1 - betas[0] ** t) / size
+    return weight
+
+
+def agd(weight, grads, *, lr, betas, delta, weight_decay):
+    momentum, square = np.zeros_like(weight), np.zeros_like(weight)
+    for t, grad in enumerate(grads, 1):
+        before = momentum / (1 - betas[0] ** (t - 1)) if t > 1 else 0.0
+        momentum = betas[0] * momentum + (1 - betas[0]) * grad
+        now = momentum / (1 - betas[0] ** t)
+        square = betas[1] * square + (1 - betas[1]) * (now - before) ** 2
+        size = np.maximum(np.sqrt(square), delta * np.sqrt(1 - betas[1] ** t))
+        weight = weight * (1 - lr * weight_decay) - lr * np.sqrt(1 - betas[1] ** t) * now / size
+    return weight
+
+
+def full_matrix_adagrad(weight, grads, *, lr, eps):
+    """Dense: G <- G + g g^T from eps I, step G^(-1/2) g."""
+    total = eps * np.eye(weight.size)
+    for grad in grads:
+        total += np.outer(grad, grad)
+        weight = weight - lr * (power(total, -0.5) @ grad.reshape(-1)).reshape(weight.shape)
+    return weight
