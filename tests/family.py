@@ -2,7 +2,7 @@
 
 import pytest
 
-from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdamMini
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdamMini, OneSidedShampoo, Shampoo
 
 PRESETS = {
     "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
@@ -13,9 +13,14 @@ PRESETS = {
     "bag": lambda params, **options: BAG(params, **{"lr": 0.05, **options}),
     "bagm": lambda params, **options: BAGM(params, **{"lr": 0.02, **options}),
     "bagm, rows": lambda params, **options: BAGM(params, **{"lr": 0.02, "blocks": "row", **options}),
+    "one-sided shampoo": lambda params, **options: OneSidedShampoo(params, **{"lr": 0.1, **options}),
+    "shampoo": lambda params, **options: Shampoo(params, **{"lr": 0.1, **options}),
     "adam-mini": lambda params, **options: AdamMini(params, **{"lr": 0.02, **options}),
     "agd": lambda params, **options: AGD(params, **{"lr": 0.02, **options}),
 }
+LARGEST = {"shampoo": lambda m, n: max(m * n, *(k * k for k in (m, n) if k <= 8192))}
+"""Numbers in the largest tensor of the state of an ``m x n`` matrix, where it is not bounded by the shorter side."""
+
 every_preset = pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())
 
 

@@ -74,3 +74,26 @@ def full_matrix_adagrad(weight, grads, *, lr, eps):
         total += np.outer(grad, grad)
         weight = weight - lr * (power(total, -0.5) @ grad.reshape(-1)).reshape(weight.shape)
     return weight
+
+
+def one_sided_shampoo(weight, grads, *, lr, eps, side):
+    m, n = weight.shape
+    total = eps * np.eye(m if side == "left" else n)
+    for grad in grads:
+        total += grad @ grad.T / n if side == "left" else grad.T @ grad / m
+        root = power(total, -0.5)
+        weight = weight - lr * (root @ grad if side == "left" else grad @ root)
+    return weight
+
+
+def shampoo(weight, grads, *, lr, betas, eps, weight_decay):
+    """Algorithm 1 of the paper, with momentum; with betas[1] below 1, averages in place of sums."""
+    m, n = weight.shape
+    left, right, momentum = np.zeros((m, m)), np.zeros((n, n)), np.zeros((m, n))
+    keep, take = (1, 1) if betas[1] == 1 else (betas[1], 1 - betas[1])
+    for grad in grads:
+        momentum = betas[0] * momentum + (1 - betas[0]) * grad
+        left, right = keep * left + take * grad @ grad.T, keep * right + take * grad.T @ grad
+        update = power(left + eps * np.eye(m), -0.25) @ momentum @ power(right + eps * np.eye(n), -0.25)
+        weight = weight * (1 - lr * weight_decay) - lr * update
+    return weight

@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = [path for path in FILES if "lab" not in path.relative_to(ROOT).parts]
 FLOORS = [
     {"_types"},
-    {"views", "partition", "minimax", "roots", "scaling"},
+    {"views", "partition", "powers", "minimax", "roots", "scaling"},
     {"adamw"},
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
     {"buckets", "settings"},

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 import oracle_family as oracle
-from asgo import AGD, BAG, BAGM, DASGO, AdamMini, View, route
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdamMini, OneSidedShampoo, Shampoo, View, route
+from asgo.powers import inverse_power
 from asgo.views import MATRIX, heads
 from family import PRESETS, every_preset
+from oracle import power
 from test_asgo import gradients, relative, run
 from test_optimizer import BAD
 
@@ -163,6 +165,82 @@ def test_groups_without_a_view_are_still_adamw():
         assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq", "failures"}
 
 
+# ---- one matrix per side -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)], ids=str)
+@pytest.mark.parametrize("side", ["left", "right", "auto"])
+def test_one_sided_shampoo_equals_its_paper(shape, side):
+    weight, grads, w, g = case(shape)
+    meant = side if side != "auto" else ("left" if shape[0] < shape[1] else "right")
+    got, _ = run(lambda p: OneSidedShampoo(p, lr=0.3, eps=1e-3, side=side), weight, grads)
+    assert relative(got, oracle.one_sided_shampoo(w, g, lr=0.3, eps=1e-3, side=meant)) < 1e-11
+
+
+def test_one_sided_shampoo_is_the_theory_form_of_asgo_up_to_the_root_of_the_other_side():
+    weight, grads = torch.randn(4, 9, dtype=torch.float64), gradients((4, 9), STEPS)
+    ours, _ = run(lambda p: OneSidedShampoo(p, lr=0.3, eps=1e-14), weight, grads)
+    asgo, _ = run(lambda p: ASGO.theory(p, lr=0.3 * 3, eps=1e-14), weight, grads)
+    assert relative(ours, asgo) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)], ids=str)
+@pytest.mark.parametrize("betas", [(0.0, 1.0), (0.9, 1.0), (0.9, 0.95)], ids=str)
+def test_shampoo_equals_its_paper(shape, betas):
+    options = {"lr": 0.3, "betas": betas, "eps": 1e-3, "weight_decay": 0.05}
+    weight, grads, w, g = case(shape)
+    got, optimizer = run(lambda p: Shampoo(p, **options), weight, grads)
+    assert relative(got, oracle.shampoo(w, g, **options)) < 1e-11
+    if betas[1] == 1:  # the paper's Lemma 8: the full statistic is below the Kronecker product
+        state = next(iter(optimizer.state.values()))
+        left, right = (power(state[side][0].numpy() + 1e-3 * np.eye(k), 0.5) for side, k in zip(
+            ("left", "right"), shape, strict=True))  # fmt: skip
+        full = sum(np.outer(grad, grad) for grad in g) / min(shape)
+        assert np.linalg.eigvalsh(np.kron(left, right) - full).min() > 0
+
+
+def test_shampoo_leaves_a_long_side_alone():
+    weight, grads, w, g = case((4, 9))
+    got, optimizer = run(lambda p: Shampoo(p, lr=0.3, betas=(0.0, 1.0), eps=1e-3, max_size=5), weight, grads)
+    assert relative(got, oracle.one_sided_shampoo(w, g, lr=0.1, eps=1e-3 / 9, side="left")) < 1e-11
+    assert next(iter(optimizer.state.values()))["right"].numel() == 0
+
+
+@pytest.mark.parametrize("make", [lambda p: OneSidedShampoo(p, 0.1), lambda p: Shampoo(p, 0.1)], ids=["one", "both"])
+def test_a_failed_root_keeps_the_last_good_one_and_is_counted(make, monkeypatch):
+    param = nn.Parameter(torch.randn(4, 6))
+    optimizer = make([("w", param)])
+    roots = lambda: [t.clone() for k, t in optimizer.state[param].items() if "root" in k]  # noqa: E731
+
+    def step():
+        param.grad = torch.randn(4, 6)
+        optimizer.step()
+
+    step()
+    kept = roots()
+
+    def failing(A):
+        raise torch.linalg.LinAlgError("no")
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    before = param.detach().clone()
+    step()
+    assert all(torch.equal(a, b) for a, b in zip(kept, roots(), strict=True))
+    assert not torch.equal(before, param)
+    assert optimizer.failures() == {"w": 1}
+    monkeypatch.undo()
+    step()
+    assert not any(torch.equal(a, b) for a, b in zip(kept, roots(), strict=True))
+
+
+def test_an_inverse_power_that_is_not_finite_touches_no_other():
+    A = torch.diag_embed(torch.tensor([[4.0, 16.0], [float("nan"), 1.0], [0.0, 81.0]]))
+    root, ok = inverse_power(A, 1e-12, 0.25)
+    assert ok.tolist() == [True, False, True]
+    assert torch.allclose(root[0], torch.diag(torch.tensor([4.0, 16.0]) ** -0.25))
+    assert torch.allclose(root[2], torch.diag(torch.tensor([1e3, 1 / 3])))
+
+
 # ---- differences ---------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +313,7 @@ def test_hyperparameters_out_of_range_are_refused_by_every_preset(make):
 FAMILY_BAD = {
     "axis": ["diagonal", None, 0],
     "blocks": ["rows", 0, -1, True, 1.5, None],
+    "max_size": [0, 2.5, True],
     "delta": [0.0, -1.0, None],
 }
 

@@ -6,7 +6,7 @@
 
 from asgo import checkpoint
 from asgo.optimizer import StructuredOptimizer
-from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, AdamMini
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, AdamMini, OneSidedShampoo, Shampoo
 from asgo.report import Report, report
 from asgo.routing import Rule, route
 from asgo.views import View
@@ -18,8 +18,10 @@ __all__ = [
     "BAGM",
     "DASGO",
     "AdamMini",
+    "OneSidedShampoo",
     "Report",
     "Rule",
+    "Shampoo",
     "StructuredOptimizer",
     "View",
     "checkpoint",

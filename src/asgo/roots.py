@@ -133,6 +133,12 @@ def _by_eigh_outside(unit: Square, scale: PerMatrix, eps: float) -> Square:
     return half @ half.mT
 
 
+def _by_eigh_inside(unit: Square, scale: PerMatrix, eps: float) -> Square:
+    values, vectors = _eigh(unit)
+    half = vectors * (values.clamp(min=0) + eps / scale[..., 0]).pow(-0.25)[:, None]
+    return half @ half.mT
+
+
 def _by_products(unit: Square, scale: PerMatrix, eps: float) -> Square:
     norm = _norm(unit)
     bound = norm * ((1 + eps) * (1 + 2e-6))  # no eigenvalue of the damped matrix is larger
@@ -162,6 +168,14 @@ def outside(A: Square, eps: float) -> Result:
     The theory form, Algorithm 1 of "ASGO: Adaptive Structured Gradient Optimization" (An et al., 2025).
     """
     return _solve(_by_eigh_outside, A, eps, torch.float64)
+
+
+def inside(A: Square, eps: float) -> Result:
+    """``(A + eps I)^(-1/2)``: eps absolute and inside the root, computed in float64.
+
+    The form of one-sided Shampoo ("Structured Preconditioners in Adaptive Optimization", Xie et al., 2025).
+    """
+    return _solve(_by_eigh_inside, A, eps, torch.float64)
 
 
 def minimax(A: Square, eps: float) -> Result:
@@ -220,6 +234,7 @@ ROOTS: dict[str, Root] = {
     "eigh64": eigh64,
     "minimax": minimax,
     "outside": outside,
+    "inside": inside,
     "reference": reference,
 }
 _EIGH_PRODUCTS = 6.5  # measured on CPU at k = 768, in times of one float32 product; float64 takes twice that

@@ -75,6 +75,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "root": _one_of(*ROOTS),
     "maximize": _one_of(True, False),
     "axis": _one_of("column", "row", "auto"),
+    "max_size": (_interval, "a whole number >= 1"),
     "delta": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-5"),
     "blocks": (_are_blocks, "'tensor', 'row', 'kernel', 'column', a number of blocks >= 1 or an asgo.View"),
 }

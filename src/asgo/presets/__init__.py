@@ -4,5 +4,6 @@ from asgo.presets.agd import AGD
 from asgo.presets.asgo import ASGO
 from asgo.presets.blockwise import BAG, BAGM, AdamMini
 from asgo.presets.dasgo import DASGO
+from asgo.presets.shampoo import OneSidedShampoo, Shampoo
 
-__all__ = ["AGD", "ASGO", "BAG", "BAGM", "DASGO", "AdamMini"]
+__all__ = ["AGD", "ASGO", "BAG", "BAGM", "DASGO", "AdamMini", "OneSidedShampoo", "Shampoo"]

@@ -3,6 +3,7 @@
 from asgo.structures.base import Algebra, Structure
 from asgo.structures.blockwise import Blockwise
 from asgo.structures.difference import Difference
+from asgo.structures.kronecker import Kronecker
 from asgo.structures.one_sided import OneSided
 
-__all__ = ["Algebra", "Blockwise", "Difference", "OneSided", "Structure"]
+__all__ = ["Algebra", "Blockwise", "Difference", "Kronecker", "OneSided", "Structure"]

@@ -34,18 +34,20 @@ class OneSided(Algebra):
             the right one of a square matrix, as released.
         cross_normalize: afterwards divide by the running root mean square of the result taken along the
             preconditioned side, one number per index of the other side.
+        mean: divide the gram by the length of the other side, as one-sided Shampoo does: the projection itself.
     """
 
     side: Literal["auto", "left", "right"] = "auto"
     cross_normalize: bool = False
+    mean: bool = False
 
     def left(self, m: int, n: int) -> bool:
         """Whether an ``m x n`` matrix is preconditioned from the left."""
         return self.side == "left" or (self.side == "auto" and m < n)
 
     def additive_rows(self, m: int, n: int) -> bool:
-        """On the right: ``G^T G`` is a sum over rows."""
-        return not self.left(m, n)
+        """On the right: ``G^T G`` is a sum over rows, unless it is divided by their number."""
+        return not self.left(m, n) and not self.mean
 
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
@@ -63,7 +65,10 @@ class OneSided(Algebra):
 
     def measure(self, grad: Stack) -> Tensor:
         """``G G^T`` or ``G^T G``."""
-        return grad @ grad.mT if self.left(*grad.shape[1:]) else grad.mT @ grad
+        _, m, n = grad.shape
+        left = self.left(m, n)
+        gram = grad @ grad.mT if left else grad.mT @ grad
+        return gram / max(n if left else m, 1) if self.mean else gram
 
     def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
