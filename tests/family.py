@@ -2,7 +2,7 @@
 
 import pytest
 
-from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdamMini, OneSidedShampoo, Shampoo
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 
 PRESETS = {
     "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
@@ -15,10 +15,16 @@ PRESETS = {
     "bagm, rows": lambda params, **options: BAGM(params, **{"lr": 0.02, "blocks": "row", **options}),
     "one-sided shampoo": lambda params, **options: OneSidedShampoo(params, **{"lr": 0.1, **options}),
     "shampoo": lambda params, **options: Shampoo(params, **{"lr": 0.1, **options}),
+    "adagram": lambda params, **options: AdaGram(params, **{"lr": 0.1, **options}),
+    "adagram, symmetric": lambda params, **options: AdaGram(params, **{"lr": 0.1, "direction": "symmetric", **options}),
     "adam-mini": lambda params, **options: AdamMini(params, **{"lr": 0.02, **options}),
     "agd": lambda params, **options: AGD(params, **{"lr": 0.02, **options}),
 }
-LARGEST = {"shampoo": lambda m, n: max(m * n, *(k * k for k in (m, n) if k <= 8192))}
+LARGEST = {
+    "shampoo": lambda m, n: max(m * n, *(k * k for k in (m, n) if k <= 8192)),
+    "adagram": lambda m, n: 5 * m * n + 1,
+    "adagram, symmetric": lambda m, n: 6 * m * n + 30,
+}
 """Numbers in the largest tensor of the state of an ``m x n`` matrix, where it is not bounded by the shorter side."""
 
 every_preset = pytest.mark.parametrize("make", PRESETS.values(), ids=PRESETS.keys())

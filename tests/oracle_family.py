@@ -97,3 +97,49 @@ def shampoo(weight, grads, *, lr, betas, eps, weight_decay):
         update = power(left + eps * np.eye(m), -0.25) @ momentum @ power(right + eps * np.eye(n), -0.25)
         weight = weight * (1 - lr * weight_decay) - lr * update
     return weight
+
+
+def adagram_factor(weight, grads, *, lr, eps, rank, integrator):
+    """The paper: G = L L^T, L^-1 = eps^(-1/2) (I - A), and A brought back to `rank` with dense U, S and V."""
+    d = weight.size
+    A, columns = np.zeros((d, d)), 0
+    for grad in grads:
+        h = (np.eye(d) - A) @ grad.reshape(-1) / np.sqrt(eps)
+        s = np.sqrt(1 + h @ h)
+        weight = weight - lr * (h / s).reshape(weight.shape)
+        D = np.outer(h / (1 + s) / s, h - A.T @ h)
+        if columns < (rank or d) or rank is None:
+            A, columns = A + D, columns + 1
+            continue
+        U, sigma, Vh = np.linalg.svd(A)
+        U, S, V = U[:, :rank], np.diag(sigma[:rank]), Vh[:rank].T
+        if integrator == "eig":
+            U, sigma, Vh = np.linalg.svd(A + D)
+            A = (U[:, :rank] * sigma[:rank]) @ Vh[:rank]
+        elif integrator == "psi":
+            U1, S_hat = np.linalg.qr(U @ S + D @ V)
+            S_tilde = S_hat - U1.T @ D @ V
+            V1, S1T = np.linalg.qr(V @ S_tilde.T + D.T @ U1)
+            A = U1 @ S1T.T @ V1.T
+        else:
+            U1, V1 = np.linalg.qr(U @ S + D @ V)[0], np.linalg.qr(V @ S.T + D.T @ U)[0]
+            A = U1 @ ((U1.T @ U) @ S @ (V1.T @ V).T + U1.T @ D @ V1) @ V1.T
+    return weight
+
+
+def adagram_symmetric(weight, grads, *, lr, eps, rank, integrator, compensate):
+    """``delta I + Y``, Y of `rank`, with dense matrices throughout."""
+    d = weight.size
+    Y, delta = np.zeros((d, d)), eps
+    for grad in grads:
+        g = grad.reshape(-1)
+        basis = np.linalg.eigh(Y)[1][:, -rank:]
+        total = Y + np.outer(g, g)
+        weight = weight - lr * (power(delta * np.eye(d) + total, -0.5) @ g).reshape(weight.shape)
+        values, vectors = np.linalg.eigh(total)
+        Y = (vectors[:, -rank:] * values[-rank:]) @ vectors[:, -rank:].T
+        if integrator == "bug" and values[-rank - 1] > 1e-12 * values[-1]:
+            U = np.linalg.qr(total @ basis)[0]
+            Y = U @ (U.T @ total @ U) @ U.T
+        delta += compensate * (np.trace(total) - np.trace(Y)) / (d - rank)
+    return weight

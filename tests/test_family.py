@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import oracle_family as oracle
-from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdamMini, OneSidedShampoo, Shampoo, View, route
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdaGram, AdamMini, OneSidedShampoo, Shampoo, View, route
 from asgo.powers import inverse_power
+from asgo.structures import LowRankFactor
 from asgo.views import MATRIX, heads
 from family import PRESETS, every_preset
 from oracle import power
@@ -241,6 +242,149 @@ def test_an_inverse_power_that_is_not_finite_touches_no_other():
     assert torch.allclose(root[2], torch.diag(torch.tensor([1e3, 1 / 3])))
 
 
+# ---- full-matrix AdaGrad in low rank --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("integrator", ["psi", "bug", "eig"])
+@pytest.mark.parametrize("rank", [1, 3, 11, None])
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (3, 2, 2)], ids=str)
+def test_adagram_equals_its_paper(shape, rank, integrator):
+    weight, grads, w, g = case(shape)
+    options = {"lr": 0.3, "eps": 1e-2, "rank": rank, "integrator": integrator}
+    assert (
+        relative(run(lambda p: AdaGram(p, **options), weight, grads)[0], oracle.adagram_factor(w, g, **options)) < 1e-9
+    )
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("integrator", ["bug", "eig"])
+@pytest.mark.parametrize("rank", [1, 3, 11])
+def test_symmetric_adagram_equals_the_dense_formula(rank, integrator, compensate):
+    weight, grads, w, g = case((3, 4))
+    options = {"lr": 0.3, "eps": 1e-2, "rank": rank, "integrator": integrator, "compensate": compensate}
+    got, _ = run(lambda p: AdaGram(p, direction="symmetric", **options), weight, grads)
+    assert relative(got, oracle.adagram_symmetric(w, g, **options)) < 1e-9
+
+
+@pytest.mark.parametrize("rank", [12, None])
+def test_symmetric_adagram_with_enough_rank_is_full_matrix_adagrad(rank):
+    weight, grads, w, g = case((3, 4))
+    got, _ = run(lambda p: AdaGram(p, lr=0.3, eps=1e-2, rank=rank, direction="symmetric"), weight, grads)
+    assert relative(got, oracle.full_matrix_adagrad(w, g, lr=0.3, eps=1e-2)) < 1e-12
+
+
+def test_the_factor_without_a_limit_is_a_factor_of_the_statistic():
+    """Identity 5: L L^T = G, and the direction has the length of G^(-1/2) g."""
+    structure, grads = LowRankFactor(None, 1e-2, "psi"), gradients((1, 3, 4), 20)
+    state = structure.init(grads[0])
+    total = 1e-2 * torch.eye(12, dtype=torch.float64)
+    for grad in grads:
+        structure.fold(state, structure.measure(grad), 1.0)
+        total += torch.outer(grad.reshape(-1), grad.reshape(-1))
+        direction = structure.precondition(state, grad)
+        wanted = torch.as_tensor(power(total.numpy(), -0.5)) @ grad.reshape(-1)
+        assert float(direction.norm()) == pytest.approx(float(wanted.norm()), rel=1e-12)
+    units = torch.eye(12, dtype=torch.float64).reshape(12, 3, 4)
+    stacked = {key: tensor.expand(12, *tensor.shape[1:]) for key, tensor in state.items()}
+    inverse = structure.precondition(stacked, units).reshape(12, 12).mT
+    assert torch.allclose(inverse @ total @ inverse.mT, torch.eye(12, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"integrator": i} for i in ("psi", "bug", "eig")] + [{"direction": "symmetric"}], ids=str
+)
+def test_adagram_is_exact_for_gradients_of_no_more_than_its_rank(options):
+    weight = torch.zeros(15, dtype=torch.float64)
+    span = torch.randn(3, 15, dtype=torch.float64)
+    grads = [torch.randn(3, dtype=torch.float64) @ span for _ in range(STEPS)]
+    limited, _ = run(lambda p: AdaGram(p, rank=3, **options), weight, grads)
+    assert relative(limited, run(lambda p: AdaGram(p, rank=None, **options), weight, grads)[0]) < 1e-9
+
+
+@pytest.mark.parametrize(("integrator", "sees"), [("psi", False), ("bug", False), ("eig", True)])
+def test_splitting_overlooks_what_is_orthogonal_to_the_subspace(integrator, sees):
+    eye = torch.eye(6, dtype=torch.float64)
+    grads = [eye[0], eye[1], 100 * eye[2], eye[3]]
+    _, optimizer = run(lambda p: AdaGram(p, rank=2, integrator=integrator), torch.zeros(6, dtype=torch.float64), grads)
+    state = next(iter(optimizer.state.values()))
+    assert (float((state["P"] @ state["Q"].mT)[0, 2, 2]) > 0.9) == sees
+
+
+def test_the_factor_is_turned_and_may_ascend_where_the_symmetric_form_descends():
+    basis = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    inputs = torch.stack(gradients((20,), 300)) * torch.logspace(0, -3, 20, dtype=torch.float64) @ basis
+    ascents = {}
+    for direction in ("factor", "symmetric"):
+        param = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+        optimizer, ascents[direction] = AdaGram([param], lr=0.3, eps=1e-6, rank=None, direction=direction), 0
+        for x in inputs:
+            param.grad = (x @ param.detach() - x.sum()) * x
+            before = param.detach().clone()
+            optimizer.step()
+            ascents[direction] += float((param.detach() - before) @ param.grad) > 0
+    assert ascents["factor"] > 10
+    assert ascents["symmetric"] == 0
+
+
+ADAGRAMS = [
+    *({"rank": rank, "integrator": i} for rank in (1, 3) for i in ("psi", "bug", "eig")),
+    {"rank": None},
+    *({"rank": 3, "direction": "symmetric", "integrator": i} for i in ("bug", "eig")),
+    {"rank": 3, "direction": "symmetric", "compensate": False},
+    {"rank": None, "direction": "symmetric"},
+]
+SIZES = {
+    "vanishing": lambda t: 10.0 ** (-t / 3),
+    "exploding": lambda t: 10.0 ** (t / 6),
+    "of all sizes": lambda t: 10.0 ** (t * 7919 % 17 - 8),
+    "repeated": None,
+}
+
+
+@pytest.mark.parametrize("options", ADAGRAMS, ids=str)
+@pytest.mark.parametrize("kind", SIZES)
+def test_no_step_of_adagram_is_longer_than_lr(options, kind):
+    param, generator = nn.Parameter(torch.zeros(30)), torch.Generator().manual_seed(0)
+    optimizer, same = AdaGram([param], lr=1.0, **options), torch.randn(30, generator=generator)
+    for t in range(100):
+        size, fresh = SIZES[kind], torch.randn(30, generator=generator)
+        param.grad = 1e8 * same if size is None else size(t) * fresh
+        before = param.detach().clone()
+        optimizer.step()
+        assert (param.detach() - before).norm() <= 1 + 1e-3
+    assert optimizer.failures() == {}
+
+
+def test_a_decomposition_that_fails_keeps_the_statistic_and_is_counted(monkeypatch):
+    params = [nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    optimizer = AdaGram([("a", params[0]), ("b", params[1])], rank=2, direction="symmetric")
+
+    def step():
+        for i, p in enumerate(params):
+            p.grad = torch.randn(3, 4) + 10 * i
+        optimizer.step()
+
+    step()
+    kept = optimizer.state[params[1]]["basis"].clone()
+    svd = torch.linalg.svd
+
+    def failing(A, full_matrices):
+        if A.abs().max() > 10:  # the second one
+            raise torch.linalg.LinAlgError("no")
+        return svd(A, full_matrices=full_matrices)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    before = [p.detach().clone() for p in params]
+    step()
+    assert torch.equal(kept, optimizer.state[params[1]]["basis"])
+    assert optimizer.failures() == {"b": 1}
+    assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    monkeypatch.undo()
+    step()
+    assert optimizer.failures() == {"b": 1}
+    assert not torch.equal(kept, optimizer.state[params[1]]["basis"])
+
+
 # ---- differences ---------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +457,10 @@ def test_hyperparameters_out_of_range_are_refused_by_every_preset(make):
 FAMILY_BAD = {
     "axis": ["diagonal", None, 0],
     "blocks": ["rows", 0, -1, True, 1.5, None],
+    "rank": [0, -1, 2.0, True, "all"],
+    "direction": ["both", None],
+    "integrator": ["ksl", False],
+    "compensate": [1, None],
     "max_size": [0, 2.5, True],
     "delta": [0.0, -1.0, None],
 }
@@ -333,6 +481,18 @@ REFUSED = {
     "a number in a group with a view": (
         lambda w: BAGM([{"params": [w], "view": MATRIX, "blocks": 3}]),
         "blocks=3 reads parameters by views of its own",
+    ),
+    "a rank above every parameter": (
+        lambda w: AdaGram([w, nn.Parameter(torch.randn(3))], rank=49),
+        "AdaGram: rank=49 is above the 48 entries of the largest matrix: pass 48 or less, or None",
+    ),
+    "a rank above a group": (
+        lambda w: AdaGram([{"params": [w]}, {"params": [nn.Parameter(torch.randn(3))], "rank": 4}]),
+        "rank=4 is above the 3 entries",
+    ),
+    "an integrator that is not symmetric": (
+        lambda w: AdaGram([w], direction="symmetric", integrator="psi"),
+        "integrator 'psi' does not keep a matrix symmetric, .*: pass 'bug', 'eig' or None",
     ),
     "an axis that does not exist": (lambda w: DASGO([w], axis="depth"), "DASGO: axis must be one of 'column', 'row'"),
 }

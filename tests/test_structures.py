@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asgo.roots import ROOTS
-from asgo.structures import Algebra, Blockwise, Difference, Kronecker, OneSided
+from asgo.structures import Algebra, Blockwise, Difference, Kronecker, LowRankFactor, LowRankSymmetric, OneSided
 
 ONE_SIDED = {
     "left": OneSided("left"),
@@ -30,6 +30,13 @@ STRUCTURES = ONE_SIDED | {
     "rows, corrected": Blockwise("row", 1e-8, corrected=True, momentum=0.9),
     "both sides": Kronecker(),
     "both sides up to 5": Kronecker(5),
+    "low rank, psi": LowRankFactor(2, 1e-2, "psi"),
+    "low rank, bug": LowRankFactor(2, 1e-2, "bug"),
+    "low rank, eig": LowRankFactor(2, 1e-2, "eig"),
+    "low rank, exact": LowRankFactor(None, 1e-2, "psi"),
+    "low rank, symmetric": LowRankSymmetric(2, 1e-2, "eig"),
+    "low rank, symmetric, bug": LowRankSymmetric(2, 1e-2, "bug", compensate=False),
+    "low rank, symmetric, exact": LowRankSymmetric(None, 1e-2, "eig"),
     "differences": Difference(0.9, 1e-5),
 }
 MIRROR = {"left": "right", "right": "left", "row": "column", "column": "row"}

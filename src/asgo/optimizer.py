@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,9 @@ class StructuredOptimizer(Optimizer, ABC):
     def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
         """The view of a parameter whose group names none; `group` holds what the user set. None is AdamW."""
         return default_view(param.ndim)
+
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `ValueError` for the parts of a group, each with its view, that fit no structure of this optimizer."""
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
@@ -145,6 +148,7 @@ class StructuredOptimizer(Optimizer, ABC):
             view = View.of(group["view"])
             group["view"] = None if view is None else view.to_dict()
             settings.check_group(who, group, self.defaults, taken)
+        self.check_groups(groups)
         for group in groups:
             if group["view"] is None:
                 group.update({key: value for key, value in adamw.DEFAULTS.items() if key not in group})

@@ -76,6 +76,10 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "maximize": _one_of(True, False),
     "axis": _one_of("column", "row", "auto"),
     "max_size": (_interval, "a whole number >= 1"),
+    "rank": (lambda value: value in (None, "auto") or _interval(value), "'auto', None or a whole number >= 1"),
+    "direction": _one_of("factor", "symmetric"),
+    "integrator": _one_of(None, "psi", "bug", "eig"),
+    "compensate": _one_of(True, False),
     "delta": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-5"),
     "blocks": (_are_blocks, "'tensor', 'row', 'kernel', 'column', a number of blocks >= 1 or an asgo.View"),
 }
@@ -109,6 +113,11 @@ def split_by_view(group: Any, view_of: Callable[[Tensor, Mapping[str, Any]], Vie
         kinds.setdefault(view_of(_tensor(member), group), []).append(member)
     shared = {key: value for key, value in group.items() if key not in ADAMW_DEFAULTS}
     return [{**(group if view is not None else shared), "params": some, "view": view} for view, some in kinds.items()]
+
+
+def tensors(group: Mapping[str, Any]) -> list[Tensor]:
+    """The parameters of a group, with or without names."""
+    return [_tensor(member) for member in group["params"]]
 
 
 def _tensor(member: Any) -> Tensor:

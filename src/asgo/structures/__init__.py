@@ -4,6 +4,16 @@ from asgo.structures.base import Algebra, Structure
 from asgo.structures.blockwise import Blockwise
 from asgo.structures.difference import Difference
 from asgo.structures.kronecker import Kronecker
+from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
 from asgo.structures.one_sided import OneSided
 
-__all__ = ["Algebra", "Blockwise", "Difference", "Kronecker", "OneSided", "Structure"]
+__all__ = [
+    "Algebra",
+    "Blockwise",
+    "Difference",
+    "Kronecker",
+    "LowRankFactor",
+    "LowRankSymmetric",
+    "OneSided",
+    "Structure",
+]
