@@ -2,7 +2,7 @@
 
 import pytest
 
-from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 
 PRESETS = {
     "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
@@ -18,6 +18,8 @@ PRESETS = {
     "adagram": lambda params, **options: AdaGram(params, **{"lr": 0.1, **options}),
     "adagram, symmetric": lambda params, **options: AdaGram(params, **{"lr": 0.1, "direction": "symmetric", **options}),
     "adam-mini": lambda params, **options: AdamMini(params, **{"lr": 0.02, **options}),
+    "spam, asgo": lambda params, **options: SPAM(ASGO(params, **{"lr": 0.02, **options}), 5.0, 25, 5),
+    "spam, adam-mini": lambda params, **options: SPAM(AdamMini(params, **{"lr": 0.02, **options}), 5.0, 6, 2),
     "agd": lambda params, **options: AGD(params, **{"lr": 0.02, **options}),
 }
 LARGEST = {

@@ -143,3 +143,27 @@ def adagram_symmetric(weight, grads, *, lr, eps, rank, integrator, compensate):
             Y = U @ (U.T @ total @ U) @ U.T
         delta += compensate * (np.trace(total) - np.trace(Y)) / (d - rank)
     return weight
+
+
+def spam(weight, grads, *, lr, betas, eps, threshold, interval, warmup):
+    """SPAM around Adam; at a reset both moments, their correction and the spikes' mean square start anew."""
+    first = second = spikes = np.zeros_like(weight)
+    steps = 0
+    for t, given in enumerate(grads, 1):
+        since = t % interval
+        if since == 0:
+            first = second = spikes = np.zeros_like(weight)
+            steps = 0
+        grad = given
+        if since >= 20:
+            limit = np.sqrt(threshold * spikes)
+            grad = np.where(given**2 > threshold * spikes, np.sign(given) * limit, given)
+        spikes = 0.999 * spikes + 0.001 * grad**2
+        share = 1.0
+        if t >= interval and since < warmup:
+            share = 1 - 0.99 * (1 + np.cos(np.pi * since / (warmup + 1))) / 2
+        steps += 1
+        first, second = betas[0] * first + (1 - betas[0]) * grad, betas[1] * second + (1 - betas[1]) * grad**2
+        size = np.sqrt(second / (1 - betas[1] ** steps)) + eps
+        weight = weight - share * lr * first / (1 - betas[0] ** steps) / size
+    return weight

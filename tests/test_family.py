@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import oracle_family as oracle
-from asgo import AGD, ASGO, BAG, BAGM, DASGO, AdaGram, AdamMini, OneSidedShampoo, Shampoo, View, route
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo, View, checkpoint, route
 from asgo.powers import inverse_power
 from asgo.structures import LowRankFactor
 from asgo.views import MATRIX, heads
@@ -163,7 +163,7 @@ def test_groups_without_a_view_are_still_adamw():
     param = nn.Parameter(torch.randn(4, 3))
     for make in PRESETS.values():
         optimizer = make([{"params": [param], "view": None}])
-        assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq", "failures"}
+        assert set(optimizer.state[param]) - {"spike_sq"} == {"step", "exp_avg", "exp_avg_sq", "failures"}
 
 
 # ---- one matrix per side -------------------------------------------------------------------------------------------
@@ -405,6 +405,87 @@ def test_agd_is_momentum_sgd_where_nothing_changes():
         assert relative(weight.detach(), -step * 1e-3 / 10.0 * grad) < 1e-12
 
 
+# ---- a wrapper ------------------------------------------------------------------------------------------------------
+
+
+def spiky(shape, steps):
+    grads = gradients(shape, steps)
+    for t in range(5, steps, 20):
+        grads[t][0] = 300.0
+    return grads
+
+
+@pytest.mark.parametrize(("interval", "warmup"), [(500, 150), (30, 10), (40, 0)])
+def test_spam_around_adamw_equals_its_paper(interval, warmup):
+    own = {"threshold": 50.0, "interval": interval, "warmup": warmup}
+    options = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8}
+    weight, grads = torch.randn(4, 3, dtype=torch.float64), spiky((4, 3), 90)
+    group = {"view": None, **options}
+    got, _ = run(lambda p: SPAM(ASGO([{**p[0], **group}]), **own), weight, grads)
+    assert relative(got, oracle.spam(weight.numpy(), [g.numpy() for g in grads], **options, **own)) < 1e-12
+
+
+def test_spam_clips_spikes_and_only_spikes():
+    param, grads = nn.Parameter(torch.zeros(4, 3)), gradients((4, 3), 30, dtype=torch.float32)
+    optimizer = SPAM(ASGO([param]))
+    grads[5][1], grads[25][0] = 300.0, 300.0
+    for t, grad in enumerate(grads):
+        param.grad = grad.clone()
+        optimizer.step()
+        clipped = torch.zeros(4, 3, dtype=torch.bool)
+        clipped[0] = t == 25  # the spike of step 5 comes before the clip is armed
+        assert torch.equal(param.grad != grad, clipped), t
+
+
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["number", "tensor"])
+def test_spam_resets_the_state_warms_up_and_gives_lr_back(lr):
+    param = nn.Parameter(torch.zeros(4, 3))
+    optimizer = SPAM(BAGM([param], lr=lr, betas=(0.0, 0.999), eps=1e-12), interval=4, warmup=2)
+    sizes, grad = [], torch.randn(4, 3)
+    for _ in range(9):
+        param.grad, before = grad.clone(), param.detach().clone()
+        optimizer.step()
+        sizes.append(float((param.detach() - before).norm()))
+        assert optimizer.param_groups[0]["lr"] is lr
+    shares = [1, 1, 1, 0.01, 1 - 0.99 * 0.75, 1, 1, 0.01, 1 - 0.99 * 0.75]
+    assert sizes == pytest.approx([sizes[0] * share for share in shares], rel=1e-3)
+    assert optimizer.state[param]["step"] == 2
+    assert optimizer.param_groups[0]["spam_step"] == 9
+
+
+def test_spam_continues_from_a_checkpoint_by_name_and_refuses_one_without_it():
+    nets = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [SPAM(ASGO(route(net)), 50.0, 5, 3) for net in nets]
+    plain = checkpoint.named_state_dict(ASGO(route(nets[0])))
+
+    def train(net, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+
+    train(nets[0], optimizers[0], 7)
+    nets[1].load_state_dict(nets[0].state_dict())
+    checkpoint.load_named_state_dict(optimizers[1], checkpoint.named_state_dict(optimizers[0]))
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, 5)
+    assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net in nets), strict=True))
+    with pytest.raises(ValueError, match="nothing under 'spike_sq'"):
+        checkpoint.load_named_state_dict(optimizers[0], plain)
+
+
+def test_an_error_of_the_closure_leaves_lr_alone():
+    param = nn.Parameter(torch.zeros(3))
+    optimizer = SPAM(BAGM([param], lr=0.5), interval=1, warmup=1)
+    param.grad = torch.ones(3)
+    param.grad = param.grad.to_sparse()
+    with pytest.raises(TypeError, match="is sparse"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["spam_step"] == 0
+
+
 # ---- any model, any shape, and refusals ----------------------------------------------------------------------------
 
 
@@ -442,7 +523,7 @@ def test_every_preset_takes_bare_and_routed_parameters_of_any_number_of_axes(mak
 @every_preset
 def test_hyperparameters_out_of_range_are_refused_by_every_preset(make):
     optimizer = make([nn.Parameter(torch.randn(3, 4))])
-    who, count = type(optimizer).__name__, len(optimizer.param_groups)
+    who, count = type(getattr(optimizer, "optimizer", optimizer)).__name__, len(optimizer.param_groups)
     checked = {**BAD, **FAMILY_BAD}
     for key in set(optimizer.defaults) & set(checked):
         for value in checked[key]:
@@ -494,8 +575,17 @@ REFUSED = {
         lambda w: AdaGram([w], direction="symmetric", integrator="psi"),
         "integrator 'psi' does not keep a matrix symmetric, .*: pass 'bug', 'eig' or None",
     ),
+    "a threshold of nothing": (lambda w: SPAM(ASGO([w]), threshold=0), "SPAM: threshold must be a number > 0"),
+    "an interval of nothing": (lambda w: SPAM(ASGO([w]), interval=0), "SPAM: interval must be a whole number of steps"),
+    "a warm-up of half a step": (lambda w: SPAM(ASGO([w]), warmup=0.5), "SPAM: warmup must be a whole number of steps"),
+    "wrapped twice": (lambda w: SPAM(SPAM(ASGO([w])).optimizer), "SPAM: the optimizer is wrapped already"),
     "an axis that does not exist": (lambda w: DASGO([w], axis="depth"), "DASGO: axis must be one of 'column', 'row'"),
 }
+
+
+def test_spam_wraps_optimizers_of_this_library():
+    with pytest.raises(TypeError, match="SPAM wraps optimizers of this library, such as asgo.ASGO; got AdamW"):
+        SPAM(torch.optim.AdamW([nn.Parameter(torch.ones(2))]))
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED.keys())

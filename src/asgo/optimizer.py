@@ -137,6 +137,15 @@ class StructuredOptimizer(Optimizer, ABC):
             counts |= {name: failed} if failed else {}
         return counts
 
+    def reset(self) -> None:
+        """Put all state back to what it was before the first step, except for the counts of failures."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                fresh = self._init_state(param, View.of(group["view"]), group)
+                state = self._state_of(param)
+                for key in fresh.keys() - {key for key in fresh if key.startswith("failures")}:
+                    state[key].copy_(fresh[key])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked before anything changes; without a ``view`` it is split by number of axes.
 

@@ -85,10 +85,19 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check(who: str, values: Mapping[str, Any]) -> None:
+SPAM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "threshold": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 5000"),
+    "interval": (_interval, "a whole number of steps >= 1"),
+    "warmup": (lambda value: value == 0 or _interval(value), "a whole number of steps >= 0"),
+}
+
+
+def check(
+    who: str, values: Mapping[str, Any], checks: Mapping[str, tuple[Callable[[Any], bool], str]] = CHECKS
+) -> None:
     """Raise `ValueError` for the first hyperparameter that is out of range."""
     for key, value in values.items():
-        fits, expected = CHECKS.get(key, (None, ""))
+        fits, expected = checks.get(key, (None, ""))
         if fits is not None and not fits(value):
             raise ValueError(f"{who}: {key} must be {expected}; got {value!r}.")
 

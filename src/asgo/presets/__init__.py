@@ -6,5 +6,6 @@ from asgo.presets.asgo import ASGO
 from asgo.presets.blockwise import BAG, BAGM, AdamMini
 from asgo.presets.dasgo import DASGO
 from asgo.presets.shampoo import OneSidedShampoo, Shampoo
+from asgo.presets.spam import SPAM
 
-__all__ = ["AGD", "ASGO", "BAG", "BAGM", "DASGO", "AdaGram", "AdamMini", "OneSidedShampoo", "Shampoo"]
+__all__ = ["AGD", "ASGO", "BAG", "BAGM", "DASGO", "SPAM", "AdaGram", "AdamMini", "OneSidedShampoo", "Shampoo"]
