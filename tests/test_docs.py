@@ -142,6 +142,8 @@ def check_command(words):
         shape_of(parsed.model)
     if isinstance(parsed, CompareConfig):
         assert all(parse_spec(text).lr for text in parsed.optimizers)
+    elif isinstance(parsed, cli.OptimizersConfig):
+        shape_of(parsed.model)
     elif parsed is not None:
         peers.parse_options(peers.resolve(parsed.optimizer))
 
