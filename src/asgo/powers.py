@@ -1,7 +1,8 @@
-"""Inverse powers of stacks of symmetric positive semidefinite matrices, for structures with more roots than one."""
+"""Functions of stacks of symmetric positive semidefinite matrices, for structures whose root is not in the table."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,20 +12,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def spectral(
+    A: Float[Tensor, "b k k"], weigh: Callable[[Tensor], Tensor]
+) -> tuple[Float[Tensor, "b k k"], Bool[Tensor, "b"]]:
+    """``Q weigh(values) Q^T`` by an eigendecomposition in float64, in A's dtype, and which of them can be trusted.
+
+    A matrix that is not finite, or that cannot be decomposed, is not ``ok`` and touches no other in its stack.
+
+    Args:
+        A: the stack.
+        weigh: takes eigenvalues ``(b, k)`` in float64, none below 0, and gives positive numbers.
+    """
+    ok = A.isfinite().flatten(1).all(1)
+    values, vectors = _eigh(torch.where(ok[:, None, None], A, 0).double())
+    half = vectors * weigh(values.clamp(min=0)).sqrt()[:, None]
+    result = half @ half.mT
+    ok = ok & result.isfinite().flatten(1).all(1)
+    return torch.where(ok[:, None, None], result, 0).to(A.dtype), ok
+
+
 def inverse_power(
     A: Float[Tensor, "b k k"], eps: float, power: float
 ) -> tuple[Float[Tensor, "b k k"], Bool[Tensor, "b"]]:
-    """``(A + eps I)^(-power)`` by an eigendecomposition in float64, in A's dtype, and which of them can be trusted.
+    """``(A + eps I)^(-power)``, eps absolute, see `spectral`."""
+    return spectral(A, lambda values: (values + eps).pow(-power))
 
-    A matrix that is not finite, or that cannot be decomposed, is not ``ok`` and touches no other in its stack.
-    """
-    ok = A.isfinite().flatten(1).all(1)
+
+def _eigh(A: Float[Tensor, "b k k"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k k"]]:
+    """Eigenvalues and eigenvectors; NaN for a matrix that cannot be decomposed, of which one stops the whole stack."""
     try:
-        values, vectors = torch.linalg.eigh(torch.where(ok[:, None, None], A, 0).double())
+        return torch.linalg.eigh(A)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        if len(A) == 1:
-            return torch.zeros_like(A), torch.zeros_like(ok)
-        roots, oks = zip(*(inverse_power(one[None], eps, power) for one in A), strict=True)
-        return torch.cat(roots), torch.cat(oks)
-    half = vectors * (values.clamp(min=0) + eps).pow(-power / 2)[:, None]
-    return (half @ half.mT).to(A.dtype), ok
+        if len(A) > 1:
+            values, vectors = zip(*(_eigh(one[None]) for one in A), strict=True)
+            return torch.cat(values), torch.cat(vectors)
+        return torch.full_like(A[..., 0], torch.nan), torch.full_like(A, torch.nan)
