@@ -142,6 +142,8 @@ def check_command(words):
         shape_of(parsed.model)
     if isinstance(parsed, CompareConfig):
         assert all(parse_spec(text).lr for text in parsed.optimizers)
+    elif isinstance(parsed, cli.OptimizersConfig):
+        shape_of(parsed.model)
     elif parsed is not None:
         peers.parse_options(peers.resolve(parsed.optimizer))
 
@@ -213,8 +215,10 @@ def test_roots_table():
 
 def test_options_per_group():
     table = rows(section(page("choosing-rules.md"), "Options per group"))[2:]
-    keys = [set(re.findall(r"`(\w+)`", row[1])) for row in table]
-    assert keys == [set(settings.CHECKS), settings.WITHOUT_VIEW]
+    own, relatives, adamw = (set(re.findall(r"`(\w+)`", row[1])) for row in table)
+    assert own == set(ASGO([torch.zeros(2, 3)]).defaults)
+    assert own | relatives == set(settings.CHECKS)
+    assert adamw == settings.WITHOUT_VIEW
 
 
 def test_attention_families():

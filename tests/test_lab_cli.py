@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from asgo import checkpoint
@@ -20,6 +21,9 @@ from asgo.lab.batches import DataConfig
 from asgo.lab.cli import main, parse
 from asgo.lab.config import DEMO, CompareConfig, ModelConfig, OptimizerConfig, TrainConfig, command
 from asgo.lab.corpora import CorpusConfig
+from asgo.lab.models import build_model
+from asgo.lab.optimizers import METHODS, OptimizersConfig, held_bytes
+from asgo.lab.peers import PEERS, build_optimizer, state_bytes
 from asgo.lab.runs import RunFolder
 
 WORDS = [
@@ -169,6 +173,8 @@ def test_pydoc_needs_no_file(tiny, tmp_path):
         ("compare --corpus.name {short}", "one block needs 17"),
         ("compare --out {full}", "is not empty and holds no comparison"),
         ("inspect routing --vocab-size 0", "--vocab-size 0 is out of range"),
+        ("optimizers --block-size 0", "--block-size 0 is out of range"),
+        ("train --optimizer.name bag --optimizer.weight-decay 0.1", "optimizer bag has no weight decay: leave"),
         ("inspect wiring", "wiring"),
     ],
 )
@@ -180,7 +186,7 @@ def test_bad_input_is_one_line_and_changes_nothing(capsys, tiny, tmp_path, words
     places["full"].mkdir()
     (places["full"] / "thesis.txt").write_text("precious")
     verb, *given = words.format(**places).split() or [""]
-    shared = [] if verb in ("", "tarin", "inspect") else tiny
+    shared = [] if verb in ("", "tarin", "inspect", "optimizers") else tiny
     before = contents(tmp_path)
     fails(capsys, [verb, *shared, *given] if verb else [], message)
     assert contents(tmp_path) == before
@@ -238,7 +244,34 @@ def test_ctrl_c_elsewhere(capsys, tiny, monkeypatch):
     assert capsys.readouterr().err == "asgo: interrupted. Repeat the command with --resume to go on.\n"
 
 
-@pytest.mark.parametrize("name", ["asgo", "muon", "adamw"])
+def test_optimizers_are_listed_with_paper_year_memory_and_cost(capsys):
+    assert set(METHODS) == set(PEERS)
+    assert main(["optimizers", "--model.preset", "tiny"]) == 0
+    model, _, head, *lines = capsys.readouterr().out.splitlines()
+    assert "parameters" in model
+    columns = [head.index(title) for title in ("name", "year", "memory", "state bytes", "cost", "operations", "paper")]
+    for line, (name, method) in zip(lines, METHODS.items(), strict=False):
+        cells = [line[start:stop].strip() for start, stop in zip(columns, [*columns[1:], None], strict=True)]
+        assert (cells[0], cells[1], cells[2], cells[4], cells[6]) == (
+            name, str(method.year), method.memory, method.cost, method.paper)  # fmt: skip
+        assert int(cells[3].replace(",", "")) > 0
+        assert float(cells[5]) >= 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "shampoo"])
+def test_listed_bytes_are_those_of_a_step_with_values(name):
+    config = OptimizersConfig(ModelConfig(preset="tiny"))
+    with torch.device("meta"):
+        empty = build_model(config.model, 84, 128, 0)
+    model = build_model(config.model, 84, 128, 0)
+    optimizer = build_optimizer(model, OptimizerConfig(name=name))
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert held_bytes(build_optimizer(empty, OptimizerConfig(name=name))) == state_bytes(optimizer)
+
+
+@pytest.mark.parametrize("name", ["dasgo", "adam-mini", "spam", "asgo", "muon", "adamw"])
 def test_inspect_routing(capsys, name):
     assert main(["inspect", "routing", "--model.preset", "tiny", "--optimizer.name", name]) == 0
     shown = capsys.readouterr().out

@@ -455,7 +455,7 @@ def test_models_that_do_not_fit(model, message):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (OptimizerConfig(name="adam"), "'adam' does not exist: choose from asgo, asgo-paper, adamw, muon, sgd"),
+        (OptimizerConfig(name="adam"), "'adam' does not exist: choose from " + ", ".join(PEERS)),
         (OptimizerConfig(options=("beta=1",)), "asgo has no option 'beta': it has .*cross_normalize"),
         (OptimizerConfig(options=("nesterov",)), "'nesterov' is not key=value"),
         (OptimizerConfig(name="muon", betas=(0.9, 0.9)), "muon has no betas"),

@@ -1,22 +1,53 @@
 """Laws that every structure obeys. A new structure is one more row of the table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asgo.roots import ROOTS
-from asgo.structures import OneSided
+from asgo.structures import Algebra, Blockwise, Difference, Kronecker, LowRankFactor, LowRankSymmetric, OneSided
 
-STRUCTURES = {
+ONE_SIDED = {
     "left": OneSided("left"),
     "right": OneSided("right"),
     "auto": OneSided("auto"),
     "left, cross": OneSided("left", cross_normalize=True),
     "right, cross": OneSided("right", cross_normalize=True),
     "auto, cross": OneSided("auto", cross_normalize=True),
+    "left, mean": OneSided("left", mean=True),
+    "right, mean": OneSided("right", mean=True),
 }
-every_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES.keys())
+STRUCTURES = ONE_SIDED | {
+    "one number": Blockwise("matrix", 1e-12),
+    "rows": Blockwise("row", 1e-12),
+    "columns": Blockwise("column", 1e-12),
+    "entries": Blockwise("entry", 1e-12),
+    "fewer": Blockwise("auto", 1e-12),
+    "columns, total": Blockwise("column", 1e-12, total=True, inside=True),
+    "rows, corrected": Blockwise("row", 1e-8, corrected=True, momentum=0.9),
+    "both sides": Kronecker(),
+    "both sides up to 5": Kronecker(5),
+    "low rank, psi": LowRankFactor(2, 1e-2, "psi"),
+    "low rank, bug": LowRankFactor(2, 1e-2, "bug"),
+    "low rank, eig": LowRankFactor(2, 1e-2, "eig"),
+    "low rank, exact": LowRankFactor(None, 1e-2, "psi"),
+    "low rank, symmetric": LowRankSymmetric(2, 1e-2, "eig"),
+    "low rank, symmetric, bug": LowRankSymmetric(2, 1e-2, "bug", compensate=False),
+    "low rank, symmetric, exact": LowRankSymmetric(None, 1e-2, "eig"),
+    "differences": Difference(0.9, 1e-5),
+}
+MIRROR = {"left": "right", "right": "left", "row": "column", "column": "row"}
+ALGEBRAS = {name: s for name, s in STRUCTURES.items() if isinstance(s, Algebra) and "cross" not in name}
+
+
+def over(table):
+    return pytest.mark.parametrize("structure", table.values(), ids=table.keys())
+
+
+every_structure, every_one_sided, every_algebra = over(STRUCTURES), over(ONE_SIDED), over(ALGEBRAS)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 EPS = 1e-6
 
@@ -36,6 +67,8 @@ def run(structure, grads, direction, beta2=0.7, root="eigh"):
 
 
 def close(a, b):
+    if not b.numel():
+        return a.shape == b.shape
     return torch.allclose(a, b, rtol=1e-7, atol=1e-9 * float(b.abs().max()))
 
 
@@ -52,7 +85,7 @@ def test_batch_law(structure, shape, beta2):
         assert all(close(state[key][i : i + 1], own[key]) for key in state)
 
 
-@every_structure
+@every_one_sided
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3), (1, 4, 4)], ids=str)
 def test_rotation_law(structure, shape):
     """Rotating the preconditioned side of every gradient rotates the result: the root knows no coordinates."""
@@ -69,8 +102,10 @@ def test_rotation_law(structure, shape):
 @every_structure
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3)], ids=str)
 def test_transpose_law(structure, shape):
-    mirrored = {"left": "right", "right": "left", "auto": "auto"}[structure.side]
-    mirror = OneSided(mirrored, structure.cross_normalize)
+    field = {OneSided: "side", Blockwise: "blocks"}.get(type(structure))
+    mirror = structure
+    if field is not None:
+        mirror = replace(structure, **{field: MIRROR.get(getattr(structure, field), getattr(structure, field))})
     grads, direction = stacks(shape, 4), stacks(shape, 1, seed=1)[0]
     assert close(run(mirror, [g.mT for g in grads], direction.mT)[0], run(structure, grads, direction)[0].mT)
 
@@ -79,14 +114,12 @@ def test_transpose_law(structure, shape):
 @pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6), (1, 5, 5)], ids=str)
 def test_shards_law(structure, shape):
     grad = stacks(shape, 1)[0]
-    whole, left = structure.measure(grad), structure.left(*shape[1:])
-    assert structure.additive_rows(*shape[1:]) == (not left)
-    if structure.additive_rows(*shape[1:]):
-        # A shard may be taller or wider than the whole, so its side is given.
-        measure = OneSided("right").measure
-        assert close(sum(measure(shard) for shard in grad.split(2, dim=1)), whole)
-    else:
-        assert whole.shape[1] == shape[1]  # rows of different shards meet in the gram: they cannot be summed
+    whole = structure.measure(grad)
+    if isinstance(structure, OneSided):  # a shard may be taller or wider than the whole, so its side is given
+        structure = replace(structure, side="left" if structure.left(*shape[1:]) else "right")
+    parts = [structure.measure(shard) for shard in grad.split(2, dim=1)]
+    summed = all(part.shape == whole.shape for part in parts) and close(sum(parts), whole)
+    assert structure.additive_rows(*shape[1:]) == summed
 
 
 @every_structure
@@ -102,9 +135,11 @@ def test_idle_law(structure, beta2):
     structure.refresh(state, ROOTS["eigh"], EPS)
     result = structure.precondition(state, rest)
     assert not result[1].any()
-    assert all(torch.equal(state[key][1], before[key][1]) for key in state if key != "root")
-    assert torch.allclose(state["root"][1], before["root"][1])
-    assert not torch.equal(state["gram"][0], before["gram"][0])
+    for key in state:
+        same = torch.allclose if "root" in key else torch.equal
+        assert same(state[key][1], before[key][1]), key
+    statistic = next(iter(state))
+    assert not torch.equal(state[statistic][0], before[statistic][0])
 
 
 @every_structure
@@ -123,6 +158,70 @@ def test_float32_is_close_to_float64(structure, root, tolerance):
     exact, _ = run(structure, grads, direction)
     got, _ = run(structure, [g.float() for g in grads], direction.float(), root=root)
     assert (got - exact).norm() <= tolerance * exact.norm()
+
+
+# ---- the projection of an algebra -------------------------------------------------------------------------------
+
+SHAPES = pytest.mark.parametrize(("m", "n"), [(3, 4), (4, 3), (3, 3), (1, 5), (5, 1)])
+
+
+def inner(a, b):
+    return float((a * b).sum())
+
+
+def spd(d, seed):
+    factor = stacks((d, d), 1, seed)[0]
+    return factor @ factor.mT
+
+
+def sqrt(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+
+@every_algebra
+@SHAPES
+def test_project_is_the_orthogonal_projection_on_an_algebra(structure, m, n):
+    def on(matrix):
+        return structure.project(matrix, m, n)
+
+    a, b, eye = spd(m * n, 0), spd(m * n, 1), torch.eye(m * n, dtype=torch.float64)
+    assert close(on(on(a)), on(a))
+    assert inner(on(a), b) == pytest.approx(inner(a, on(b)))  # idempotent and self-adjoint: orthogonal
+    assert close(on(2 * a - 3 * b), 2 * on(a) - 3 * on(b))
+    assert close(on(eye), eye)
+    x, y = on(a), on(b)
+    assert close(on(x @ y), x @ y)  # closed under products, so under polynomials and inverse roots
+    assert close(on(x.mT), x.mT)
+    assert torch.linalg.eigvalsh(x).min() > 0  # keeps positive matrices positive
+
+
+@every_algebra
+@SHAPES
+def test_the_root_of_the_projection_is_the_best_preconditioner(structure, m, n):
+    """It minimises <A, H^-1> + tr H over the positive H of the algebra."""
+    a = spd(m * n, 0)
+
+    def price(h):
+        return inner(a, torch.linalg.inv(h)) + float(torch.trace(h))
+
+    best = sqrt(structure.project(a, m, n))
+    assert price(best) == pytest.approx(2 * float(torch.trace(best)))
+    for seed in range(1, 8):
+        other = sqrt(structure.project(spd(m * n, seed), m, n))
+        for share in (1.0, 0.1, 0.01):
+            assert price(best) <= price((1 - share) * best + share * other) * (1 + 1e-12)
+
+
+@every_algebra
+@SHAPES
+def test_a_structure_applies_the_inverse_root_of_its_projection(structure, m, n):
+    grads, direction = stacks((1, m, n), 6), stacks((1, m, n), 1, seed=9)[0]
+    total = sum(torch.outer(g.reshape(-1), g.reshape(-1)) for g in grads)
+    projected = structure.project(total, m, n)
+    want = torch.linalg.solve(sqrt(projected), direction.reshape(-1))
+    got = run(structure, grads, direction, beta2=1.0, root="outside")[0].reshape(-1)
+    assert (got / got.norm() - want / want.norm()).norm() < 1e-5
 
 
 @pytest.mark.parametrize("side", ["left", "right", "auto"])

@@ -6,10 +6,28 @@
 
 from asgo import checkpoint
 from asgo.optimizer import StructuredOptimizer
-from asgo.presets import ASGO
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.report import Report, report
 from asgo.routing import Rule, route
 from asgo.views import View
 
-__all__ = ["ASGO", "Report", "Rule", "StructuredOptimizer", "View", "checkpoint", "report", "route"]
+__all__ = [
+    "AGD",
+    "ASGO",
+    "BAG",
+    "BAGM",
+    "DASGO",
+    "SPAM",
+    "AdaGram",
+    "AdamMini",
+    "OneSidedShampoo",
+    "Report",
+    "Rule",
+    "Shampoo",
+    "StructuredOptimizer",
+    "View",
+    "checkpoint",
+    "report",
+    "route",
+]
 __version__ = "0.1.0"

@@ -67,12 +67,12 @@ def _alone(threads: int, A: Square, scale: PerMatrix, weights: Weights) -> Squar
 
 @torch.no_grad()
 def _root(A: Square, scale: PerMatrix, weights: Weights) -> Square:
-    values, vectors = _eigh(A / scale)
+    values, vectors = decompose(A / scale)
     # Z is positive semidefinite whatever the rounding, so that any NaN shows on the diagonal.
     return gram(vectors.mul_(weights(values.clamp_(min=0), scale[..., 0])[:, None]))
 
 
-def _eigh(A: Square) -> tuple[Float[Tensor, "b k"], Square]:
+def decompose(A: Square) -> tuple[Float[Tensor, "b k"], Square]:
     """Eigenvalues and eigenvectors.
 
     One matrix that LAPACK cannot solve raises for its whole stack. Then all are tried in float64, then one
@@ -83,9 +83,9 @@ def _eigh(A: Square) -> tuple[Float[Tensor, "b k"], Square]:
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         pass
     if A.dtype != torch.float64:
-        values, vectors = _eigh(A.double())
+        values, vectors = decompose(A.double())
         return values.to(A.dtype), vectors.to(A.dtype)
     if len(A) > 1:
-        values, vectors = zip(*(_eigh(one[None]) for one in A), strict=True)
+        values, vectors = zip(*(decompose(one[None]) for one in A), strict=True)
         return torch.cat(values), torch.cat(vectors)
     return torch.full_like(A[..., 0], math.nan), torch.full_like(A, math.nan)

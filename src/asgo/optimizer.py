@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from asgo.buckets import Bucket, init_state, make_buckets, state_dtype, turns
 from asgo.roots import ROOTS, exact_matmul
 from asgo.scaling import SCALINGS
 from asgo.structures import Structure
-from asgo.views import View
+from asgo.views import View, default_view
 
 WARM_STEPS = 10
 """The first steps refresh every root whatever the interval: the statistic changes fastest there."""
@@ -28,16 +28,20 @@ class StructuredOptimizer(Optimizer, ABC):
 
     A preset names its hyperparameters and chooses the structure; nothing overrides `step`. Each group has one
     view (`asgo.View`) through which its parameters are read as stacks of matrices, or none: then it is AdamW.
-    Groups that name no view, and bare parameters, are split by their number of axes (`asgo.views.default_view`).
+    Groups that name no view, and bare parameters, are split by `default_view`.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them, as for every `torch.optim.Optimizer`.
-        defaults: hyperparameters of groups that do not set their own.
+        defaults: hyperparameters of groups that do not set their own; what the step loop reads beside them is fixed
+            by the class attribute `loop`, and groups may not set it.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key of a group, a view that does not fit.
         TypeError: a parameter that is complex or not of floating point.
     """
+
+    loop: ClassVar[Mapping[str, Any]] = settings.LOOP
+    """What the step loop reads where a preset has no hyperparameter for it."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         settings.check_ordered(params)
@@ -48,6 +52,13 @@ class StructuredOptimizer(Optimizer, ABC):
     @abstractmethod
     def structure(self, group: dict[str, Any]) -> Structure:
         """The structure that a group's hyperparameters describe."""
+
+    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+        """The view of a parameter whose group names none; `group` holds what the user set. None is AdamW."""
+        return default_view(param.ndim)
+
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `ValueError` for the parts of a group, each with its view, that fit no structure of this optimizer."""
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
@@ -126,17 +137,27 @@ class StructuredOptimizer(Optimizer, ABC):
             counts |= {name: failed} if failed else {}
         return counts
 
+    def reset(self) -> None:
+        """Put all state back to what it was before the first step, except for the counts of failures."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                fresh = self._init_state(param, View.of(group["view"]), group)
+                state = self._state_of(param)
+                for key in fresh.keys() - {key for key in fresh if key.startswith("failures")}:
+                    state[key].copy_(fresh[key])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked before anything changes; without a ``view`` it is split by number of axes.
 
         The part of a split that has no view keeps the group's ``lr`` and AdamW's own defaults for the rest.
         """
-        who, groups = type(self).__name__, settings.split_by_view(param_group)
+        who, groups = type(self).__name__, settings.split_by_view(param_group, self.default_view)
         taken = [p for group in self.param_groups for p in group["params"]]
         for group in groups:
             view = View.of(group["view"])
             group["view"] = None if view is None else view.to_dict()
             settings.check_group(who, group, self.defaults, taken)
+        self.check_groups(groups)
         for group in groups:
             if group["view"] is None:
                 group.update({key: value for key, value in adamw.DEFAULTS.items() if key not in group})
@@ -144,6 +165,8 @@ class StructuredOptimizer(Optimizer, ABC):
             if group["view"] is None:
                 for key in set(self.defaults) - settings.WITHOUT_VIEW:
                     del group[key]
+            else:
+                group.update({key: value for key, value in self.loop.items() if key not in self.defaults})
             for param in group["params"]:
                 self.state[param] = self._init_state(param, View.of(group["view"]), group)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 
+import torch
 from torch import Tensor
 
 from asgo._types import State
 from asgo.optimizer import StructuredOptimizer
 from asgo.roots import products
 from asgo.settings import names_of
+from asgo.structures import Structure
 from asgo.views import View
 
 
@@ -26,7 +28,7 @@ class Row:
     matrices: str
     """``b x m x n`` of its stacks"""
     structure: str
-    """what is remembered: the side and size of the statistic, or ``AdamW``"""
+    """what is remembered: the structure and the size of its statistic, or ``AdamW``"""
     state_bytes: int
     """of all its state tensors"""
     root_flops: float
@@ -81,14 +83,15 @@ def report(optimizer: StructuredOptimizer) -> Report:
             cubes = sum(b * structure.cost(m, n) for b, m, n in shapes)
             flops = 2 * products(group["root"], group["eps"], "cpu" if param.is_meta else param.device) * cubes
             matrices = " + ".join("x".join(map(str, shape)) for shape in shapes)
-            kept = _remembered(type(structure).__name__, optimizer.state[param])
+            kept = _remembered(structure, optimizer.state[param])
             rows.append(Row(name, tuple(param.shape), str(view), matrices, kept, size, flops))
     return Report(tuple(rows))
 
 
-def _remembered(structure: str, state: State) -> str:
-    grams = [_size(tensor) for key, tensor in state.items() if key.split(".")[0] == "gram"]
-    return " ".join([structure, *grams])
+def _remembered(structure: Structure, state: State) -> str:
+    statistic = next(iter(structure.init(torch.empty(1, 1, 1))))
+    sizes = [_size(tensor) for key, tensor in state.items() if key.split(".")[0] == statistic]
+    return " ".join([type(structure).__name__, *sizes])
 
 
 def _size(tensor: Tensor) -> str:

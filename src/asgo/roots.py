@@ -91,7 +91,7 @@ def _solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = No
 def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:
     def weights(values: Tensor, scale: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        return ((values + eps * norm) * scale).pow(-0.25)
+        return (values + eps * norm).pow(-0.25) * scale.pow(-0.25)
 
     return eigen.root(A, scale, weights)
 
@@ -99,6 +99,13 @@ def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:
 def _by_eigh_outside(A: Square, scale: PerMatrix, eps: float) -> Square:
     def weights(values: Tensor, scale: Tensor) -> Tensor:
         return ((values * scale).sqrt() + eps).pow(-0.5)
+
+    return eigen.root(A, scale, weights)
+
+
+def _by_eigh_inside(A: Square, scale: PerMatrix, eps: float) -> Square:
+    def weights(values: Tensor, scale: Tensor) -> Tensor:
+        return (values * scale + eps).pow(-0.25)
 
     return eigen.root(A, scale, weights)
 
@@ -140,6 +147,14 @@ def outside(A: Square, eps: float) -> Result:
     The theory form, Algorithm 1 of "ASGO: Adaptive Structured Gradient Optimization" (An et al., 2025).
     """
     return _solve(_by_eigh_outside, A, eps, torch.float64)
+
+
+def inside(A: Square, eps: float) -> Result:
+    """``(A + eps I)^(-1/2)``: eps absolute and inside the root, computed in float64.
+
+    The form of one-sided Shampoo ("Structured Preconditioners in Adaptive Optimization", Xie et al., 2025).
+    """
+    return _solve(_by_eigh_inside, A, eps, torch.float64)
 
 
 def minimax(A: Square, eps: float) -> Result:
@@ -233,6 +248,7 @@ ROOTS: dict[str, Root] = {
     "minimax_bf16x3": minimax_bf16x3,
     "minimax_tf32": minimax_tf32,
     "outside": outside,
+    "inside": inside,
     "reference": reference,
 }
 _EIGH_PRODUCTS = 6.5  # measured on CPU at k = 768, in times of one float32 product; float64 takes twice that

@@ -13,7 +13,19 @@ from torch.optim import Optimizer
 from asgo.adamw import DEFAULTS as ADAMW_DEFAULTS
 from asgo.roots import ROOTS
 from asgo.scaling import SCALINGS
-from asgo.views import View, default_view
+from asgo.views import View
+
+LOOP: dict[str, Any] = {
+    "betas": (0.0, 1.0),
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "precondition_frequency": 1,
+    "statistic": "gradient",
+    "nesterov": False,
+    "adjust_lr": None,
+    "root": "auto",
+}
+"""What the step loop reads, with neutral values: those of a preset that has no hyperparameter for them."""
 
 ALWAYS_ALLOWED = {"params", "param_names", "view", "name", "initial_lr"}
 WITHOUT_VIEW = {"lr", "maximize", *ADAMW_DEFAULTS}
@@ -45,6 +57,10 @@ def _interval(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _are_blocks(value: Any) -> bool:
+    return _interval(value) or value in ("tensor", "row", "kernel", "column") or isinstance(value, Mapping)
+
+
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (_is_lr, "a finite number >= 0 or a one-element tensor"),
     "betas": (_are_betas, "two numbers in [0, 1); a second one of 1 adds gradients up instead of averaging"),
@@ -58,13 +74,30 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adjust_lr": _one_of(*SCALINGS),
     "root": _one_of(*ROOTS),
     "maximize": _one_of(True, False),
+    "axis": _one_of("column", "row", "auto"),
+    "max_size": (_interval, "a whole number >= 1"),
+    "rank": (lambda value: value in (None, "auto") or _interval(value), "'auto', None or a whole number >= 1"),
+    "direction": _one_of("factor", "symmetric"),
+    "integrator": _one_of(None, "psi", "bug", "eig"),
+    "compensate": _one_of(True, False),
+    "delta": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-5"),
+    "blocks": (_are_blocks, "'tensor', 'row', 'kernel', 'column', a number of blocks >= 1 or an asgo.View"),
 }
 
 
-def check(who: str, values: Mapping[str, Any]) -> None:
+SPAM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "threshold": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 5000"),
+    "interval": (_interval, "a whole number of steps >= 1"),
+    "warmup": (lambda value: value == 0 or _interval(value), "a whole number of steps >= 0"),
+}
+
+
+def check(
+    who: str, values: Mapping[str, Any], checks: Mapping[str, tuple[Callable[[Any], bool], str]] = CHECKS
+) -> None:
     """Raise `ValueError` for the first hyperparameter that is out of range."""
     for key, value in values.items():
-        fits, expected = CHECKS.get(key, (None, ""))
+        fits, expected = checks.get(key, (None, ""))
         if fits is not None and not fits(value):
             raise ValueError(f"{who}: {key} must be {expected}; got {value!r}.")
 
@@ -75,8 +108,8 @@ def check_ordered(params: Any) -> None:
         raise TypeError("params must be in order, and a set has none: pass a list, or model.named_parameters().")
 
 
-def split_by_view(group: Any) -> list[dict[str, Any]]:
-    """A group as it is if it names a view, else one group per kind of parameter (`asgo.views.default_view`)."""
+def split_by_view(group: Any, view_of: Callable[[Tensor, Mapping[str, Any]], View | None]) -> list[dict[str, Any]]:
+    """A group as it is if it names a view, else one group per view that `view_of` gives its parameters."""
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(f"a group must be a dict with the key 'params'; got {type(group).__name__}.")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
@@ -86,9 +119,14 @@ def split_by_view(group: Any) -> list[dict[str, Any]]:
         return [{**group, "params": members}]
     kinds: dict[View | None, list[Any]] = {}
     for member in members:
-        kinds.setdefault(default_view(_tensor(member).ndim), []).append(member)
+        kinds.setdefault(view_of(_tensor(member), group), []).append(member)
     shared = {key: value for key, value in group.items() if key not in ADAMW_DEFAULTS}
     return [{**(group if view is not None else shared), "params": some, "view": view} for view, some in kinds.items()]
+
+
+def tensors(group: Mapping[str, Any]) -> list[Tensor]:
+    """The parameters of a group, with or without names."""
+    return [_tensor(member) for member in group["params"]]
 
 
 def _tensor(member: Any) -> Tensor:

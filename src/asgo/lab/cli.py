@@ -1,4 +1,4 @@
-"""The command ``asgo``: train, compare, demo, inspect."""
+"""The command ``asgo``: train, compare, demo, inspect, optimizers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from asgo.lab.config import DEMO, CompareConfig, TrainConfig, from_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import read_json
 from asgo.lab.inspect import InspectConfig, inspect_routing
+from asgo.lab.optimizers import OptimizersConfig, list_optimizers
 from asgo.lab.signals import Stopped
 from asgo.lab.train import train
 
@@ -27,7 +28,7 @@ DESCRIPTION = "Train language models with ASGO and its peers, compare them, and 
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
 INTERRUPTED = 130
 
-Command = TrainConfig | CompareConfig | InspectConfig
+Command = TrainConfig | CompareConfig | InspectConfig | OptimizersConfig
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -61,6 +62,8 @@ def run(config: Command) -> int:
             console.print(text, highlight=False, soft_wrap=True)
     elif isinstance(config, CompareConfig):
         compare(config, console)
+    elif isinstance(config, OptimizersConfig):
+        print(list_optimizers(config))
     else:
         print(inspect_routing(config))
     return 0
@@ -94,6 +97,7 @@ def _parse(args: Sequence[str], run: TrainConfig, comparison: CompareConfig, dem
         Annotated[CompareConfig, subcommand("compare", default=comparison)],
         Annotated[CompareConfig, subcommand("demo", default=demo, description=DEMO_HELP)],
         Annotated[InspectConfig, subcommand("inspect")],
+        Annotated[OptimizersConfig, subcommand("optimizers")],
     ]
     words = io.StringIO()
     try:

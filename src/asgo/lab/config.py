@@ -49,10 +49,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer of the hidden matrices; embeddings, vectors and output head go to AdamW in all of them.
+    """The optimizer of the hidden matrices; embeddings, vectors and output head go to AdamW in all but adam-mini.
 
     Args:
-        name: asgo, asgo-paper, adamw, muon or sgd.
+        name: one of those that asgo optimizers lists.
         lr: peak learning rate; None: the recorded default of that optimizer.
         weight_decay: decoupled decay of the hidden matrices; None: the optimizer's recorded default.
         betas: decay rates of the two moments, for optimizers that have both; None: the optimizer's default.

@@ -11,11 +11,13 @@ import tyro
 from torch import nn
 from torch.optim import Optimizer
 
+from asgo.lab.composite import Composite
 from asgo.lab.config import ModelConfig, OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.models import build_model, count_parameters
-from asgo.lab.peers import Composite, build_optimizer, state_bytes
-from asgo.presets import ASGO
+from asgo.lab.peers import build_optimizer, state_bytes
+from asgo.optimizer import StructuredOptimizer
+from asgo.presets import SPAM
 from asgo.report import report
 
 
@@ -44,20 +46,26 @@ def inspect_routing(config: InspectConfig) -> str:
     Raises:
         LabError: for a model or optimizer that does not exist, or sizes that do not fit.
     """
-    for name in ("vocab_size", "block_size"):
-        if getattr(config, name) < 1:
-            raise LabError(f"--{name.replace('_', '-')} {getattr(config, name)} is out of range: pass 1 or more.")
+    check_sizes(config.vocab_size, config.block_size)
     with torch.device("meta"):
         model = build_model(config.model, config.vocab_size, config.block_size, seed=0)
         optimizer = build_optimizer(model, config.optimizer)
         return routing_text(model, optimizer)
 
 
+def check_sizes(vocab_size: int, block_size: int) -> None:
+    """Raise `LabError` for sizes that no model has."""
+    for flag, size in (("--vocab-size", vocab_size), ("--block-size", block_size)):
+        if size < 1:
+            raise LabError(f"{flag} {size} is out of range: pass 1 or more.")
+
+
 def routing_text(model: nn.Module, optimizer: Optimizer) -> str:
-    """Which parameter is stepped how: ASGO's own report, or for its peers class, rate and decay."""
+    """Which parameter is stepped how: the library's own report, or for others class, rate and decay."""
     head = f"{type(model).__name__}, {count_parameters(model):,} parameters, {type(optimizer).__name__}"
-    if isinstance(optimizer, ASGO):
-        return f"{head}\n\n{report(optimizer)}"
+    inside = optimizer.optimizer if isinstance(optimizer, SPAM) else optimizer
+    if isinstance(inside, StructuredOptimizer):
+        return f"{head}\n\n{report(inside)}"
     parts = optimizer.optimizers if isinstance(optimizer, Composite) else [optimizer]
     rows = [
         (name, str(tuple(param.shape)), type(part).__name__, f"{group['lr']:g}", f"{group['weight_decay']:g}")

@@ -1,6 +1,19 @@
 """What is remembered about a stream of gradients, and how that memory rescales a step."""
 
-from asgo.structures.base import Structure
+from asgo.structures.base import Algebra, Structure
+from asgo.structures.blockwise import Blockwise
+from asgo.structures.difference import Difference
+from asgo.structures.kronecker import Kronecker
+from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
 from asgo.structures.one_sided import OneSided
 
-__all__ = ["OneSided", "Structure"]
+__all__ = [
+    "Algebra",
+    "Blockwise",
+    "Difference",
+    "Kronecker",
+    "LowRankFactor",
+    "LowRankSymmetric",
+    "OneSided",
+    "Structure",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
@@ -26,7 +27,7 @@ class Structure(ABC):
 
     @abstractmethod
     def init(self, like: Stack) -> State:
-        """The state before the first gradient, in the dtype and on the device of `like`."""
+        """The state before the first gradient, in the dtype and on the device of `like`; the statistic first."""
 
     @abstractmethod
     def measure(self, grad: Stack) -> Tensor:
@@ -51,3 +52,59 @@ class Structure(ABC):
     @abstractmethod
     def cost(self, m: int, n: int) -> float:
         """Multiplications of one refresh of one ``m x n`` matrix, up to the root's number of products."""
+
+    @abstractmethod
+    def work(self, m: int, n: int) -> float:
+        """Multiplications of measure, fold and precondition of one ``m x n`` matrix, its leading term."""
+
+
+class Algebra(Structure):
+    """A structure whose preconditioners are all positive matrices of one matrix algebra K.
+
+    Seen as a vector of ``d = m n`` entries (rows one after the other), a gradient has the statistic ``g g^T``.
+    `measure` keeps its orthogonal projection on K, up to a constant factor, and `precondition` applies the inverse
+    square root of the sum or average of those. Of all H in K, ``sqrt(P_K(A))`` minimises ``<A, H^-1> + tr H``: it is
+    the best preconditioner in K for the gradients seen ("Structured Preconditioners in Adaptive Optimization: A Unified
+    Analysis", Xie, Wang, Reddi, Kumar and Li 2025).
+    """
+
+    @abstractmethod
+    def project(self, A: Tensor, m: int, n: int) -> Tensor:
+        """The orthogonal projection on K of a symmetric ``(m n, m n)`` matrix: dense, to read and to test by."""
+
+
+def moving(seen: Tensor) -> Tensor:
+    """``(b, 1, 1)``: 1 for each matrix of which something is not zero, 0 for those that rest."""
+    return (seen.flatten(1) != 0).any(1).to(seen.dtype)[:, None, None]
+
+
+def average(memory: Tensor, seen: Tensor, beta2: float, moved: Tensor) -> None:
+    """``memory <- b2 memory + (1 - b2) seen`` in place, or their sum with ``beta2`` of 1; none where nothing moved.
+
+    Args:
+        memory: ``(b, ...)``.
+        seen: of the same shape.
+        beta2: the decay.
+        moved: ``(b, 1, 1)``, as from `moving`.
+    """
+    if beta2 == 1:
+        memory.addcmul_(seen, moved)
+    else:
+        memory.lerp_(seen, (1 - beta2) * moved)
+
+
+def count(weight: Tensor, beta: float, moved: Tensor) -> None:
+    """Average a constant 1 into `weight`, in place: what an average that started from zero must be divided by."""
+    if beta != 1:
+        weight.lerp_(torch.ones_like(weight), (1 - beta) * moved)
+
+
+def corrected(mean: Tensor, weight: Tensor | None) -> Tensor:
+    """An average divided by its weight; as it is where it has none: a sum, or nothing seen yet."""
+    return mean if weight is None else mean / torch.where(weight > 0, weight, 1)
+
+
+def rootless(state: State) -> Tensor:
+    """What `refresh` answers where there is no root that could fail."""
+    first = next(iter(state.values()))
+    return torch.ones(len(first), dtype=torch.bool, device=first.device)

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.structures.base import Structure
+from asgo.structures.base import Algebra
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
 
 
 @dataclass(frozen=True)
-class OneSided(Structure):
+class OneSided(Algebra):
     """The gram matrix of one side of the gradient.
 
     ``V <- b2 V + (1 - b2) G G^T`` on the left, ``G^T G`` on the right; direction ``V^(-1/2) M`` or
     ``M V^(-1/2)`` with the damping that the root defines. "ASGO: Adaptive Structured Gradient Optimization",
     An, Liu, Pan, Ren, Ma, Goldfarb and Zhang 2025, Algorithms 1 and 2.
+
+    The algebra is that of all ``S kron I`` (left) or ``I kron S`` (right); its projection takes the partial trace
+    over the other side, divided by that side's length.
 
     State, ``k`` the length of the preconditioned side: ``gram (b, k, k)``, ``root (b, k, k)`` and, with
     `cross_normalize`, ``cross (b, 1, n)`` or ``(b, m, 1)``.
@@ -31,18 +34,20 @@ class OneSided(Structure):
             the right one of a square matrix, as released.
         cross_normalize: afterwards divide by the running root mean square of the result taken along the
             preconditioned side, one number per index of the other side.
+        mean: divide the gram by the length of the other side, as one-sided Shampoo does: the projection itself.
     """
 
     side: Literal["auto", "left", "right"] = "auto"
     cross_normalize: bool = False
+    mean: bool = False
 
     def left(self, m: int, n: int) -> bool:
         """Whether an ``m x n`` matrix is preconditioned from the left."""
         return self.side == "left" or (self.side == "auto" and m < n)
 
     def additive_rows(self, m: int, n: int) -> bool:
-        """On the right: ``G^T G`` is a sum over rows."""
-        return not self.left(m, n)
+        """On the right: ``G^T G`` is a sum over rows, unless it is divided by their number."""
+        return not self.left(m, n) and not self.mean
 
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
@@ -60,7 +65,10 @@ class OneSided(Structure):
 
     def measure(self, grad: Stack) -> Tensor:
         """``G G^T`` or ``G^T G``."""
-        return grad @ grad.mT if self.left(*grad.shape[1:]) else grad.mT @ grad
+        _, m, n = grad.shape
+        left = self.left(m, n)
+        gram = grad @ grad.mT if left else grad.mT @ grad
+        return gram / max(n if left else m, 1) if self.mean else gram
 
     def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
@@ -91,3 +99,14 @@ class OneSided(Structure):
     def cost(self, m: int, n: int) -> float:
         """``k^3``."""
         return float(m if self.left(m, n) else n) ** 3
+
+    def work(self, m: int, n: int) -> float:
+        """``2 m n k``: the gram and one product with the root."""
+        return 2.0 * m * n * (m if self.left(m, n) else n)
+
+    def project(self, A: Tensor, m: int, n: int) -> Tensor:
+        """The mean of the diagonal blocks that belong to the other side, repeated along it."""
+        cells = A.reshape(m, n, m, n)
+        if self.left(m, n):
+            return torch.kron(torch.einsum("injn->ij", cells) / n, torch.eye(n).to(A))
+        return torch.kron(torch.eye(m).to(A), torch.einsum("minj,mn->ij", cells, torch.eye(m).to(A)) / m)

@@ -1,4 +1,4 @@
-"""The named optimizers: each chooses a structure and names its hyperparameters."""
+"""ASGO and its forms: the paper's, the theory's and the released program's."""
 
 from __future__ import annotations
 

@@ -1,0 +1,40 @@
+"""Functions of stacks of symmetric positive semidefinite matrices, for structures whose root is not in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from asgo import eigen
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+def spectral(
+    A: Float[Tensor, "b k k"], weigh: Callable[[Tensor], Tensor]
+) -> tuple[Float[Tensor, "b k k"], Bool[Tensor, "b"]]:
+    """``Q weigh(values) Q^T`` by an eigendecomposition in float64, in A's dtype, and which of them can be trusted.
+
+    A matrix that is not finite, or that cannot be decomposed, is not ``ok`` and touches no other in its stack.
+
+    Args:
+        A: the stack.
+        weigh: takes eigenvalues ``(b, k)`` in float64, none below 0, and gives positive numbers.
+    """
+    ok = A.isfinite().flatten(1).all(1)
+    values, vectors = eigen.decompose(torch.where(ok[:, None, None], A, 0).double())
+    half = vectors * weigh(values.clamp(min=0)).sqrt()[:, None]
+    result = half @ half.mT
+    ok = ok & result.isfinite().flatten(1).all(1)
+    return torch.where(ok[:, None, None], result, 0).to(A.dtype), ok
+
+
+def inverse_power(
+    A: Float[Tensor, "b k k"], eps: float, power: float
+) -> tuple[Float[Tensor, "b k k"], Bool[Tensor, "b"]]:
+    """``(A + eps I)^(-power)``, eps absolute, see `spectral`."""
+    return spectral(A, lambda values: (values + eps).pow(-power))

@@ -1,0 +1,11 @@
+"""The named optimizers: each chooses a view and a structure and names its hyperparameters."""
+
+from asgo.presets.adagram import AdaGram
+from asgo.presets.agd import AGD
+from asgo.presets.asgo import ASGO
+from asgo.presets.blockwise import BAG, BAGM, AdamMini
+from asgo.presets.dasgo import DASGO
+from asgo.presets.shampoo import OneSidedShampoo, Shampoo
+from asgo.presets.spam import SPAM
+
+__all__ = ["AGD", "ASGO", "BAG", "BAGM", "DASGO", "SPAM", "AdaGram", "AdamMini", "OneSidedShampoo", "Shampoo"]

@@ -1,0 +1,116 @@
+"""AdaGram: full-matrix AdaGrad in low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from asgo import partition
+from asgo.optimizer import StructuredOptimizer
+from asgo.settings import tensors
+from asgo.structures import LowRankFactor, LowRankSymmetric, Structure
+from asgo.views import View
+
+
+class AdaGram(StructuredOptimizer):
+    r"""Full-matrix AdaGrad whose statistic ``G = eps I + sum g g^T`` is kept in low rank.
+
+    For a parameter as one vector of d entries::
+
+        h = L^-1 g,  s = sqrt(1 + |h|^2)                  G = L L^T before this gradient
+        L^-1 <- (I - (1 - 1/s) u u^T) L^-1                u = h / |h|;   L^-1 = eps^(-1/2) (I - P Q^T)
+        w <- w - lr h / s                                 = lr L^-1 g with the new L
+
+    so each gradient adds a column to P and Q, until `rank` of them; then an integrator takes ``P Q^T`` and the new
+    column back to that rank. "Dynamic Low-rank Approximation of Full-Matrix Preconditioner for Training Generalized
+    Linear Models", Matveeva, Katrutsa and Frolov 2025 (arXiv 2508.21106).
+
+    The paper's direction has the length of ``G^(-1/2) g`` but is turned, and is sometimes none of descent. With
+    ``direction="symmetric"`` (ours) the statistic itself is kept as ``delta I + U diag(s^2) U^T`` and its exact inverse
+    root is applied; with enough rank that is full-matrix AdaGrad.
+
+    Memory: ``2 d r + d`` (factor) or ``d (r + 1)`` (symmetric), beside the momentum that every optimizer here holds.
+    Cost: ``O(d r^2)``, no root. Without a limit, memory ``d^2`` and cost ``d^2`` (factor) or ``d^3`` (symmetric). The
+    last gradient is always represented in full, so no step is longer than lr, whatever the gradient. Parameters may
+    have any number of axes; each matrix of a view is a vector of its own; ``view=None`` still means AdamW.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups.
+        lr: step size, a number or a tensor; the paper's 0.1.
+        eps: what the statistic starts from. 1e-2 as in the paper, whose tuned values are 0.1 to 0.5.
+        rank: directions that are remembered of a parameter, all of them where it has fewer entries; None for no limit.
+            ``"auto"`` is the paper's 5. A number above the entries of every parameter is refused.
+        direction: ``"factor"`` (the paper) or ``"symmetric"``.
+        integrator: how a matrix of one rank too many is brought back:
+
+            - ``"psi"``: a projector-splitting step (the paper); it overlooks what is orthogonal to the subspace;
+            - ``"bug"``: a basis update and Galerkin step, which may turn both bases before it projects;
+            - ``"eig"``: the best approximation, by a decomposition of size r + 1;
+            - None: ``"psi"`` for ``"factor"``, ``"eig"`` for ``"symmetric"``, which ``"psi"`` would not keep symmetric.
+        compensate: with ``"symmetric"``, spread the energy of dropped directions over all that are not remembered;
+            ``"factor"`` has no such form.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a rank above the number of entries.
+        TypeError: complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-1,
+        eps: float = 1e-2,
+        rank: int | Literal["auto"] | None = "auto",
+        direction: Literal["factor", "symmetric"] = "factor",
+        integrator: Literal["psi", "bug", "eig"] | None = None,
+        compensate: bool = True,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "rank": rank,
+            "direction": direction,
+            "integrator": integrator,
+            "compensate": compensate,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+        _check_rank(rank, self.param_groups)
+
+    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+        """The whole parameter as one row."""
+        return partition.flat(param.ndim)
+
+    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse an integrator that does not fit the direction, and a group's own rank above all of its matrices."""
+        options = {**self.defaults, **groups[0]}  # parts of one group share their options
+        if (options["direction"], options["integrator"]) == ("symmetric", "psi"):
+            raise ValueError(
+                "AdaGram: integrator 'psi' does not keep a matrix symmetric, as direction='symmetric' needs: pass "
+                "'bug', 'eig' or None."
+            )
+        _check_rank(groups[0].get("rank"), groups)
+
+    def structure(self, group: dict[str, Any]) -> Structure:
+        """A factor of the statistic, or the statistic itself."""
+        rank, eps, integrator = group["rank"], group["eps"], group["integrator"]
+        rank = 5 if rank == "auto" else rank
+        if group["direction"] == "factor":
+            return LowRankFactor(rank, eps, integrator or "psi")
+        return LowRankSymmetric(rank, eps, integrator or "eig", group["compensate"])
+
+
+def _check_rank(rank: int | Literal["auto"] | None, groups: Sequence[Mapping[str, Any]]) -> None:
+    views = [(View.of(group["view"]), param.shape) for group in groups for param in tensors(group)]
+    largest = max((m * n for view, shape in views if view is not None for _, m, n in view.shapes(shape)), default=0)
+    if isinstance(rank, int) and rank > largest > 0:
+        raise ValueError(
+            f"AdaGram: rank={rank} is above the {largest} entries of the largest matrix: pass {largest} or less, or "
+            "None for no limit."
+        )

@@ -1,0 +1,76 @@
+"""AGD: the momentum divided by the size of its changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from asgo import partition
+from asgo.optimizer import StructuredOptimizer
+from asgo.settings import LOOP
+from asgo.structures import Difference
+from asgo.views import View
+
+
+class AGD(StructuredOptimizer):
+    r"""Auto-switchable: adaptive where the gradient changes, SGD with momentum where it does not.
+
+    For every entry, at step t::
+
+        M <- b1 M + (1 - b1) G
+        H  = M / (1 - b1^t)
+        v <- b2 v + (1 - b2) (H - H_before)^2              H_before = 0 at the first step
+        W <- (1 - lr weight_decay) W - lr H / max(sqrt(v / (1 - b2^t)), delta)
+
+    "AGD: an Auto-switchable Optimizer using Stepwise Gradient Difference for Preconditioning Matrix", Yue, Ye, Jiang,
+    Liu and Zhang 2023 (arXiv 2312.01658), as in the authors' program without its options ``amsgrad`` and ``win``.
+    Where ``sqrt(v)`` is below delta, the step is momentum SGD with ``lr / delta``.
+
+    Memory: ``3 m n``, one ``m n`` more than the authors', as the previous H is kept rather than found from the momentum
+    before its update. Cost: a few operations per entry. Parameters may have any number of axes; ``view=None`` still
+    means AdamW.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
+        lr: step size, a number or a tensor; as released.
+        betas: decay of the momentum and of the statistic, as released; 1 as the second adds up.
+        delta: the least that H is divided by; 1e-5 as released, 1e-14 for the paper's transformers.
+        weight_decay: decoupled, multiplied by ``lr``.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "statistic": "momentum"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        delta: float = 1e-5,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "delta": delta,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+        """The whole parameter as one row: entries have no neighbours."""
+        return partition.flat(param.ndim)
+
+    def structure(self, group: dict[str, Any]) -> Difference:
+        """The mean square of the differences of momenta."""
+        return Difference(group["betas"][0], group["delta"])

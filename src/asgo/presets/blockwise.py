@@ -1,0 +1,252 @@
+"""BAG, BAGM and Adam-mini: one number per block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from asgo import partition, settings
+from asgo.optimizer import StructuredOptimizer
+from asgo.routing import Rule, route
+from asgo.structures import Blockwise
+from asgo.structures.blockwise import Blocks
+from asgo.views import View
+
+Partition: TypeAlias = Literal["tensor", "row", "kernel", "column"] | int | View
+
+VIEWS: dict[str, Callable[[int], View]] = {
+    "tensor": partition.flat,
+    "row": partition.entries,
+    "kernel": partition.kernels,
+    "column": partition.columns,
+}
+"""How ``blocks`` reads a parameter by its number of axes, where the group names no view."""
+
+
+class Partitioned(StructuredOptimizer):
+    """What BAG and BAGM share: parameters of any number of axes, cut into blocks."""
+
+    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+        """The view that ``blocks`` describes."""
+        blocks = group.get("blocks", self.defaults["blocks"])
+        if isinstance(blocks, int):
+            return partition.equal(blocks, param.ndim)
+        return VIEWS[blocks](param.ndim) if isinstance(blocks, str) else View.of(blocks)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `StructuredOptimizer`; ``"kernel"`` and numbers need views of their own, so a given one is refused."""
+        if isinstance(param_group, Mapping) and "blocks" in param_group:
+            param_group = {**param_group, "blocks": self.plain(param_group["blocks"])}
+        if isinstance(param_group, Mapping):
+            self._check_blocks(param_group)
+        super().add_param_group(param_group)
+
+    def _check_blocks(self, group: Mapping[str, Any]) -> None:
+        who, blocks = type(self).__name__, group.get("blocks", self.defaults["blocks"])
+        settings.check(who, {"blocks": blocks})
+        view = View.of(group.get("view"))
+        if view is not None and (blocks == "kernel" or isinstance(blocks, int)):
+            raise ValueError(
+                f"{who}: blocks={blocks!r} reads parameters by views of its own, but a group has the view {view}. "
+                "Leave the view out, or pass blocks='row' and a view with one row per block."
+            )
+
+    @staticmethod
+    def plain(blocks: Partition) -> Any:
+        """Plain data for groups."""
+        return blocks.to_dict() if isinstance(blocks, View) else blocks
+
+    @staticmethod
+    def unit(group: Mapping[str, Any]) -> Blocks:
+        """What a block is within a matrix of the group's view."""
+        blocks = group["blocks"]
+        if blocks in ("row", "kernel") or isinstance(blocks, int):
+            return "row"
+        return "column" if blocks == "column" else "matrix"
+
+
+class BAG(Partitioned):
+    r"""Blockwise adaptive gradient descent: the gradient divided by one accumulated norm per block.
+
+    For every block b of ``d_b`` entries::
+
+        v_b <- v_b + ||G_b||^2 / d_b
+        W_b <- W_b - lr G_b / (sqrt(v_b) + eps)
+
+    "Blockwise Adaptivity: Faster Training and Better Generalization in Deep Learning", Zheng and Kwok 2019
+    (arXiv 1905.09899). With blocks of one entry it is AdaGrad.
+
+    Memory: one number per block, beside the momentum that every optimizer here holds. Cost: a few operations per
+    entry. Parameters may have any number of axes; ``view=None`` still means AdamW.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
+        lr: step size, a number or a tensor; not on AdamW's scale, as steps shrink while the sum grows.
+        eps: outside the root; 1e-8 as in the paper's synthetic experiment.
+        blocks: what a block is:
+
+            - ``"tensor"``: the whole parameter (the paper's B.1);
+            - ``"row"``: one output feature or channel (B.2); of a vector, one entry;
+            - ``"kernel"``: as ``"row"``, but one kernel of a convolution (B.3);
+            - ``"column"``: one input feature or channel (B.4); of a vector, all of it, as it has no inputs;
+            - a number: that many runs of equal length of the flattened parameter;
+            - an `asgo.View`: every matrix that it reads.
+
+            In a group with a view of its own, ``"tensor"`` is each of its matrices, ``"row"`` each row and
+            ``"column"`` each column; ``"kernel"`` and numbers are refused there.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, blocks that do not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-8,
+        blocks: Partition = "tensor",
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps, "blocks": self.plain(blocks), "maximize": maximize})
+
+    def structure(self, group: dict[str, Any]) -> Blockwise:
+        """The mean square of each block."""
+        return Blockwise(self.unit(group), group["eps"])
+
+
+class BAGM(Partitioned):
+    r"""BAG with momentum: the momentum divided by one running norm per block.
+
+    For every block b of ``d_b`` entries, at step t::
+
+        M   <- b1 M + (1 - b1) G
+        v_b <- b2 v_b + (1 - b2) ||G_b||^2 / d_b
+        W_b <- (1 - lr weight_decay) W_b - lr M_b / (sqrt(v_b / (1 - b2^t)) + eps)
+
+    "Blockwise Adaptivity: Faster Training and Better Generalization in Deep Learning", Zheng and Kwok 2019
+    (arXiv 1905.09899). The paper weights step t by ``a_t``; its experiments use ``a_t = 0.999^-t``, and the weighted
+    mean ``sum a_t ||G_b||^2 / d_b / sum a_t`` is then exactly the corrected average above with ``b2 = 0.999``. With
+    blocks of one entry it is Adam without a correction of the momentum.
+
+    Memory: ``m n`` and one number per block. Cost: a few operations per entry. Parameters may have any number of axes;
+    ``view=None`` still means AdamW.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
+        lr: step size, a number or a tensor; near that of Adam.
+        betas: decay of the momentum and of the statistic; the paper's 0.9 and 0.999. 1 as the second adds up.
+        eps: outside the root; 1e-3 as in the paper.
+        weight_decay: decoupled, multiplied by ``lr``; ours, the paper's adds to the gradient.
+        blocks: what a block is, see `BAG`.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, blocks that do not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        blocks: Partition = "tensor",
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "blocks": self.plain(blocks),
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def structure(self, group: dict[str, Any]) -> Blockwise:
+        """The corrected running mean square of each block."""
+        return Blockwise(self.unit(group), group["eps"], corrected=True)
+
+
+class AdamMini(StructuredOptimizer):
+    r"""Adam with one learning rate per head, output neuron or token in place of one per entry.
+
+    For every block b of ``d_b`` entries, at step t::
+
+        M   <- b1 M + (1 - b1) G
+        v_b <- b2 v_b + (1 - b2) ||G_b||^2 / d_b
+        W_b <- (1 - lr weight_decay) W_b - lr (M_b / (1 - b1^t)) / (sqrt(v_b / (1 - b2^t)) + eps)
+
+    "Adam-mini: Use Fewer Learning Rates To Gain More", Zhang, Chen, Li, Ding, Wu, Kingma, Ye, Luo and Sun 2024
+    (arXiv 2406.16793). Blocks follow the view: a head of queries or keys where the view is per head, else a row: one
+    output neuron of a matrix, one token of an embedding. A vector is one block. The authors' program finds its
+    blocks by parts of names; `groups` finds them by module types, as `asgo.route` does.
+
+    Memory: ``m n`` and one number per block, half of Adam's. Cost: a few operations per entry. Parameters may have any
+    number of axes; ``view=None`` still means AdamW, so for Adam-mini's memory build it from ``AdamMini.groups(model)``.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups; ``AdamMini.groups(model)`` makes good ones.
+        lr: step size, a number or a tensor: Adam's.
+        betas: decay of the momentum and of the statistic, Adam's. 1 as the second adds up.
+        eps: outside the root, as in Adam.
+        weight_decay: decoupled, multiplied by ``lr``; 0.1 as in the paper's language models.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    @staticmethod
+    def groups(model: nn.Module, rules: Sequence[Rule] = ()) -> list[dict[str, Any]]:
+        """Groups of all parameters of a model with a block per head of queries and keys, and none for AdamW.
+
+        Args:
+            model: any module.
+            rules: what should differ, as in `asgo.route`. What would go to AdamW is read in rows, without weight
+                decay unless a rule says otherwise.
+        """
+        groups = route(model, rules, per_head=True)
+        for group in groups:
+            if group["view"] is None:
+                del group["view"]
+                group["name"] = group["name"].replace("adamw", "rows")
+                group.setdefault("weight_decay", 0.0)
+        return groups
+
+    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+        """One row per output feature; a vector is one row."""
+        return partition.rows(param.ndim)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `StructuredOptimizer`; views of heads are read with one row per head."""
+        if isinstance(param_group, Mapping) and (view := View.of(param_group.get("view"))) is not None:
+            param_group = {**param_group, "view": partition.head_rows(view)}
+        super().add_param_group(param_group)
+
+    def structure(self, group: dict[str, Any]) -> Blockwise:
+        """The corrected running mean square of each row."""
+        return Blockwise("row", group["eps"], corrected=True, momentum=group["betas"][0])

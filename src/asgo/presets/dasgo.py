@@ -1,0 +1,76 @@
+"""DASGO: one number per column."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from asgo.optimizer import StructuredOptimizer
+from asgo.structures import Blockwise
+
+
+class DASGO(StructuredOptimizer):
+    r"""Diagonal ASGO: the momentum divided by a running norm of each column.
+
+    For a weight read as ``W (m, n)``, every step does::
+
+        M   <- b1 M + (1 - b1) G                          momentum
+        v_j <- b2 v_j + (1 - b2) sum_i G_ij^2             one number per column
+        U    = M / sqrt(v + eps)
+        W   <- (1 - lr weight_decay) W - lr 0.2 sqrt(m n) U / ||U||_F
+
+    "ASGO: Adaptive Structured Gradient Optimization", An, Liu, Pan, Ren, Ma, Goldfarb and Zhang 2025
+    (arXiv 2503.20762), Algorithm 4. It is `asgo.BAGM` with one block per column, the sum of squares in place of
+    their mean and eps under the root.
+
+    Memory: ``m n + n`` numbers. Cost: a few operations per entry, no root. Vectors and scalars go to AdamW, as do
+    groups with ``view=None``; ``asgo.route(model)`` sends embeddings and output heads there too.
+
+    State per parameter, in float32 (float64 for float64): ``exp_avg`` of its shape and, per matrix, ``exp_avg_sq``
+    ``(1, n)`` or ``(m, 1)``, ``failures``.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups; ``asgo.route(model)`` makes good ones.
+        lr: step size on AdamW's scale (updates have a root mean square of 0.2), a number or a tensor; 1e-2 as in
+            the released configuration.
+        betas: decay of the momentum and of the statistic, as released; 1 as the second adds up.
+        eps: under the root, absolute, as released.
+        weight_decay: decoupled, multiplied by ``lr``; 0.1 as released.
+        axis: one number per ``"column"`` (as released) or ``"row"``; ``"auto"`` takes whichever are fewer.
+        adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2 (the paper),
+            ``"slice_rms"`` each matrix of a stack by itself, None not at all.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        axis: Literal["column", "row", "auto"] = "column",
+        adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "axis": axis,
+            "adjust_lr": adjust_lr,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def structure(self, group: dict[str, Any]) -> Blockwise:
+        """The sum of squares of each column or row."""
+        return Blockwise(group["axis"], group["eps"], total=True, inside=True)

@@ -1,0 +1,144 @@
+"""Shampoo from one side and from both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from asgo.optimizer import StructuredOptimizer
+from asgo.settings import LOOP
+from asgo.structures import Kronecker, OneSided
+
+
+class OneSidedShampoo(StructuredOptimizer):
+    r"""Full-matrix AdaGrad on one side of a matrix: the mean over the other side, eps inside the root.
+
+    For a weight read as ``W (m, n)`` with ``m < n`` (else the products stand on the right)::
+
+        V <- V + G G^T / n                     V = eps I at first
+        W <- W - lr V^(-1/2) G
+
+    "Structured Preconditioners in Adaptive Optimization: A Unified Analysis", Xie, Wang, Reddi, Kumar and Li 2025
+    (arXiv 2503.10537). It is `ASGO.theory` with eps inside the root and ``lr sqrt(n)``.
+
+    Memory: ``2 k^2`` with ``k = min(m, n)``, beside the momentum. Cost: ``4 m n k`` operations and an
+    eigendecomposition in float64. Vectors and scalars go to AdamW.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
+        lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
+        eps: absolute, inside the root.
+        betas: decay of the momentum and of the statistic. 0 and 1, the paper's: no momentum, a sum. With a second one
+            below 1 the statistic is a running average, not corrected.
+        weight_decay: decoupled, multiplied by ``lr``.
+        side: the side of the statistic: ``"left"`` (the paper's text), ``"right"``, ``"auto"`` the shorter one.
+        precondition_frequency: steps between refreshes of a root.
+        adjust_lr: None leaves the size of a step to the statistic (the paper); ``"rms"`` and ``"slice_rms"`` rescale
+            as in `ASGO`.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "inside"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        eps: float = 1e-8,
+        betas: tuple[float, float] = (0.0, 1.0),
+        weight_decay: float = 0.0,
+        side: Literal["auto", "left", "right"] = "auto",
+        precondition_frequency: int = 1,
+        adjust_lr: Literal["rms", "slice_rms"] | None = None,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "side": side,
+            "precondition_frequency": precondition_frequency,
+            "adjust_lr": adjust_lr,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def structure(self, group: dict[str, Any]) -> OneSided:
+        """The mean gram matrix of the group's side."""
+        return OneSided(group["side"], mean=True)
+
+
+class Shampoo(StructuredOptimizer):
+    r"""A matrix on each side: the baseline of the papers.
+
+    For a weight read as ``W (m, n)``::
+
+        M <- b1 M + (1 - b1) G
+        L <- L + G G^T                         L = eps I at first
+        R <- R + G^T G                         R = eps I at first
+        W <- (1 - lr weight_decay) W - lr L^(-1/4) M R^(-1/4)
+
+    "Shampoo: Preconditioned Stochastic Tensor Optimization", Gupta, Koren and Singer 2018 (arXiv 1802.09568),
+    Algorithm 1. Ours reads a convolution as one matrix, the paper as a tensor with a root for every axis; vectors and
+    scalars go to AdamW, in the paper they have a matrix of their own. There is no grafting.
+
+    Memory: ``m n + 2 (m^2 + n^2)``. Cost: ``4 m n (m + n)`` operations and two eigendecompositions in float64.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
+        lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
+        betas: decay of the momentum and of the statistics; 1 as the second is the paper's sum, less a running average,
+            not corrected.
+        eps: absolute, inside the roots: what L and R start from.
+        weight_decay: decoupled, multiplied by ``lr``.
+        precondition_frequency: steps between refreshes of the roots.
+        max_size: sides longer than this are left alone, and the other side takes the power -1/2: a side of 30,000 would
+            cost 7 GB.
+        adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
+            as in `ASGO`.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-1,
+        betas: tuple[float, float] = (0.9, 1.0),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        precondition_frequency: int = 1,
+        max_size: int = 8192,
+        adjust_lr: Literal["rms", "slice_rms"] | None = None,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "max_size": max_size,
+            "adjust_lr": adjust_lr,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def structure(self, group: dict[str, Any]) -> Kronecker:
+        """The gram matrices of both sides."""
+        return Kronecker(group["max_size"])

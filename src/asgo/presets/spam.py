@@ -1,0 +1,185 @@
+"""SPAM: a wrapper that clips spikes of the gradient and starts the memory anew from time to time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from asgo import settings
+from asgo.buckets import state_dtype
+from asgo.optimizer import StructuredOptimizer
+
+DECAY = 0.999
+"""Of the mean square that tells a spike: Adam's second moment."""
+ARMED = 20
+"""Steps after each start before spikes are clipped, as released: the mean square must have seen something."""
+FAINT = 0.99
+"""The share of lr that is missing at the first step after a reset, as released."""
+
+
+class SPAM(Optimizer):
+    r"""Spike-aware: any optimizer of this library behind a clip of single entries, with momentum that is reset.
+
+    At step t of the wrapper, with r steps since the last reset::
+
+        if t is a multiple of interval:  the optimizer's state <- as before its first step;  v <- 0
+        G_ij <- sign(G_ij) sqrt(threshold v_ij)  where G_ij^2 > threshold v_ij          if r >= 20
+        v_ij <- 0.999 v_ij + 0.001 G_ij^2
+        lr   <- lr (1 - 0.99 (1 + cos(pi r / (warmup + 1))) / 2)  for this step         if t >= interval and r < warmup
+        one step of the optimizer
+
+    "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", Huang, Zhu, Jin, Liu, Wang and Liu 2025
+    (arXiv 2501.06842), which wraps Adam. Three departures, as ours must fit every structure: v is the wrapper's own (in
+    Adam it is the second moment); the whole state is reset, with what corrects its bias; and decay is scaled with lr.
+
+    The wrapper shares groups and state with the optimizer, so schedulers and checkpoints (by name too) work as with
+    the optimizer alone. Gradients are clipped in place. Memory: one number per entry more. Cost: a few operations per
+    entry.
+
+    Args:
+        optimizer: the optimizer to wrap; use the wrapper in its place from then on.
+        threshold: an entry is a spike if its square is more than this many times its mean square; 5000 as in the paper.
+        interval: steps between resets; the paper's 500.
+        warmup: steps after a reset over which lr rises again as a cosine; the paper's 150. 0 for none.
+
+    Raises:
+        ValueError: an argument out of range, an optimizer that is wrapped already.
+        TypeError: an optimizer of another library.
+    """
+
+    optimizer: StructuredOptimizer
+    threshold: float
+    interval: int
+    warmup: int
+
+    def __init__(
+        self, optimizer: StructuredOptimizer, threshold: float = 5000.0, interval: int = 500, warmup: int = 150
+    ) -> None:
+        if not isinstance(optimizer, StructuredOptimizer):
+            raise TypeError(
+                f"SPAM wraps optimizers of this library, such as asgo.ASGO; got {type(optimizer).__name__}."
+            )
+        if any("spike_sq" in state for state in optimizer.state.values()):
+            raise ValueError("SPAM: the optimizer is wrapped already; wrap it once.")
+        own = {"threshold": threshold, "interval": interval, "warmup": warmup}
+        settings.check("SPAM", own, settings.SPAM_CHECKS)
+        self.__setstate__({"optimizer": optimizer, **own})
+        self._start(optimizer.param_groups, 0)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The optimizer's own groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The optimizer's own state, with ``spike_sq`` for every parameter."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The optimizer's own defaults."""
+        return self.optimizer.defaults
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of the optimizer, with what stands above around it.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            TypeError: a sparse gradient; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        settings.refuse_sparse(self.optimizer)
+        t = self.param_groups[0]["spam_step"] + 1
+        since = t % self.interval
+        if since == 0:
+            self._reset()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._clip(param, since >= ARMED)
+        self._step_scaled(self._share(since) if t >= self.interval else 1.0)
+        for group in self.param_groups:
+            group["spam_step"] = t
+        return loss
+
+    def _share(self, since: int) -> float:
+        """The share of lr that a step takes, so many steps after a reset."""
+        return 1.0 if since >= self.warmup else 1 - FAINT * (1 + math.cos(math.pi * since / (self.warmup + 1))) / 2
+
+    def _step_scaled(self, share: float) -> None:
+        rates = [group["lr"] for group in self.param_groups]
+        try:
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                group["lr"] = lr if share == 1 else lr * share
+            self.optimizer.step()
+        finally:
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                group["lr"] = lr
+
+    def _clip(self, param: Tensor, armed: bool) -> None:
+        """Clip the spikes of a gradient; a gradient of zeros, and entries that are not finite, leave v as it is."""
+        state, grad, dtype = self.state[param], param.grad, state_dtype(param)
+        v = state["spike_sq"] = state["spike_sq"].to(param.device, dtype)
+        seen = grad.to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
+        finite = seen.isfinite()
+        if armed:
+            limit = (self.threshold * v).sqrt()
+            seen = torch.where(finite, seen.clamp(-limit, limit), seen)
+            grad.copy_(seen)  # pyright: ignore[reportOptionalMemberAccess]
+        weight = (finite & (seen != 0).any()).to(dtype) * (1 - DECAY)
+        v.lerp_(torch.where(finite, seen, 0).square(), weight)
+
+    def _reset(self) -> None:
+        self.optimizer.reset()
+        for state in self.state.values():
+            state["spike_sq"].zero_()
+
+    def _start(self, groups: list[dict[str, Any]], t: int) -> None:
+        for group in groups:
+            group["spam_step"] = t
+            for param in group["params"]:
+                v = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+                self.state[param]["spike_sq"] = v.detach()
+
+    # ---- the optimizer's own ----------------------------------------------------------------------------------
+
+    def failures(self) -> dict[str, int]:
+        """The optimizer's own counts."""
+        return self.optimizer.failures()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the optimizer."""
+        known, t = len(self.param_groups), self.param_groups[0]["spam_step"]
+        self.optimizer.add_param_group(param_group)
+        self._start(self.param_groups[known:], t)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's own, in which that of the wrapper stands: ``spike_sq``, and ``spam_step`` of every group."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` of a wrapper gave.
+
+        Raises:
+            ValueError: state of another optimizer, model or view, or of one that is not wrapped.
+        """
+        self.optimizer.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("optimizer", "threshold", "interval", "warmup")
+        return {name: getattr(self, name) for name in names}
