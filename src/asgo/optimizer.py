@@ -13,8 +13,10 @@ from torch.optim.optimizer import ParamsT
 
 from asgo import adamw, settings
 from asgo._types import State
-from asgo.buckets import Bucket, init_state, make_buckets, state_dtype, turns
-from asgo.roots import ROOTS, exact_matmul
+from asgo.buckets import Bucket, Member, init_state, make_buckets, state_dtype, turns
+from asgo.masks import choose, holds
+from asgo.matmul import exact_matmul
+from asgo.roots import ROOTS
 from asgo.scaling import SCALINGS
 from asgo.structures import Structure
 from asgo.views import View, default_view
@@ -88,43 +90,41 @@ class StructuredOptimizer(Optimizer, ABC):
             if group["view"] is None:
                 adamw.adamw(params, [self._state_of(p) for p in params], group)
                 continue
-            for param in params:
-                self.state[param]["step"] += 1
-            if group["weight_decay"] and params:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            if params:
+                torch._foreach_add_([self.state[p]["step"] for p in params], 1)
             for bucket in self._group_buckets(index, group, params):
                 self._update(bucket, group)
         return loss
 
     def _update(self, bucket: Bucket, group: dict[str, Any]) -> None:
         structure, (beta1, beta2) = self.structure(group), group["betas"]
-        state, dtype = bucket.state, state_dtype(bucket.members[0].param)
-        grad = bucket.gather(_grad, dtype)
-        if group["maximize"]:
-            grad.neg_()
+        state, momentum = bucket.state, bucket.state["exp_avg"]
+        grad = bucket.gradients(momentum.dtype)
         norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
         moved = norm.isfinite() & (norm > 0)
-        grad = torch.where(moved, grad, 0)
+        grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
         state["failures"] += ~norm.isfinite()[:, 0, 0]
 
-        momentum = bucket.gather(self._exp_avg, dtype)
-        momentum.lerp_(grad, (1 - beta1) * moved.to(dtype))
-        torch._foreach_copy_(*bucket.scatter(momentum, self._exp_avg))
+        momentum.lerp_(grad, 1 - beta1 if holds(moved) else (1 - beta1) * moved.to(grad.dtype))
         direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
-        direction = torch.where(moved, direction, 0)
+        direction = choose(moved, direction, 0.0)
 
         with exact_matmul(grad.device):
             structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
-            for rows in bucket.rows(lambda member: self._is_due(member.param, member.turn, group)):
+            for rows in bucket.rows(lambda member: self._is_due(member, group)):
                 due = {key: tensor[rows] for key, tensor in state.items()}
                 due["failures"] += ~structure.refresh(due, ROOTS[group["root"]], group["eps"])
             update = structure.precondition(state, direction)
-        update = SCALINGS[group["adjust_lr"]](update, bucket.slices).mul_(-group["lr"])
-        torch._foreach_add_(*bucket.scatter(update, _itself))
+        size = SCALINGS[group["adjust_lr"]](update, bucket.slices) * -group["lr"]
+        update = update * size if update is momentum else update.mul_(size)
+        bucket.add(update, 1 - group["lr"] * group["weight_decay"])
 
-    def _is_due(self, param: Tensor, turn: int, group: dict[str, Any]) -> bool:
-        step = int(self.state[param]["step"])
-        return step <= WARM_STEPS or step % group["precondition_frequency"] == turn
+    def _is_due(self, member: Member, group: dict[str, Any]) -> bool:
+        interval = group["precondition_frequency"]
+        if interval == 1:
+            return True
+        step = int(self.state[member.param]["step"])
+        return step <= WARM_STEPS or step % interval == member.turn
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
@@ -205,19 +205,28 @@ class StructuredOptimizer(Optimizer, ABC):
 
     def _group_buckets(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Bucket]:
         """The buckets of the parameters that have gradients now; remade when those or their state change."""
-        interval = group["precondition_frequency"]
-        signature = (interval, [(id(p), p.device, p.dtype) for p in params])
+        signature = (group["precondition_frequency"], [(id(p), p.device, p.dtype) for p in params])
         known, buckets = self._buckets.get(index, (None, []))
         if known != signature or not all(bucket.is_bound() for bucket in buckets):
             view, structure = View.of(group["view"]), self.structure(group)
             if view is None:
                 return []
-            parts = [(p, i, s) for p in group["params"] for i, s in enumerate(view.shapes(p.shape))]
-            turn = turns([b * structure.cost(m, n) for _, _, (b, m, n) in parts], interval)
-            turn_of = {(p, i): turn[j] for j, (p, i, _) in enumerate(parts)}
+            turn_of = self._turns(group["precondition_frequency"])
             buckets = make_buckets(params, [self._state_of(p) for p in params], view, structure, turn_of)
             self._buckets[index] = (signature, buckets)
         return buckets
+
+    def _turns(self, interval: int) -> dict[tuple[Tensor, int], int]:
+        """The step (modulo the interval) of every part of all groups of that interval, so that steps cost alike."""
+        costs: dict[tuple[Tensor, int], float] = {}
+        for group in self.param_groups:
+            view = View.of(group["view"])
+            if view is not None and group["precondition_frequency"] == interval:
+                structure = self.structure(group)
+                for param in group["params"]:
+                    for part, (b, m, n) in enumerate(view.shapes(param.shape)):
+                        costs[param, part] = b * structure.cost(m, n)
+        return dict(zip(costs, turns(list(costs.values()), interval), strict=True))
 
     def _state_of(self, param: Tensor) -> State:
         """The state of a parameter, moved to where the parameter is now (models move after construction)."""
@@ -228,14 +237,3 @@ class StructuredOptimizer(Optimizer, ABC):
                     dtype = state_dtype(param) if tensor.is_floating_point() else tensor.dtype
                     state[key] = tensor.to(param.device, dtype)
         return state
-
-    def _exp_avg(self, param: Tensor) -> Tensor:
-        return self.state[param]["exp_avg"]
-
-
-def _grad(param: Tensor) -> Tensor:
-    return param.grad  # pyright: ignore[reportReturnType]
-
-
-def _itself(param: Tensor) -> Tensor:
-    return param

@@ -103,12 +103,12 @@ class View:
 
     def stack(self, part: int, x: Tensor) -> Tensor:
         """Part number `part`, read as ``(b, m, n)``; shares memory with `x` where strides allow."""
-        pattern = self._pattern(part)
+        pattern = self.pattern_of(part)
         return rearrange(x, pattern, **_lengths(pattern.split("->")[0], tuple(x.shape), self._sizes))
 
     def unstack(self, part: int, stack: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `stack` for a part of the given shape."""
-        source, target = self._pattern(part).split("->")
+        source, target = self.pattern_of(part).split("->")
         return rearrange(stack, f"{target} -> {source}", **_lengths(source, tuple(shape), self._sizes))
 
     def stack_all(self, part: int, xs: Sequence[Tensor]) -> Tensor:
@@ -119,13 +119,13 @@ class View:
         if len(xs) == 1:
             return self.stack(part, xs[0])
         source, target = self._joint(part)
-        sizes = _lengths(self._pattern(part).split("->")[0], tuple(xs[0].shape), self._sizes)
+        sizes = _lengths(self.pattern_of(part).split("->")[0], tuple(xs[0].shape), self._sizes)
         return rearrange(torch.stack(list(xs)), f"{source} -> {target}", **sizes)
 
     def unstack_all(self, part: int, stack: Tensor, shape: Sequence[int], count: int) -> Sequence[Tensor]:
         """The inverse of `stack_all` for `count` parts of the given shape."""
         source, target = self._joint(part)
-        sizes = _lengths(self._pattern(part).split("->")[0], tuple(shape), self._sizes)
+        sizes = _lengths(self.pattern_of(part).split("->")[0], tuple(shape), self._sizes)
         return rearrange(stack, f"{target} -> {source}", **{JOINT: count, **sizes}).unbind()
 
     def matrices(self, x: Tensor) -> list[Tensor]:
@@ -171,11 +171,12 @@ class View:
 
     def _joint(self, part: int) -> tuple[str, str]:
         """Both sides of the pattern for several parameters: a new first axis, merged into the stack's first."""
-        source, target = self._pattern(part).split("->")
+        source, target = self.pattern_of(part).split("->")
         first, *rest = (match[1] if match[1] is not None else match[2] for match in _AXIS.finditer(target))
         return f"{JOINT} {source}", f"({JOINT} {first}) {' '.join(f'({axes})' for axes in rest)}"
 
-    def _pattern(self, part: int) -> str:
+    def pattern_of(self, part: int) -> str:
+        """The pattern of part number `part`."""
         return self.pattern if isinstance(self.pattern, str) else self.pattern[part]
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
+from asgo.masks import choose, holds
+from asgo.matmul import gram, times
 from asgo.structures.base import Algebra
 
 CROSS_DECAY = 0.95
@@ -67,8 +69,8 @@ class OneSided(Algebra):
         """``G G^T`` or ``G^T G``."""
         _, m, n = grad.shape
         left = self.left(m, n)
-        gram = grad @ grad.mT if left else grad.mT @ grad
-        return gram / max(n if left else m, 1) if self.mean else gram
+        product = gram(grad if left else grad.mT)
+        return product / max(n if left else m, 1) if self.mean else product
 
     def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
@@ -76,25 +78,26 @@ class OneSided(Algebra):
             state["gram"].add_(measurement)
         else:
             moved = measurement.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] > 0
-            state["gram"].lerp_(measurement, (1 - beta2) * moved.to(measurement.dtype))
+            state["gram"].lerp_(measurement, 1 - beta2 if holds(moved) else (1 - beta2) * moved.to(measurement.dtype))
 
     def refresh(self, state: State, root: Root, eps: float) -> Tensor:
         """A new root of the gram where it can be computed."""
         fresh, ok = root(state["gram"], eps)
-        state["root"].copy_(torch.where(ok[:, None, None], fresh, state["root"]))
+        state["root"].copy_(choose(ok[:, None, None], fresh, state["root"]))
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The root times the direction, evened out along the other side if asked."""
         left = self.left(*direction.shape[1:])
         # The computed root is symmetric only up to its error, and accurate in this order of the products.
-        result = state["root"] @ direction if left else direction @ state["root"].mT
+        result = times(state["root"], direction) if left else times(state["root"], direction.mT).mT
         if not self.cross_normalize:
             return result
         square = result.square().mean(1 if left else 2, keepdim=True)
         moved = square.sum((1, 2), keepdim=True) > 0
-        state["cross"].lerp_(square, (1 - CROSS_DECAY) * moved.to(square.dtype))
-        return result * state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt()
+        weight = 1 - CROSS_DECAY if holds(moved) else (1 - CROSS_DECAY) * moved.to(square.dtype)
+        state["cross"].lerp_(square, weight)
+        return result.mul_(state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt())
 
     def cost(self, m: int, n: int) -> float:
         """``k^3``."""
