@@ -107,7 +107,7 @@ def identity(k: int, device: torch.device, seed: int, real_steps: int) -> Proble
 def real(k: int, device: torch.device, seed: int, real_steps: int) -> Problem:
     """Gradients of a GPT-2 of two layers and width `k` that learns Python's help texts with AdamW.
 
-    Attention, projections and MLP are read as `asgo.route` reads them, from their side of length `k`.
+    Attention, projections and MLP are read as `asgo.route` reads them, from the side that `asgo.ASGO` preconditions.
     """
     data = open_data(DataConfig(corpus=CorpusConfig("pydoc"), block_size=128, batch_size=4), seed)
     model = ModelConfig(preset="demo", layers=2, width=k, heads=max(1, k // 64))
@@ -128,13 +128,13 @@ def real(k: int, device: torch.device, seed: int, real_steps: int) -> Problem:
 
 
 def _by_length(views: Sequence[tuple[nn.Parameter, View]], k: int) -> dict[int, Tensor]:
-    """The gradients' matrices with `k` rows, or columns and then transposed, stacked by their other length."""
+    """The gradients' matrices whose shorter side is `k`, stacked by the other; where ASGO takes columns, transposed."""
     found: dict[int, list[Tensor]] = {}
     for param, view in views:
         if param.grad is not None:
             for stack in view.matrices(param.grad):
-                if k in stack.shape[1:]:
-                    turned = stack if stack.shape[1] == k else stack.mT
+                if k == min(stack.shape[1:]):
+                    turned = stack if stack.shape[1] < stack.shape[2] else stack.mT
                     found.setdefault(turned.shape[2], []).append(turned)
     return {n: torch.cat(stacks) for n, stacks in found.items()}
 

@@ -174,6 +174,7 @@ class Sweep:
             self._attempt(racer, act)
             if not bool(_norms(self.workload.params).isfinite().all()):
                 racer.fail("its parameters are no longer finite")
+                self._advance(racer, racer.left, racer.failure)
                 self.workload.reset()
             if not torch.equal(_norms(self.workload.gradients), norms):
                 self.workload.draw(number)  # some optimizers work in the memory of the gradients

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from asgo.lab.bench.config import StepConfig, check
-from asgo.lab.bench.contenders import CONTENDERS, compilation
+from asgo.lab.bench.contenders import CONTENDERS, HB, compilation
 from asgo.lab.bench.draw import Bar, draw_steps
 from asgo.lab.bench.race import Entry, Racer, Sweep, make_entries, sweeps, work
 from asgo.lab.bench.shapes import Workload, make_workload
@@ -130,7 +130,7 @@ def bench_step(config: StepConfig, console: Console) -> list[StepRow]:
         racers = race(workload, config, console)
         found = [_row(workload, racer, rivals) for racer, rivals in racers]
         rows += found
-        tables.append(Table(_title(workload, device), HEAD, tuple(map(cells, found))))
+        tables.append(Table(_title(workload, device, config), HEAD, tuple(map(cells, found))))
         panels[tables[-1].title] = _bars(found)
         _print(console, tables[-1], found)
         record["workloads"][name] = _describe(workload)
@@ -185,11 +185,13 @@ def _row(workload: Workload, racer: Racer, rivals: Mapping[str, Racer]) -> StepR
     )
 
 
-def _title(workload: Workload, device: torch.device) -> str:
+def _title(workload: Workload, device: torch.device, config: StepConfig) -> str:
+    compiles = any(CONTENDERS[name].package == HB for name in config.optimizers)
+    note = f"; {HB} {'compiled' if config.compile_peers else 'eager'}" if compiles else ""
     matrices = sum(param.numel() for _, param in workload.matrices)
     return (
         f"{workload.name}: {workload.about}; {workload.numel / 1e6:.4g}M parameters, {matrices / 1e6:.4g}M of them in "
-        f"{len(workload.matrices)} matrices; {workload.params[0].dtype}, {place(device)}"
+        f"{len(workload.matrices)} matrices; {workload.params[0].dtype}, {place(device)}{note}"
     )
 
 
