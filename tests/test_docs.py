@@ -20,6 +20,11 @@ from asgo.routing import DEFAULT
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 
 from asgo.lab import cli, peers
+from asgo.lab.bench.config import RootConfig, StepConfig
+from asgo.lab.bench.config import check as check_bench
+from asgo.lab.bench.contenders import CONTENDERS
+from asgo.lab.bench.shapes import SHAPES
+from asgo.lab.bench.step import HEAD as STEP_HEAD
 from asgo.lab.config import CompareConfig, RunConfig, TrainConfig, flag, flat
 from asgo.lab.corpora import HUB_CORPORA
 from asgo.lab.models import PRESETS, shape_of
@@ -144,6 +149,8 @@ def check_command(words):
         assert all(parse_spec(text).lr for text in parsed.optimizers)
     elif isinstance(parsed, cli.OptimizersConfig):
         shape_of(parsed.model)
+    elif isinstance(parsed, (StepConfig, RootConfig)):
+        check_bench(parsed)
     elif parsed is not None:
         peers.parse_options(peers.resolve(parsed.optimizer))
 
@@ -255,7 +262,7 @@ def test_hub_corpora():
 
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node"}
-    for kind in (TrainConfig, CompareConfig, cli.InspectConfig):
+    for kind in (TrainConfig, CompareConfig, cli.InspectConfig, StepConfig, RootConfig):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}
         known |= {re.sub(r"--([\w-]+\.)", r"--\1no-", flag) for flag in flags}
@@ -267,4 +274,21 @@ def test_flags_exist():
 def test_columns_of_a_comparison_are_explained():
     text = section(page("harness.md"), "Reading the report")
     for column in HEAD[2:]:
+        assert f"**{column}**" in text, column
+
+
+def test_what_bench_step_can_time():
+    text = section(page("harness.md"), "Bench")
+    intervals = {
+        "all": "each of `--intervals`",
+        "first": "the first of them",
+        "every": "every step",
+        "none": "-",
+    }
+    written = [row for row in rows(text) if row[0].strip("`") in CONTENDERS]
+    assert written == [
+        [f"`{name}`", f"`{row.package}`", row.about, intervals[row.intervals]] for name, row in CONTENDERS.items()
+    ]
+    assert set(SHAPES) <= set(re.findall(r"`([\w-]+)`", text))
+    for column in STEP_HEAD[2:]:
         assert f"**{column}**" in text, column

@@ -1,4 +1,4 @@
-"""The command ``asgo``: train, compare, demo, inspect, optimizers."""
+"""The command ``asgo``: train, compare, demo, inspect, optimizers, bench."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from typing import Annotated, Any, Union
 import tyro
 from rich.console import Console
 
+from asgo.lab.bench.config import RootConfig, StepConfig
+from asgo.lab.bench.root import bench_root
+from asgo.lab.bench.step import bench_step
 from asgo.lab.compare import compare
 from asgo.lab.config import DEMO, CompareConfig, TrainConfig, from_json
 from asgo.lab.errors import LabError
@@ -24,11 +27,12 @@ from asgo.lab.optimizers import OptimizersConfig, list_optimizers
 from asgo.lab.signals import Stopped
 from asgo.lab.train import train
 
-DESCRIPTION = "Train language models with ASGO and its peers, compare them, and look at what they do."
+DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
+BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots inside them."
 INTERRUPTED = 130
 
-Command = TrainConfig | CompareConfig | InspectConfig | OptimizersConfig
+Command = TrainConfig | CompareConfig | InspectConfig | OptimizersConfig | StepConfig | RootConfig
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -64,6 +68,10 @@ def run(config: Command) -> int:
         compare(config, console)
     elif isinstance(config, OptimizersConfig):
         print(list_optimizers(config))
+    elif isinstance(config, StepConfig):
+        bench_step(config, console)
+    elif isinstance(config, RootConfig):
+        bench_root(config, console)
     else:
         print(inspect_routing(config))
     return 0
@@ -98,6 +106,10 @@ def _parse(args: Sequence[str], run: TrainConfig, comparison: CompareConfig, dem
         Annotated[CompareConfig, subcommand("demo", default=demo, description=DEMO_HELP)],
         Annotated[InspectConfig, subcommand("inspect")],
         Annotated[OptimizersConfig, subcommand("optimizers")],
+        Annotated[
+            Union[Annotated[StepConfig, subcommand("step")], Annotated[RootConfig, subcommand("root")]],  # noqa: UP007
+            subcommand("bench", description=BENCH_HELP),
+        ],
     ]
     words = io.StringIO()
     try:

@@ -264,9 +264,9 @@ def flag(name: str) -> str:
 
 
 def command(verb: str, config: Any) -> str:
-    """The shell command that runs `config`; fields at their defaults are left out."""
+    """The shell command that runs `config`; fields at their defaults are left out. `verb` may be several words."""
     defaults = flat(type(config)())
-    words = ["asgo", verb]
+    words = ["asgo", *verb.split()]
     for name, value in flat(config).items():
         if value == defaults[name]:
             continue

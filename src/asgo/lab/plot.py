@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Colours of Okabe and Ito (2008), which stay apart under the common kinds of colour blindness.
-_STYLES = (
+STYLES = (
     ("#0072B2", "-", "o"),
     ("#D55E00", "--", "s"),
     ("#009E73", "-.", "^"),
@@ -22,6 +22,7 @@ _STYLES = (
     ("#E69F00", (0, (1, 1)), "P"),
     ("#56B4E9", (0, (8, 2)), "X"),
 )
+"""Colour, line and marker of each curve of a picture."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ def draw_run(metrics: Sequence[Mapping[str, Any]]) -> bytes:
     axes = figure.add_subplot()
     training = [line for line in metrics if "loss" in line]
     curve = Curve.of(metrics)
-    grey, (color, style, marker) = "#7f7f7f", _STYLES[0]
+    grey, (color, style, marker) = "#7f7f7f", STYLES[0]
     axes.plot([line["step"] for line in training], [line["loss"] for line in training], color=grey, label="training")
     axes.plot(curve.steps, curve.losses, color=color, linestyle=style, marker=marker, label="validation")
     _label(axes, "optimizer steps", "loss (nats per token)")
-    return _png(figure)
+    return png(figure)
 
 
 def draw_comparison(curves: Mapping[str, Sequence[Curve]], target: float | None) -> bytes:
@@ -86,11 +87,11 @@ def draw_comparison(curves: Mapping[str, Sequence[Curve]], target: float | None)
     _label(by_time, "training time (seconds, without evaluation)", "")
     low, high = _window([run for runs in curves.values() for run in runs])
     by_step.set_ylim(low, high)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_mean(by_step: Axes, by_time: Axes, name: str, runs: Sequence[Curve], number: int) -> None:
-    color, style, marker = _STYLES[number % len(_STYLES)]
+    color, style, marker = STYLES[number % len(STYLES)]
     columns = list(zip(*(run.losses for run in runs), strict=False))
     mean, low, high = ([f(column) for column in columns] for f in (statistics.fmean, min, max))
     seconds = [statistics.fmean(column) for column in zip(*(run.seconds for run in runs), strict=False)]
@@ -121,7 +122,8 @@ def _label(axes: Axes, x: str, y: str) -> None:
         axes.legend(frameon=False, handlelength=3.5)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The picture as the content of a PNG file."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -1,0 +1,137 @@
+"""The flags of ``asgo bench step`` and ``asgo bench root``, and their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from asgo.lab.bench.contenders import CONTENDERS
+from asgo.lab.bench.matrices import KINDS
+from asgo.lab.bench.shapes import SHAPES
+from asgo.lab.config import flag
+from asgo.lab.errors import LabError
+from asgo.roots import ROOTS
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Time one optimizer step on the shapes of real models. No model runs: gradients are drawn.
+
+    Args:
+        shapes: whose parameters: gpt2-124m, llama-1b, resnet-50, olmoe, olmoe-small, or tiny-... to try it out.
+        optimizers: which optimizers take part; those that are not installed become a row that says so.
+        intervals: steps between refreshes of the roots. Each of them for asgo and asgo-heads; the others that
+            have such a setting use the first.
+        layers: transformer blocks; None: gpt2-124m 12, llama-1b 2, olmoe 1. resnet-50 is always whole.
+        matrices_only: leave out embeddings, output head and vectors.
+        repeats: timed rounds; in each of them every optimizer has its turn of one whole interval.
+        warm: steps before that of ASGO, at least 10: its first ten refresh all roots. Others have at least 3.
+        device: auto: a GPU if there is one.
+        dtype: precision of parameters and gradients.
+        threads: CPU threads of torch; None: torch's choice.
+        limit: seconds that one step may take; an optimizer that is slower is left out from there on.
+        memory: billions of bytes for the states of the optimizers that take turns; those that do not fit together
+            come in several sweeps, each with AdamW and Muon. None: 60 % of what is free.
+        compile_peers: let heavyball compile its steps, as it does by default; their first steps take minutes.
+        seed: seed of weights and gradients.
+        out: folder of the results; must be new or empty.
+    """
+
+    shapes: tuple[str, ...] = ("gpt2-124m",)
+    optimizers: tuple[str, ...] = tuple(CONTENDERS)
+    intervals: tuple[int, ...] = (1, 2)
+    layers: int | None = None
+    matrices_only: bool = False
+    repeats: int = 10
+    warm: int = 12
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = None
+    limit: float = 60.0
+    memory: float | None = None
+    compile_peers: bool = True
+    seed: int = 0
+    out: Path = Path("runs/bench-step")
+
+
+@dataclass(frozen=True)
+class RootConfig:
+    """Time the inverse roots and compare them with float64: one matrix product of the same size is the unit.
+
+    Args:
+        roots: names of `asgo.roots.ROOTS`.
+        sizes: k of the k x k matrices.
+        batches: how many of them at once.
+        matrices: signal: average over drifting low-rank gradients in power-law noise; first: one gradient of rank
+            k/8; identity; real: gradients of a GPT of width k that learns Python's help texts.
+        eps: damping relative to the Frobenius norm.
+        repeats: timed rounds; in each of them product and roots have their turn.
+        real_steps: training steps behind the real matrices.
+        device: auto: a GPU if there is one.
+        threads: CPU threads of torch; None: torch's choice.
+        seed: seed of the matrices.
+        out: folder of the results; must be new or empty.
+    """
+
+    roots: tuple[str, ...] = tuple(ROOTS)
+    sizes: tuple[int, ...] = (64, 128, 384, 768, 1024)
+    batches: tuple[int, ...] = (1, 4)
+    matrices: tuple[str, ...] = tuple(KINDS)
+    eps: float = 1e-6
+    repeats: int = 7
+    real_steps: int = 30
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    seed: int = 0
+    out: Path = Path("runs/bench-root")
+
+
+BenchConfig = StepConfig | RootConfig
+
+# field: smallest value, largest value, what it is
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "intervals": (1, 1e6, "numbers of steps"),
+    "layers": (1, 1e4, "a number of blocks"),
+    "repeats": (1, 1e6, "a number of rounds"),
+    "warm": (10, 1e6, "a number of steps"),
+    "threads": (1, 4096, "a number of CPU threads"),
+    "limit": (1e-3, 1e9, "a number of seconds"),
+    "memory": (1e-3, 1e6, "billions of bytes"),
+    "sizes": (1, 32768, "numbers of rows"),
+    "batches": (1, 1e6, "numbers of matrices"),
+    "eps": (1e-12, 1, "a share of the norm"),
+    "real_steps": (1, 1e6, "a number of steps"),
+    "seed": (0, 2**31, "a seed"),
+}
+_NAMES = {"shapes": SHAPES, "optimizers": CONTENDERS, "roots": ROOTS, "matrices": KINDS}
+
+
+def check(config: BenchConfig) -> None:
+    """Refuse names that do not exist, values out of range, and an output folder that is in use.
+
+    Raises:
+        LabError: naming the flag, the value and what would fit.
+    """
+    for name, value in vars(config).items():
+        entries = value if isinstance(value, tuple) else () if value is None else (value,)
+        if isinstance(value, tuple):
+            _check_list(name, value)
+        for entry in entries:
+            if name in _NAMES and entry not in _NAMES[name]:
+                raise LabError(f"{flag(name)} {entry} does not exist: choose from {', '.join(_NAMES[name])}.")
+            low, high, meaning = _RANGES.get(name, (0, 0, ""))
+            if meaning and not low <= entry <= high:
+                raise LabError(f"{flag(name)} {entry} is out of range: pass {meaning}, from {low:g} to {high:g}.")
+    if config.out.is_file():
+        raise LabError(f"--out {config.out} is a file: pass a folder.")
+    if config.out.is_dir() and any(config.out.iterdir()):
+        raise LabError(f"--out {config.out} is not empty, and nothing is overwritten: pass another --out.")
+
+
+def _check_list(name: str, values: Sequence[object]) -> None:
+    if not values:
+        raise LabError(f"{flag(name)} is empty: pass at least one.")
+    if len(set(values)) < len(values):
+        raise LabError(f"{flag(name)} {' '.join(map(str, values))} repeats an entry: pass each once.")
