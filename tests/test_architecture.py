@@ -141,8 +141,8 @@ def test_one_step_loop():
 
 
 def test_constructors_are_short():
-    """Nine hyperparameters and where the update's size comes from; `root` and `maximize` say how, not what."""
-    execution = {"self", "params", "root", "maximize"}
+    """Nine hyperparameters and where the update's size comes from; the keyword arguments say how, not what."""
+    execution = {"self", "params", "root", "maximize", "capturable"}
     for node in (node for path in (ROOT / "presets").glob("*.py") for node in ast.walk(tree(path))):
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             names = [arg.arg for arg in [*node.args.args, *node.args.kwonlyargs] if arg.arg not in execution]

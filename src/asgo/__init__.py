@@ -7,7 +7,7 @@
 from asgo import checkpoint
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-from asgo.report import Report, report
+from asgo.report import Report, report, state_bytes
 from asgo.routing import Rule, route
 from asgo.views import View
 
@@ -29,5 +29,6 @@ __all__ = [
     "checkpoint",
     "report",
     "route",
+    "state_bytes",
 ]
 __version__ = "0.1.0"

@@ -88,7 +88,7 @@ class StructuredOptimizer(Optimizer, ABC):
         for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if group["view"] is None:
-                adamw.adamw(params, [self._state_of(p) for p in params], group)
+                adamw.adamw(params, [self._state_of(p, group) for p in params], group)
                 continue
             if params:
                 torch._foreach_add_([self.state[p]["step"] for p in params], 1)
@@ -142,7 +142,7 @@ class StructuredOptimizer(Optimizer, ABC):
         for group in self.param_groups:
             for param in group["params"]:
                 fresh = self._init_state(param, View.of(group["view"]), group)
-                state = self._state_of(param)
+                state = self._state_of(param, group)
                 for key in fresh.keys() - {key for key in fresh if key.startswith("failures")}:
                     state[key].copy_(fresh[key])
 
@@ -198,7 +198,8 @@ class StructuredOptimizer(Optimizer, ABC):
         self._buckets = {}
 
     def _init_state(self, param: Tensor, view: View | None, group: dict[str, Any]) -> State:
-        dtype, step = state_dtype(param), {"step": torch.zeros(())}
+        dtype = state_dtype(param)
+        step = {"step": torch.zeros((), device=_device_of_step(param, group))}
         if view is None:
             return step | adamw.init(param, dtype)
         return step | init_state(param, view, self.structure(group))
@@ -212,7 +213,7 @@ class StructuredOptimizer(Optimizer, ABC):
             if view is None:
                 return []
             turn_of = self._turns(group["precondition_frequency"])
-            buckets = make_buckets(params, [self._state_of(p) for p in params], view, structure, turn_of)
+            buckets = make_buckets(params, [self._state_of(p, group) for p in params], view, structure, turn_of)
             self._buckets[index] = (signature, buckets)
         return buckets
 
@@ -228,12 +229,18 @@ class StructuredOptimizer(Optimizer, ABC):
                         costs[param, part] = b * structure.cost(m, n)
         return dict(zip(costs, turns(list(costs.values()), interval), strict=True))
 
-    def _state_of(self, param: Tensor) -> State:
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> State:
         """The state of a parameter, moved to where the parameter is now (models move after construction)."""
-        state = self.state[param]
-        if state["exp_avg"].device != param.device or state["exp_avg"].dtype != state_dtype(param):
+        state, dtype = self.state[param], state_dtype(param)
+        if state["exp_avg"].device != param.device or state["exp_avg"].dtype != dtype:
             for key, tensor in state.items():
-                if key != "step":
-                    dtype = state_dtype(param) if tensor.is_floating_point() else tensor.dtype
-                    state[key] = tensor.to(param.device, dtype)
+                if key == "step":
+                    state[key] = tensor.to(_device_of_step(param, group))
+                else:
+                    state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
         return state
+
+
+def _device_of_step(param: Tensor, group: dict[str, Any]) -> torch.device:
+    """On the host, which reads it to know whose turn it is; the fused AdamW and a captured graph read it on device."""
+    return param.device if group["view"] is None or group["capturable"] else torch.device("cpu")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from asgo._types import State
 from asgo.optimizer import StructuredOptimizer
+from asgo.presets.asgo import ASGO
 from asgo.roots import products
 from asgo.settings import names_of
 from asgo.structures import Structure
@@ -86,6 +90,33 @@ def report(optimizer: StructuredOptimizer) -> Report:
             kept = _remembered(structure, optimizer.state[param])
             rows.append(Row(name, tuple(param.shape), str(view), matrices, kept, size, flops))
     return Report(tuple(rows))
+
+
+def state_bytes(
+    groups: Sequence[Mapping[str, Any]], optimizer: Callable[[list[dict[str, Any]]], Optimizer] = ASGO
+) -> int:
+    """The bytes of the state that an optimizer will keep for these groups, before it is built.
+
+    Exactly what `report` measures afterwards; nothing is allocated, so models on the meta device can be asked about.
+
+    Args:
+        groups: as for the optimizer, e.g. from `asgo.route`.
+        optimizer: makes the optimizer from groups: a preset, or ``lambda groups: Shampoo(groups, lr=1e-3)``.
+
+    Raises:
+        ValueError, TypeError: as the optimizer's constructor does.
+
+    >>> state_bytes(route(model))   # doctest: +SKIP
+    """
+    shapes = [{**group, "params": [_on_paper(member) for member in group["params"]]} for group in groups]
+    held = [tensor for state in optimizer(shapes).state.values() for tensor in state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _on_paper(member: Any) -> Any:
+    if isinstance(member, tuple):
+        return member[0], _on_paper(member[1])
+    return torch.nn.Parameter(torch.empty_like(member, device="meta"), requires_grad=member.requires_grad)
 
 
 def _remembered(structure: Structure, state: State) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo.adamw import DEFAULTS as ADAMW_DEFAULTS
-from asgo.roots import ROOTS
+from asgo.roots import ROOTS, check_eps
 from asgo.scaling import SCALINGS
 from asgo.views import View
 
@@ -24,6 +24,7 @@ LOOP: dict[str, Any] = {
     "nesterov": False,
     "adjust_lr": None,
     "root": "auto",
+    "capturable": False,
 }
 """What the step loop reads, with neutral values: those of a preset that has no hyperparameter for them."""
 
@@ -74,6 +75,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adjust_lr": _one_of(*SCALINGS),
     "root": _one_of(*ROOTS),
     "maximize": _one_of(True, False),
+    "capturable": _one_of(True, False),
     "axis": _one_of("column", "row", "auto"),
     "max_size": (_interval, "a whole number >= 1"),
     "rank": (lambda value: value in (None, "auto") or _interval(value), "'auto', None or a whole number >= 1"),
@@ -151,6 +153,8 @@ def check_group(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any],
         known = "in a group without a view" if key in defaults else "known"
         raise ValueError(f"{who}: the key {key!r} of a group is not {known}; choose from {sorted(allowed)}.")
     check(who, group)
+    if view is not None:
+        _check_together(who, {**LOOP, **defaults, **group})
     if view is None and "betas" in group and group["betas"][1] == 1:
         raise ValueError(f"{who}: betas of a group without a view must both be below 1; got {group['betas']!r}.")
     seen = {id(param) for param in taken}
@@ -162,6 +166,18 @@ def check_group(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any],
         seen.add(id(param))
         if view is not None:
             view.check(name, param.shape)
+
+
+def _check_together(who: str, values: Mapping[str, Any]) -> None:
+    try:
+        check_eps(values["root"], values["eps"])
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}.") from None
+    if values["capturable"] and values["precondition_frequency"] != 1:
+        raise ValueError(
+            f"{who}: capturable got precondition_frequency={values['precondition_frequency']}; a captured graph does "
+            "the same work at every step. Pass precondition_frequency=1 or capturable=False."
+        )
 
 
 def _check_param(what: str, param: Tensor, view: View | None) -> None:

@@ -31,7 +31,7 @@ class ASGO(StructuredOptimizer):
     (``"auto"``, ``"left"``, ``"right"``). A group with ``view=None`` is AdamW with ``betas=(0.9, 0.95)``,
     ``eps=1e-8``, ``weight_decay=0`` and the shared ``lr`` unless it sets others.
 
-    State per parameter, in float32 (float64 for float64): ``exp_avg`` of its shape and, per matrix, ``gram`` and
+    State per parameter, in float32 (float64 for float64): per matrix ``exp_avg`` of m x n, ``gram`` and
     ``root`` of k x k with ``k = min(m, n)``, ``cross``, ``failures``; created when the optimizer is.
 
     Args:
@@ -51,6 +51,8 @@ class ASGO(StructuredOptimizer):
             matrix of a stack by itself, None not at all.
         root: one of `asgo.roots.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
         maximize: ascend instead of descend.
+        capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
+            `precondition_frequency` of 1, and an ``lr`` that is a tensor on the device if it is to change.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -75,6 +77,7 @@ class ASGO(StructuredOptimizer):
         *,
         root: str = "auto",
         maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -89,6 +92,7 @@ class ASGO(StructuredOptimizer):
             "side": "auto",
             "root": root,
             "maximize": maximize,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
