@@ -51,7 +51,7 @@ def _alike(
     grads = [_in_order(param.grad, of) for param, of in zip(params, work, strict=True)]  # pyright: ignore[reportArgumentType]
     finite = torch.stack(torch._foreach_norm(grads)).isfinite()
     torch._foreach_add_([state["failures"] for state in states], list((~finite).long().unbind()))
-    fused = device.type in _get_fused_kernels_supported_devices()
+    fused = device.type in (*_get_fused_kernels_supported_devices(), "meta")
     if not fused:
         grads = [torch.where(finite.all(), grad, 0) for grad in grads]
     torch_adamw(
