@@ -179,10 +179,10 @@ def test_every_page_is_in_the_navigation():
 # ---- what the tables say against the library -----------------------------------------------------------------
 
 SIGNATURES = {
-    "`ASGO`": ASGO,
     "`ASGO.paper`": ASGO.paper,
     "`ASGO.theory`": ASGO.theory,
     "`ASGO.reference`": ASGO.reference,
+    **{f"`{name}`": getattr(asgo, name) for name in asgo.presets.__all__},
     "`route`": route,
     "`Rule`": Rule,
     "`View`": View,
