@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asgo.roots import ROOTS
-from asgo.structures import Algebra, Blockwise, Difference, Kronecker, LowRankFactor, LowRankSymmetric, OneSided
+from asgo.structures import (
+    Algebra,
+    Blockwise,
+    Difference,
+    Kronecker,
+    LowRankFactor,
+    LowRankSymmetric,
+    OneSided,
+)
 
 ONE_SIDED = {
     "left": OneSided("left"),
@@ -40,7 +48,12 @@ STRUCTURES = ONE_SIDED | {
     "differences": Difference(0.9, 1e-5),
 }
 MIRROR = {"left": "right", "right": "left", "row": "column", "column": "row"}
-ALGEBRAS = {name: s for name, s in STRUCTURES.items() if isinstance(s, Algebra) and "cross" not in name}
+ALGEBRAS = {
+    name: s
+    for name, s in STRUCTURES.items()
+    if isinstance(s, Algebra) and "cross" not in name and "clipped" not in name  # those do more than the algebra
+}
+TWO_SIDED = {name: s for name, s in STRUCTURES.items() if "along columns" not in name}
 
 
 def over(table):
@@ -48,6 +61,7 @@ def over(table):
 
 
 every_structure, every_one_sided, every_algebra = over(STRUCTURES), over(ONE_SIDED), over(ALGEBRAS)
+every_two_sided = over(TWO_SIDED)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 EPS = 1e-6
 
@@ -99,7 +113,7 @@ def test_rotation_law(structure, shape):
     )
 
 
-@every_structure
+@every_two_sided
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3)], ids=str)
 def test_transpose_law(structure, shape):
     field = {OneSided: "side", Blockwise: "blocks"}.get(type(structure))
