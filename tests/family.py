@@ -2,7 +2,7 @@
 
 import pytest
 
-from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 
 PRESETS = {
     "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
@@ -18,12 +18,14 @@ PRESETS = {
     "adagram": lambda params, **options: AdaGram(params, **{"lr": 0.1, **options}),
     "adagram, symmetric": lambda params, **options: AdaGram(params, **{"lr": 0.1, "direction": "symmetric", **options}),
     "adam-mini": lambda params, **options: AdamMini(params, **{"lr": 0.02, **options}),
+    "adablock": lambda params, **options: AdaBlock(params, **{"lr": 0.02, **options}),
     "spam, asgo": lambda params, **options: SPAM(ASGO(params, **{"lr": 0.02, **options}), 5.0, 25, 5),
     "spam, adam-mini": lambda params, **options: SPAM(AdamMini(params, **{"lr": 0.02, **options}), 5.0, 6, 2),
     "agd": lambda params, **options: AGD(params, **{"lr": 0.02, **options}),
 }
 LARGEST = {
     "shampoo": lambda m, n: max(m * n, *(k * k for k in (m, n) if k <= 8192)),
+    "adablock": lambda m, n: 10 * n * (m + 10) + 1,
     "adagram": lambda m, n: 5 * m * n + 1,
     "adagram, symmetric": lambda m, n: 6 * m * n + 30,
 }

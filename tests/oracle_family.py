@@ -167,3 +167,22 @@ def spam(weight, grads, *, lr, betas, eps, threshold, interval, warmup):
         size = np.sqrt(second / (1 - betas[1] ** steps)) + eps
         weight = weight - share * lr * first / (1 - betas[0] ** steps) / size
     return weight
+
+
+def adablock(weight, grads, *, lr, block_size, betas, eps, weight_decay, clip=None, gamma=1e-3, blocks=lambda t: True):
+    """Runs of `block_size` rows in every column; where `blocks(t)` is false, the diagonal of their statistic."""
+    m, n = weight.shape
+    runs = [(slice(i, min(i + block_size, m)), j) for j in range(n) for i in range(0, m, block_size)]
+    full, momentum = [np.zeros((r.stop - r.start,) * 2) for r, _ in runs], np.zeros((m, n))
+    for t, grad in enumerate(grads, 1):
+        momentum = betas[0] * momentum + (1 - betas[0]) * grad
+        weight = weight * (1 - lr * weight_decay)
+        step = np.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        for b, run in enumerate(runs):
+            full[b] = betas[1] * full[b] + (1 - betas[1]) * np.outer(grad[run], grad[run])
+            values, vectors = np.linalg.eigh(full[b]) if blocks(t) else (np.diag(full[b]), np.eye(len(full[b])))
+            size = step / (np.sqrt(values.clip(min=0)) + eps)
+            if clip is not None:
+                size = size.clip(clip * (1 - 1 / (gamma * t + 1)), clip * (1 + 1 / (gamma * t)))
+            weight[run] -= lr * (vectors * size) @ vectors.T @ momentum[run]
+    return weight

@@ -6,7 +6,22 @@ import torch
 from torch import nn
 
 import oracle_family as oracle
-from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo, View, checkpoint, route
+from asgo import (
+    AGD,
+    ASGO,
+    BAG,
+    BAGM,
+    DASGO,
+    SPAM,
+    AdaBlock,
+    AdaGram,
+    AdamMini,
+    OneSidedShampoo,
+    Shampoo,
+    View,
+    checkpoint,
+    route,
+)
 from asgo.powers import inverse_power
 from asgo.structures import LowRankFactor
 from asgo.views import MATRIX, heads
@@ -207,11 +222,11 @@ def test_shampoo_leaves_a_long_side_alone():
     assert next(iter(optimizer.state.values()))["right"].numel() == 0
 
 
-@pytest.mark.parametrize("make", [lambda p: OneSidedShampoo(p, 0.1), lambda p: Shampoo(p, 0.1)], ids=["one", "both"])
+@pytest.mark.parametrize("make", [lambda p: OneSidedShampoo(p, 0.1), Shampoo, AdaBlock], ids=["one", "both", "blocks"])
 def test_a_failed_root_keeps_the_last_good_one_and_is_counted(make, monkeypatch):
     param = nn.Parameter(torch.randn(4, 6))
     optimizer = make([("w", param)])
-    roots = lambda: [t.clone() for k, t in optimizer.state[param].items() if "root" in k]  # noqa: E731
+    roots = lambda: [t.clone() for k, t in optimizer.state[param].items() if k.endswith("root")]  # noqa: E731
 
     def step():
         param.grad = torch.randn(4, 6)
@@ -385,6 +400,39 @@ def test_a_decomposition_that_fails_keeps_the_statistic_and_is_counted(monkeypat
     assert not torch.equal(kept, optimizer.state[params[1]]["basis"])
 
 
+# ---- dense blocks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6), (2, 3)], ids=str)
+@pytest.mark.parametrize("clip", [{}, {"clip": 0.5, "gamma": 0.1}], ids=["free", "clipped"])
+def test_adablock_equals_its_paper(shape, clip):
+    options = {"lr": 0.03, "block_size": 4, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.1, **clip}
+    weight, grads, w, g = case(shape)
+    got, _ = run(lambda p: AdaBlock(p, **options), weight, grads)
+    assert relative(got, oracle.adablock(w, g, **options)) < 1e-9
+
+
+def test_adablock_uses_its_blocks_in_turn_and_their_diagonal_between():
+    options = {"lr": 0.03, "block_size": 4, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
+    weight, grads, w, g = case((6, 6))
+    got, _ = run(lambda p: AdaBlock(p, precondition_frequency=3, stale="diagonal", **options), weight, grads)
+    assert relative(got, oracle.adablock(w, g, blocks=lambda t: t <= 10 or t % 3 == 0, **options)) < 1e-9
+
+
+def test_adablock_ends_as_momentum_sgd_when_its_bounds_have_closed():
+    weight, grads = torch.zeros(6, 6, dtype=torch.float64), gradients((6, 6), 5)
+    got, _ = run(lambda p: AdaBlock(p, lr=0.1, betas=(0.0, 0.9), clip=0.5, gamma=1e9), weight, grads)
+    assert relative(got, -0.05 * sum(grads)) < 1e-6
+
+
+def test_adablock_keeps_the_runs_of_a_convolution_within_kernels():
+    weight, grads, w, g = case((4, 3, 2, 2))
+    options = {"lr": 0.03, "block_size": 4, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
+    got, _ = run(lambda p: AdaBlock(p, **options), weight, grads)
+    kernels = [grad.reshape(12, 4).T for grad in g]
+    assert relative(got.reshape(12, 4).T, oracle.adablock(w.reshape(12, 4).T.copy(), kernels, **options)) < 1e-9
+
+
 # ---- differences ---------------------------------------------------------------------------------------------------
 
 
@@ -543,6 +591,10 @@ FAMILY_BAD = {
     "integrator": ["ksl", False],
     "compensate": [1, None],
     "max_size": [0, 2.5, True],
+    "block_size": [0, 1.5, True],
+    "stale": ["none", None],
+    "clip": [0, -1.0, "x"],
+    "gamma": [0, None],
     "delta": [0.0, -1.0, None],
 }
 

@@ -11,6 +11,7 @@ from asgo.roots import ROOTS
 from asgo.structures import (
     Algebra,
     Blockwise,
+    DenseBlocks,
     Difference,
     Kronecker,
     LowRankFactor,
@@ -45,6 +46,8 @@ STRUCTURES = ONE_SIDED | {
     "low rank, symmetric": LowRankSymmetric(2, 1e-2, "eig"),
     "low rank, symmetric, bug": LowRankSymmetric(2, 1e-2, "bug", compensate=False),
     "low rank, symmetric, exact": LowRankSymmetric(None, 1e-2, "eig"),
+    "blocks along columns": DenseBlocks(2, 1e-12, 0.9),
+    "blocks along columns, clipped": DenseBlocks(3, 1e-4, 0.9, "diagonal", 0.5, 1.0),
     "differences": Difference(0.9, 1e-5),
 }
 MIRROR = {"left": "right", "right": "left", "row": "column", "column": "row"}

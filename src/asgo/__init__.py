@@ -6,7 +6,7 @@
 
 from asgo import checkpoint
 from asgo.optimizer import StructuredOptimizer
-from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.report import Report, report, state_bytes
 from asgo.routing import Rule, route
 from asgo.views import View
@@ -18,6 +18,7 @@ __all__ = [
     "BAGM",
     "DASGO",
     "SPAM",
+    "AdaBlock",
     "AdaGram",
     "AdamMini",
     "OneSidedShampoo",

@@ -82,6 +82,10 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "direction": _one_of("factor", "symmetric"),
     "integrator": _one_of(None, "psi", "bug", "eig"),
     "compensate": _one_of(True, False),
+    "block_size": (_interval, "a whole number >= 1"),
+    "stale": _one_of("root", "diagonal"),
+    "clip": (lambda value: value is None or (_number(value, 0) and value > 0), "None or a number > 0"),
+    "gamma": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-3"),
     "delta": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-5"),
     "blocks": (_are_blocks, "'tensor', 'row', 'kernel', 'column', a number of blocks >= 1 or an asgo.View"),
 }

@@ -24,9 +24,9 @@ ENTRYWISE = 2.0
 MUON_STEPS = 5
 """Newton-Schulz steps of `torch.optim.Muon`, each of three products."""
 ABOUT = """\
-Memory and cost are those of a matrix of m x n, with d = m n, sides k <= o and rank r. State bytes and operations are
-those of the whole model with the optimizer's defaults, on a CPU. Operations leave out momentum, decay and addition to
-the weights, which all have. Vectors, embeddings and output head are on AdamW in all but adam-mini."""
+Memory and cost are those of a matrix of m x n, with d = m n, sides k <= o, rank r and block size s. State bytes and
+operations are those of the whole model with the optimizer's defaults, on a CPU. Operations leave out momentum, decay
+and addition to the weights, which all have. Vectors, embeddings and output head are on AdamW in all but adam-mini."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Method:
     Args:
         paper: title and authors.
         year: of its first version.
-        memory: numbers of state; ``d = m n``, k the shorter side and o the longer one, r a rank.
+        memory: numbers of state; ``d = m n``, k the shorter side and o the longer one, r a rank, s a block size.
         cost: leading term of the operations of a step; a root counts by its measured or known number of products.
     """
 
@@ -73,6 +73,12 @@ METHODS: dict[str, Method] = {
         2018,
         "d + 2 m^2 + 2 n^2",
         "4 d (m + n) + root m^3 + n^3",
+    ),
+    "adablock": Method(
+        "AdaBlock: SGD with Practical Block Diagonal Matrix Adaptation for Deep Learning (Yun, Lozano, Yang)",
+        2019,
+        "d (1 + 2 s)",
+        "4 d s + root d s^2",
     ),
     "adam-mini": Method(
         "Adam-mini: Use Fewer Learning Rates To Gain More (Zhang, Chen, Li, Ding, Wu, Kingma, Ye, Luo, Sun)",

@@ -20,7 +20,7 @@ from asgo.lab.composite import Composite
 from asgo.lab.config import OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.optimizer import StructuredOptimizer
-from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.routing import route
 
 Named = list[tuple[str, nn.Parameter]]
@@ -119,7 +119,7 @@ def _fused(named: Named) -> bool:
 
 
 # The learning rates of asgo, adamw and muon are those of the recorded search in benchmarks/shakespeare. Those of dasgo
-# to agd are starting points: the best of four to eight on the tiny model, 250 steps of one seed, not recorded.
+# to agd are starting points: the best of three to eight on the tiny model, 250 steps of one seed, not recorded.
 PEERS: dict[str, Peer] = {
     "asgo": Peer(_asgo(ASGO), ASGO, 1.4e-2, None, 0.1, frozenset({"per_head"})),
     "asgo-paper": Peer(_asgo(ASGO.paper), ASGO.paper, 1e-2, None, 0.1, frozenset({"per_head"})),
@@ -129,6 +129,7 @@ PEERS: dict[str, Peer] = {
     "adagram": Peer(_asgo(AdaGram), AdaGram, 3e-1, 5e-3, 0.0, frozenset({"per_head"})),
     "one-sided-shampoo": Peer(_asgo(OneSidedShampoo), OneSidedShampoo, 5e-2, 5e-3, 0.0, frozenset({"per_head"})),
     "shampoo": Peer(_asgo(Shampoo), Shampoo, 1.0, 5e-3, 0.0, frozenset({"per_head"})),
+    "adablock": Peer(_asgo(AdaBlock), AdaBlock, 1e-2, None, 0.1, frozenset({"per_head"})),
     "adam-mini": Peer(_adam_mini, AdamMini, 7e-3, None, 0.1),
     "agd": Peer(_asgo(AGD), AGD, 6e-4, 5e-3, 0.1, frozenset({"per_head"})),
     "spam": Peer(_spam, _spam_adamw, 5.7e-3, None, 0.1),

@@ -1,5 +1,6 @@
 """The named optimizers: each chooses a view and a structure and names its hyperparameters."""
 
+from asgo.presets.adablock import AdaBlock
 from asgo.presets.adagram import AdaGram
 from asgo.presets.agd import AGD
 from asgo.presets.asgo import ASGO
@@ -8,4 +9,16 @@ from asgo.presets.dasgo import DASGO
 from asgo.presets.shampoo import OneSidedShampoo, Shampoo
 from asgo.presets.spam import SPAM
 
-__all__ = ["AGD", "ASGO", "BAG", "BAGM", "DASGO", "SPAM", "AdaGram", "AdamMini", "OneSidedShampoo", "Shampoo"]
+__all__ = [
+    "AGD",
+    "ASGO",
+    "BAG",
+    "BAGM",
+    "DASGO",
+    "SPAM",
+    "AdaBlock",
+    "AdaGram",
+    "AdamMini",
+    "OneSidedShampoo",
+    "Shampoo",
+]

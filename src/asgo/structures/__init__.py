@@ -2,6 +2,7 @@
 
 from asgo.structures.base import Algebra, Structure
 from asgo.structures.blockwise import Blockwise
+from asgo.structures.dense_blocks import DenseBlocks
 from asgo.structures.difference import Difference
 from asgo.structures.kronecker import Kronecker
 from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
@@ -10,6 +11,7 @@ from asgo.structures.one_sided import OneSided
 __all__ = [
     "Algebra",
     "Blockwise",
+    "DenseBlocks",
     "Difference",
     "Kronecker",
     "LowRankFactor",

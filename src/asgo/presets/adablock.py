@@ -1,0 +1,98 @@
+"""AdaBlock: dense blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from asgo.optimizer import StructuredOptimizer
+from asgo.settings import LOOP
+from asgo.structures import DenseBlocks
+from asgo.views import View
+
+
+class AdaBlock(StructuredOptimizer):
+    r"""Adam with a full matrix for every few entries of a column.
+
+    For every run g_b of `block_size` output indices of one input index, at step t::
+
+        M   <- b1 M + (1 - b1) G
+        V_b <- b2 V_b + (1 - b2) g_b g_b^T
+        W_b <- (1 - lr weight_decay) W_b - lr sqrt(1 - b2^t) / (1 - b1^t) (V_b^(1/2) + eps I)^(-1) M_b
+
+    "AdaBlock: SGD with Practical Block Diagonal Matrix Adaptation for Deep Learning", Yun, Lozano and Yang 2022 (arXiv
+    1905.10757). The paper's two options are here too. Spectrum clipping: with `clip`, the eigenvalues of what
+    multiplies ``lr M_b`` are kept between ``clip (1 - 1/(gamma t + 1))`` and ``clip (1 + 1/(gamma t))``, which leads
+    from AdaBlock to momentum SGD with ``lr clip``. Random layers: with ``stale="diagonal"`` and a
+    `precondition_frequency` of tau, a matrix uses its blocks in one of tau steps and their diagonal in the others.
+
+    Of a convolution, a run lies within a kernel, as in the paper. Departures: matrices take turns for their blocks, so
+    each has them equally often, in place of a draw; a run that does not divide is filled up with zeros; nothing is
+    added to V for the decomposition. Vectors and scalars go to AdamW, as the paper has Adam there.
+
+    Memory: ``m n (1 + 2 block_size)``. Cost: ``4 m n block_size`` operations and a decomposition for every run.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
+        lr: step size, a number or a tensor: Adam's.
+        block_size: entries of a run; 10 as in the paper.
+        betas: decay of the momentum and of the statistic, Adam's. 1 as the second adds up.
+        eps: outside the root; 1e-4 as released.
+        weight_decay: decoupled, multiplied by ``lr``.
+        precondition_frequency: steps between refreshes of the roots of a matrix; all are refreshed in the first ten.
+        stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic.
+        clip: the rate of the SGD that clipping leads to, in units of lr; None for no clipping.
+        gamma: how fast the bounds close; 1e-3 as released.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
+        TypeError: complex or integer parameters.
+    """
+
+    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        block_size: int = 10,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-4,
+        weight_decay: float = 0.0,
+        precondition_frequency: int = 1,
+        stale: Literal["root", "diagonal"] = "root",
+        clip: float | None = None,
+        gamma: float = 1e-3,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "block_size": block_size,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "stale": stale,
+            "clip": clip,
+            "gamma": gamma,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+        """A convolution with its kernels as columns; others as usual."""
+        if param.ndim < 3:
+            return super().default_view(param, group)
+        kernel = " ".join(f"k{i}" for i in range(param.ndim - 2))
+        return View(f"o i {kernel} -> 1 ({kernel}) (o i)")
+
+    def structure(self, group: dict[str, Any]) -> DenseBlocks:
+        """The statistic of every run."""
+        return DenseBlocks(
+            group["block_size"], group["eps"], group["betas"][0], group["stale"], group["clip"], group["gamma"]
+        )
