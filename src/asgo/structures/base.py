@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
+from asgo.masks import choose, holds
 
 
 class Structure(ABC):
@@ -75,7 +76,7 @@ class Algebra(Structure):
 
 def moving(seen: Tensor) -> Tensor:
     """``(b, 1, 1)``: 1 for each matrix of which something is not zero, 0 for those that rest."""
-    return (seen.flatten(1) != 0).any(1).to(seen.dtype)[:, None, None]
+    return torch.any(seen, dim=tuple(range(1, seen.ndim))).to(seen.dtype)[:, None, None]
 
 
 def average(memory: Tensor, seen: Tensor, beta2: float, moved: Tensor) -> None:
@@ -87,10 +88,11 @@ def average(memory: Tensor, seen: Tensor, beta2: float, moved: Tensor) -> None:
         beta2: the decay.
         moved: ``(b, 1, 1)``, as from `moving`.
     """
+    everywhere = holds(moved > 0)
     if beta2 == 1:
-        memory.addcmul_(seen, moved)
+        memory.add_(seen if everywhere else seen * moved)
     else:
-        memory.lerp_(seen, (1 - beta2) * moved)
+        memory.lerp_(seen, 1 - beta2 if everywhere else (1 - beta2) * moved)
 
 
 def count(weight: Tensor, beta: float, moved: Tensor) -> None:
@@ -99,9 +101,9 @@ def count(weight: Tensor, beta: float, moved: Tensor) -> None:
         weight.lerp_(torch.ones_like(weight), (1 - beta) * moved)
 
 
-def corrected(mean: Tensor, weight: Tensor | None) -> Tensor:
-    """An average divided by its weight; as it is where it has none: a sum, or nothing seen yet."""
-    return mean if weight is None else mean / torch.where(weight > 0, weight, 1)
+def given(weight: Tensor) -> Tensor:
+    """What to divide an average by: its weight, and 1 where it has none: a sum, or nothing seen yet."""
+    return choose(weight > 0, weight, 1.0)
 
 
 def rootless(state: State) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.structures.base import Algebra, average, corrected, count, moving, rootless
+from asgo.structures.base import Algebra, average, count, given, moving, rootless
 
 Blocks = Literal["matrix", "row", "column", "entry", "auto"]
 AXES: dict[str, tuple[int, ...]] = {"matrix": (1, 2), "row": (2,), "column": (1,), "entry": ()}
@@ -89,9 +89,9 @@ class Blockwise(Algebra):
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The direction divided by the root of its block's mean square."""
-        square = corrected(state["exp_avg_sq"], state.get("weight"))
-        size = (square + self.eps).sqrt() if self.inside else square.sqrt() + self.eps
-        return corrected(direction, state.get("momentum_weight")) / size
+        square = state["exp_avg_sq"] / given(state["weight"]) if self.corrected else state["exp_avg_sq"]
+        size = (square + self.eps).sqrt() if self.inside else square.sqrt().add_(self.eps)
+        return direction / (size if self.momentum is None else size * given(state["momentum_weight"]))
 
     def cost(self, m: int, n: int) -> float:
         """Nothing."""

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from asgo._types import Root, Stack, State
 from asgo.powers import spectral
-from asgo.structures.base import Algebra, average, count, moving
+from asgo.structures.base import Algebra, average, count, given, moving
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ class DenseBlocks(Algebra):
 
     def correction(self, state: State) -> Tensor:
         """``c``, and 1 before the first step."""
-        weight, momentum_weight = (torch.where(state[key] > 0, state[key], 1) for key in ("weight", "momentum_weight"))
-        return weight.sqrt() / momentum_weight
+        return given(state["weight"]).sqrt() / given(state["momentum_weight"])
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The root of every run times the direction, or the diagonal where the root is stale and that is asked."""

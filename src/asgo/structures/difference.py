@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.structures.base import Structure, average, corrected, count, moving, rootless
+from asgo.masks import choose
+from asgo.structures.base import Structure, average, count, given, moving, rootless
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Difference(Structure):
         moved = moving(measurement)
         count(state["momentum_weight"], self.momentum, moved)
         count(state["weight"], beta2, moved)
-        current = corrected(measurement, state["momentum_weight"])
-        average(state["exp_avg_sq"], (current - state["previous"]).square(), beta2, moved)
-        state["previous"].copy_(torch.where(moved > 0, current, state["previous"]))
+        current = measurement / given(state["momentum_weight"])
+        average(state["exp_avg_sq"], (current - state["previous"]).square_(), beta2, moved)
+        state["previous"].copy_(choose(moved > 0, current, state["previous"]))
 
     def refresh(self, state: State, root: Root, eps: float) -> Tensor:
         """Nothing: a root of numbers is taken when it is needed."""
@@ -62,8 +63,8 @@ class Difference(Structure):
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The corrected direction divided by the root of the mean square, or by delta where that is more."""
-        size = corrected(state["exp_avg_sq"], state["weight"]).sqrt().clamp_min(self.delta)
-        return corrected(direction, state["momentum_weight"]) / size
+        size = (state["exp_avg_sq"] / given(state["weight"])).sqrt_().clamp_min_(self.delta)
+        return direction / size.mul_(given(state["momentum_weight"]))
 
     def cost(self, m: int, n: int) -> float:
         """Nothing."""

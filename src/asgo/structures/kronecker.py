@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
+from asgo.masks import choose
 from asgo.powers import inverse_power
 from asgo.structures.base import Structure, average, moving
 
@@ -66,7 +67,7 @@ class Kronecker(Structure):
             ok = ok & well
         for side, (new, _) in zip(sides, fresh, strict=True):
             kept = state[f"{side}_root"]
-            kept.copy_(torch.where(ok[:, None, None], new, kept))
+            kept.copy_(choose(ok[:, None, None], new, kept))
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:

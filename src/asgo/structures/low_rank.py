@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
+from asgo.masks import choose, holds
 from asgo.structures.base import Structure, moving
 
 Columns: TypeAlias = Tensor
@@ -92,9 +93,10 @@ class LowRankFactor(LowRank):
             new_P, new_Q = P + p @ w.mT, Q
         else:
             slot = (torch.arange(P.shape[2], device=P.device) == used).to(P.dtype)
-            full = used >= P.shape[2]
-            new_P, new_Q = self.integrate(P, Q, p, w)
-            new_P, new_Q = torch.where(full, new_P, P + p * slot), torch.where(full, new_Q, Q + w * slot)
+            full, (new_P, new_Q) = used >= P.shape[2], (P + p * slot, Q + w * slot)
+            if not holds(~full):
+                cut_P, cut_Q = self.integrate(P, Q, p, w)
+                new_P, new_Q = choose(full, cut_P, new_P), choose(full, cut_Q, new_Q)
         new = {"P": new_P, "Q": new_Q, "used": used + (size > 0).to(used.dtype)}
         new["whitened"] = (measurement - factor(new_P, new_Q, measurement)) / math.sqrt(self.eps)
         keep(state, new, moved)
@@ -261,7 +263,10 @@ def svd(X: Columns) -> tuple[Columns, Tensor, Columns]:
 
 def keep(state: State, new: State, moved: Tensor) -> None:
     """Write what is new for matrices that moved, in place; those that came out not finite stay and are marked."""
-    finite = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in new.values()]).all(0)[:, None, None]
+    sums = [
+        tensor.sum(tuple(range(1, tensor.ndim)), keepdim=True) for tensor in new.values()
+    ]  # keep what is not finite
+    finite = torch.cat(sums, 1).isfinite().all(1, keepdim=True)
     for key, tensor in new.items():
-        state[key].copy_(torch.where(moved & finite, tensor, state[key]))
+        state[key].copy_(choose(moved & finite, tensor, state[key]))
     state["failed"].copy_(moved & ~finite)
