@@ -569,6 +569,18 @@ def test_every_preset_takes_bare_and_routed_parameters_of_any_number_of_axes(mak
 
 
 @every_preset
+def test_a_step_mixes_no_devices_and_reads_no_values(make):
+    """On tensors without values, reading one (which would wait for a device) raises, and so does one of the CPU."""
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(6, 8), (6, 8), (4, 3, 2, 2)]]
+    optimizer = make(params)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.empty_like(param)
+        optimizer.step()
+    assert {tensor.device.type for p in params for k, tensor in optimizer.state[p].items() if k != "step"} == {"meta"}
+
+
+@every_preset
 def test_hyperparameters_out_of_range_are_refused_by_every_preset(make):
     optimizer = make([nn.Parameter(torch.randn(3, 4))])
     who, count = type(getattr(optimizer, "optimizer", optimizer)).__name__, len(optimizer.param_groups)
