@@ -21,7 +21,7 @@ from asgo.lab import environment, tables
 from asgo.lab.config import command, from_json, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
-from asgo.lab.jobs import Job, Ledger, Results, processors, run_jobs
+from asgo.lab.jobs import Job, Known, Ledger, Results, processors, run_jobs
 from asgo.lab.runs import check_folder, check_same
 from asgo.lab.signals import Stopped
 
@@ -87,7 +87,7 @@ def run_experiment(
     name: str,
     config: ExperimentConfig,
     work: Callable[[J], Any],
-    jobs: Sequence[J],
+    plan: Callable[[Results], Known[J]],
     conclude: Callable[[Results], Findings],
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def run_experiment(
         name: the experiment's subcommand.
         config: its configuration; a dataclass with `out`, `resume` and `processes`.
         work: does one job.
-        jobs: all of them.
+        plan: the jobs that are known from the results by key; asked again until it knows no more.
         conclude: makes the findings from the results by key.
         console: where progress, table and paths are shown; None: nowhere.
 
@@ -113,12 +113,15 @@ def run_experiment(
     plain = replace(config, resume=False)  # pyright: ignore[reportArgumentType, reportType]
     write_json(config.out / marker(name), to_json(plain))
     ledger = Ledger(config.out / "jobs.jsonl")
-    sessions = _sessions(config, any(job.key not in ledger.done for job in jobs))
+    known = plan(ledger.done)
+    sessions = _sessions(config, any(job.key not in ledger.done for job in known.jobs))
     try:
-        done = run_jobs(name, work, jobs, ledger, processes=config.processes, console=console)
+        while any(job.key not in ledger.done for job in known.jobs):
+            run_jobs(name, work, known, ledger, processes=config.processes, console=console)
+            known = plan(ledger.done)
     except Stopped as error:
         raise Stopped(f"{error}. Continue with: asgo {name} --out {config.out} --resume") from error
-    findings = conclude(done)
+    findings = conclude(ledger.done)
     results = {
         **findings.data,
         "rows": [dict(row) for row in findings.rows],

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -40,6 +41,19 @@ class Job(Protocol):
 
 J = TypeVar("J", bound=Job)
 Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Known(Generic[J]):
+    """The jobs that are known so far.
+
+    Args:
+        jobs: with different keys.
+        ahead: the weight of those that will be known once these are done.
+    """
+
+    jobs: Sequence[J]
+    ahead: float = 0.0
 
 
 class Ledger:
@@ -71,18 +85,18 @@ def processors() -> int:
 def run_jobs(
     title: str,
     work: Callable[[J], Any],
-    jobs: Sequence[J],
+    known: Known[J],
     ledger: Ledger,
     *,
     processes: int | None = None,
     console: Console | None = None,
-) -> Results:
-    """Do the jobs that the ledger does not have yet, and return the results of all of them.
+) -> None:
+    """Do the jobs that the ledger does not have yet.
 
     Args:
         title: what the progress line begins with.
         work: a function of a module, so that another process finds it; returns what JSON can hold.
-        jobs: with different keys.
+        known: the jobs.
         ledger: where results are read and written.
         processes: how many work at once, each with one thread; None: one per processor; 1: this process.
         console: where progress is shown; None: nowhere.
@@ -91,9 +105,10 @@ def run_jobs(
         LabError: what a job raises; earlier results are kept.
         Stopped: after SIGINT or SIGTERM; jobs that had begun are finished and kept.
     """
+    jobs = known.jobs
     left = [job for job in jobs if job.key not in ledger.done]
-    total = sum(job.weight for job in jobs)
-    done = total - sum(job.weight for job in left)
+    total = sum(job.weight for job in jobs) + known.ahead
+    done = total - known.ahead - sum(job.weight for job in left)
     processes = min(processes or processors(), max(1, len(left)))
     shown = console or Console(quiet=True)
     with StopSignal() as stop, LiveLine(shown, title, total) as line:
@@ -102,11 +117,10 @@ def run_jobs(
         with contextlib.closing(worked) as results:
             for number, (job, result) in enumerate(results, len(jobs) - len(left) + 1):
                 ledger.add(job.key, result)
-                done = total if number == len(jobs) else done + job.weight
+                done = total if number == len(jobs) and not known.ahead else done + job.weight
                 line.show(done, f"job {number}/{len(jobs)}  {job.key}")
     if any(job.key not in ledger.done for job in jobs):
         raise Stopped("stopped; finished jobs are kept")
-    return {job.key: ledger.done[job.key] for job in jobs}
 
 
 def _inline(work: Callable[[J], Any], jobs: Sequence[J], stop: StopSignal) -> Generator[tuple[J, Any], None, None]:

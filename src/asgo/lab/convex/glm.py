@@ -17,7 +17,7 @@ from asgo.lab.convex.report import Entry, Row, cells, draw, head, panels, plain,
 from asgo.lab.errors import LabError
 from asgo.lab.experiment import Findings, run_experiment
 from asgo.lab.files import finite
-from asgo.lab.jobs import Results
+from asgo.lab.jobs import Known, Results
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -132,7 +132,8 @@ def glm(config: GlmConfig, console: Console | None = None) -> dict[str, Any]:
         left_out = ", ".join(f"{name} ({install})" for name, install in problems.missing().items())
         console.print(f"left out, not installed: {left_out}", highlight=False, markup=False, soft_wrap=True)
     jobs = [job for name in sets for job in _jobs(config, name)]
-    return run_experiment("glm", config, do, jobs, lambda done: _conclude(config, jobs, done), console)
+    known = Known(jobs)
+    return run_experiment("glm", config, do, lambda done: known, lambda done: _conclude(config, jobs, done), console)
 
 
 def _check(config: GlmConfig) -> None:
