@@ -21,6 +21,7 @@ STYLES = (
     ("#000000", (0, (6, 1, 1, 1, 1, 1)), "v"),
     ("#E69F00", (0, (1, 1)), "P"),
     ("#56B4E9", (0, (8, 2)), "X"),
+    ("#7f7f7f", "-", "*"),
 )
 """Colour, line and marker of each curve of a picture."""
 

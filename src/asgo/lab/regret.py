@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -143,8 +144,8 @@ def play(job: Play) -> list[list[float]]:
 def hindsight(job: Play) -> list[list[float]]:
     """The smallest sum of losses that fixed weights could have had on all rounds; one mark, the last.
 
-    It is 0 where some weights separate the stream: then a multiple of them has no loss at all. The direction of Fisher's
-    discriminant usually does. Where it does not, a linear programme decides.
+    It is 0 where some weights separate the stream: then a multiple of them has no loss at all. Those of Fisher's
+    discriminant usually do. Where they do not, a linear programme decides.
     """
     first = torch.arange(FEATURES) < FEATURES // 2
     # mean over variance of a feature, by the moments of a normal number that is there with probability p
@@ -229,7 +230,7 @@ def _conclude(config: RegretConfig, done: Results) -> Findings:
     final = {b: [loss - fixed for loss, fixed in zip(own[-1], best, strict=True)] for b, own in losses.items()}
     rows = [_row(blocks, final[blocks], losses[blocks][tenth]) for blocks in config.blocks]
     order = sorted(final, key=lambda blocks: fmean(final[blocks]))
-    neighbours = [_test(final, *pair) for pair in zip(order, order[1:], strict=False)]
+    neighbours = [_test(final, *pair) for pair in pairwise(order)]
     paper = [_test(final, *pair) for pair in PAPER if set(pair) <= set(final)]
     spread = [("-", "-") if r.spread is None else (f"{r.spread:.3f}", f"{r.standard_error:.3f}") for r in rows]
     return Findings(
@@ -239,7 +240,11 @@ def _conclude(config: RegretConfig, done: Results) -> Findings:
         title=f"{config.repeats} streams of {config.rounds} rounds",
         lines=[f"lowest to highest: B = {', '.join(map(str, order))}", *map(str, neighbours), _answer(paper)],
         picture=draw(at, losses, final),
-        data={"tests": [asdict(test) for test in neighbours], "paper": [asdict(test) for test in paper], "final": final},
+        data={
+            "tests": [asdict(test) for test in neighbours],
+            "paper": [asdict(test) for test in paper],
+            "final": final,
+        },
         note="Regret: sum of hinge losses less that of the best fixed weights; mean over streams.",
     )
 
@@ -263,9 +268,9 @@ def _answer(tests: Sequence[PairedTest]) -> str:
     tended = [names[t] for t in tests if t.difference < 0 and not t.p < LEVEL]
     failed = [names[t] for t in tests if not t.difference < 0]
     return (
-        f"the paper's order (B = 2 and 4, then 3, then 100, then 1) {'does not hold' if failed else 'holds'}: by a "
-        f"paired t-test at 5 % {', '.join(shown) or 'nothing'}; in the mean only {', '.join(tended) or 'nothing'}; "
-        f"not {', '.join(failed) or 'nothing'}"
+        f"the paper's order (B = 2 and 4, then 3, then 100, then 1) {'does not hold' if failed else 'holds'}; shown by "
+        f"a paired t-test at 5 %: {', '.join(shown) or 'none'}; in the mean only: {', '.join(tended) or 'none'}; "
+        f"the other way round: {', '.join(failed) or 'none'}"
     )
 
 

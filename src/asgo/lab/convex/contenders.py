@@ -6,15 +6,14 @@ import ast
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Optimizer
 
 from asgo.lab.convex.full import FullAdaGrad
 from asgo.lab.errors import LabError
+from asgo.presets import AdaGram, Shampoo
 from asgo.views import STACK
 
 
@@ -25,20 +24,35 @@ class Kind:
     Args:
         constructor: of the optimizer. Its step must be proportional to lr and not depend on the weights.
         stacked: whether it needs to be told that the first axis counts independent models.
-        dense: whether its cost grows with the cube of the number of parameters.
     """
 
     constructor: Callable[..., Optimizer]
     stacked: bool = False
-    dense: bool = False
 
 
 KINDS: dict[str, Kind] = {
     "sgd": Kind(SGD),
     "adagrad": Kind(Adagrad),
-    "full-adagrad": Kind(FullAdaGrad, dense=True),
+    "full-adagrad": Kind(FullAdaGrad),
+    "shampoo": Kind(Shampoo, stacked=True),
+    "adagram": Kind(AdaGram, stacked=True),
 }
 """torch's own SGD and diagonal AdaGrad, the dense reference, and this library's."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which AdaGram.
+
+    Args:
+        rank: directions that are remembered; None for no limit.
+        direction: factor or symmetric.
+        integrator: psi, bug or eig; of no meaning without a limit.
+    """
+
+    rank: int | None
+    direction: str
+    integrator: str
 
 
 @dataclass(frozen=True)
@@ -56,28 +70,53 @@ class Contender:
     options: tuple[tuple[str, Any], ...]
 
     def build(self, models: nn.Parameter) -> Optimizer:
-        """The optimizer of a stack of independent models ``(models, m, n)``, with a learning rate of 1."""
+        """The optimizer of a stack of independent models ``(models, m, n)``, with a learning rate of 1.
+
+        Raises:
+            LabError: for values that the optimizer refuses.
+        """
         kind = KINDS[self.name]
         params = [{"params": [models], "view": STACK}] if kind.stacked else [models]
-        return kind.constructor(params, lr=1.0, **dict(self.options))
+        try:
+            return kind.constructor(params, lr=1.0, **dict(self.options))
+        except (ValueError, TypeError) as error:
+            raise LabError(f"optimizer {self.text!r}: {error}") from error
 
     def option(self, name: str) -> Any:
         """The value of an option, the constructor's default where it was not given; None if there is none."""
         parameter = inspect.signature(KINDS[self.name].constructor).parameters.get(name)
         return dict(self.options).get(name, None if parameter is None else parameter.default)
 
+    def form(self) -> Form | None:
+        """Which AdaGram it is; None for others."""
+        if self.name != "adagram":
+            return None
+        rank, direction = self.option("rank"), self.option("direction")
+        integrator = self.option("integrator") or ("psi" if direction == "factor" else "eig")
+        return Form(5 if rank == "auto" else rank, direction, integrator)
+
     def is_dense(self) -> bool:
-        """Whether a step costs the cube of the number of parameters."""
-        unlimited = self.name == "adagram" and self.option("rank") is None
-        return KINDS[self.name].dense or (unlimited and self.option("direction") == "symmetric")
+        """Whether it holds a matrix of all parameters times all parameters."""
+        form = self.form()
+        return self.name == "full-adagrad" or (form is not None and form.rank is None)
+
+    def work(self, m: int, n: int) -> float:
+        """About how long a step takes on ``m x n`` models, in steps of SGD on small ones."""
+        d = m * n
+        if self.is_dense():
+            return 4 + (d / 20) ** 3 / 5
+        if self.name == "shampoo":
+            return 4 + ((m / 20) ** 3 + (n / 20) ** 3) / 5 / self.option("precondition_frequency")
+        return (6 if self.name == "adagram" else 1) * (1 + d / 250)
 
 
-@lru_cache(maxsize=256)
 def parse(text: str) -> Contender:
     """The contender that `text` describes: a name, or ``name:key=value,...`` as in ``adagram:rank=3``.
 
+    Two numbers are joined by ``/``, as in ``shampoo:betas=0/1``.
+
     Raises:
-        LabError: for a name or option that does not exist, or a value that the optimizer refuses.
+        LabError: for a name or option that does not exist.
     """
     name, _, rest = text.partition(":")
     if name not in KINDS:
@@ -90,15 +129,12 @@ def parse(text: str) -> Contender:
             known = ", ".join(sorted(takes))
             raise LabError(f"optimizer {text!r}: {entry!r} is not key=value with a key it has: {known}.")
         options.append((key, _value(value)))
-    contender = Contender(text, name, tuple(options))
-    try:
-        contender.build(nn.Parameter(torch.zeros(1, 8, 8, dtype=torch.float64)))
-    except (ValueError, TypeError) as error:
-        raise LabError(f"optimizer {text!r}: {error}") from error
-    return contender
+    return Contender(text, name, tuple(options))
 
 
 def _value(text: str) -> Any:
+    if "/" in text:
+        return tuple(_value(part) for part in text.split("/"))
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from asgo.lab.convex import claim, contenders, problems
 from asgo.lab.convex.descent import Plan, descend, optimum
@@ -21,27 +22,40 @@ from asgo.lab.jobs import Known, Results
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
-CONTENDERS = ("sgd", "adagrad", "full-adagrad")
+VARIANTS = (("factor", "psi"), ("factor", "bug"), ("factor", "eig"), ("symmetric", "eig"))
+"""Directions and integrators of AdaGram, the paper's first. Symmetric, "bug" is all but the same as "eig"."""
+
+CONTENDERS = (
+    "sgd",
+    "adagrad",
+    "full-adagrad",
+    "shampoo:betas=0/1,precondition_frequency=10",
+    *(
+        f"adagram:rank={rank},direction={direction},integrator={integrator}"
+        for direction, integrator in VARIANTS
+        for rank in range(1, claim.LARGEST_RANK + 1)
+    ),
+    "adagram:rank=None",
+)
+"""Nobody has momentum. Without a limit the symmetric AdaGram is full-matrix AdaGrad, so only the factor is here."""
 
 
 @dataclass(frozen=True)
 class GlmConfig:
     """Compare AdaGram with diagonal and dense methods on linear, logistic, softmax and Poisson models.
 
-    Every method has its learning rate from the same grid, chosen on the tuning seeds. One seed gives all methods the
-    same first weights and the same batches.
-
     Args:
         sets: data sets; none: all whose packages are installed.
-        contenders: optimizers: sgd, adagrad, full-adagrad, shampoo, adagram; options as in adagram:rank=3.
+        contenders: optimizers: sgd, adagrad, full-adagrad, shampoo, adagram, with options as in adagram:rank=3; none:
+            each of them, AdaGram with ranks 1 to 5 in four variants and without a limit.
         batches: examples per step, one comparison for each.
-        rates: learning rates tried for every optimizer.
-        seeds: seeds of the runs that are compared.
+        rates: learning rates tried for every optimizer, on the tuning seeds.
+        seeds: seeds of the runs that are compared; one seed gives all the same first weights and batches.
         tune_seeds: seeds of the runs that choose learning rate, rank and rival; keep them out of seeds.
         steps: steps of every run.
         evaluations: how often the loss over all training rows is measured.
         rows: most training rows of a set.
-        dense_limit: most parameters for which methods of cubic cost are run.
+        dense_limit: most parameters for which methods with a matrix of all of them are run.
         margin: how much slower still counts as "as fast".
         processes: jobs at once, each with one thread; None: one per processor.
         out: folder to write; must be new or empty, or an experiment to --resume.
@@ -49,15 +63,15 @@ class GlmConfig:
     """
 
     sets: tuple[str, ...] = ()
-    contenders: tuple[str, ...] = CONTENDERS
+    contenders: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 32, 64)
     rates: tuple[float, ...] = RATES
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tune_seeds: tuple[int, ...] = (1000, 1001)
-    steps: int = 500
+    steps: int = 300
     evaluations: int = 25
     rows: int = 4000
-    dense_limit: int = 100
+    dense_limit: int = 64
     margin: float = 0.05
     processes: int | None = None
     out: Path = Path("runs/glm")
@@ -83,9 +97,9 @@ class Fit:
 
     @property
     def weight(self) -> float:
-        """Roughly its time: AdaGram's steps are the dear ones, dense ones dearer."""
-        contender = contenders.parse(self.contender)
-        return 8.0 if contender.is_dense() else 3.0 if contender.name == "adagram" else 1.0
+        """About the time of a step."""
+        problem = problems.load(self.problem, self.rows)
+        return contenders.parse(self.contender).work(problem.outputs, problem.x.shape[1])
 
     def run(self) -> dict[str, Any]:
         """Choose the rate on the tuning seeds, then run the others with it."""
@@ -137,9 +151,9 @@ def glm(config: GlmConfig, console: Console | None = None) -> dict[str, Any]:
 
 
 def _check(config: GlmConfig) -> None:
-    for text in config.contenders:
-        contenders.parse(text)
-    for name in ("contenders", "batches", "rates", "seeds", "tune_seeds"):
+    if len(set(config.contenders)) < len(config.contenders):
+        raise LabError(f"--contenders {' '.join(config.contenders)} repeats an entry: pass each once.")
+    for name in ("batches", "rates", "seeds", "tune_seeds"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise LabError(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: pass at least one, each once.")
@@ -152,26 +166,32 @@ def _check(config: GlmConfig) -> None:
         raise LabError("--seeds and --tune-seeds share a seed: choices must be made on seeds that are not compared.")
 
 
+def _contenders(config: GlmConfig) -> tuple[str, ...]:
+    return config.contenders or CONTENDERS
+
+
 def _jobs(config: GlmConfig, name: str) -> list[Fit]:
-    parameters = problems.load(name, config.rows).parameters
+    problem = problems.load(name, config.rows)
+    for text in _contenders(config):
+        contenders.parse(text).build(nn.Parameter(torch.zeros(1, problem.outputs, problem.x.shape[1])))
     plans = [Plan(batch, config.steps, min(config.evaluations, config.steps)) for batch in config.batches]
     return [
         Fit(name, text, plan, config.rows, tuple(sorted(config.rates)), config.seeds, config.tune_seeds)
         for plan in plans
-        for text in config.contenders
-        if parameters <= config.dense_limit or not contenders.parse(text).is_dense()
+        for text in _contenders(config)
+        if problem.parameters <= config.dense_limit or not contenders.parse(text).is_dense()
     ]
 
 
 def _conclude(config: GlmConfig, jobs: Sequence[Fit], done: Results) -> Findings:
     entries = [Entry.of(job.problem, job.plan.batch, job.contender, job.plan.marks(), done[job.key]) for job in jobs]
     trials = trials_of(entries)
-    found = claim.verdicts(trials, config.contenders, config.margin)
+    found = claim.verdicts(trials, _contenders(config), config.margin)
     rows = summarize(entries, trials, config.margin)
     return Findings(
         rows=[vars(row) for row in rows],
         head=head(rows, "batch"),
-        cells=cells(rows, config.contenders, "batch"),
+        cells=cells(rows, _contenders(config), "batch"),
         title=f"slowness over that of the best diagonal method: {config.steps} steps, {len(config.seeds)} seeds",
         lines=claim.in_words(found, config.margin),
         picture=draw(panels(entries, trials, found)),
@@ -183,4 +203,4 @@ def _conclude(config: GlmConfig, jobs: Sequence[Fit], done: Results) -> Findings
 
 def _by_problem(config: GlmConfig, rows: Sequence[Row], batch: int) -> tuple[list[str], list[list[str]]]:
     own = [row for row in rows if row.batch == batch]
-    return head(own, "problem"), cells(own, config.contenders, "problem")
+    return head(own, "problem"), cells(own, _contenders(config), "problem")

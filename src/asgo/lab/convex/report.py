@@ -150,13 +150,12 @@ def _row(entry: Entry, trial: Trial, margin: float) -> Row:
 
 def short(text: str) -> str:
     """A contender in few characters: ``adagram 5 factor/psi``."""
-    contender = parse(text)
-    if contender.name != "adagram":
-        return text
-    rank, direction = contender.option("rank"), contender.option("direction")
-    if rank is None:
-        return f"adagram, no limit {direction}"
-    return f"adagram {rank} {direction}/{contender.option('integrator')}"
+    form = parse(text).form()
+    if form is None:
+        return text.partition(":")[0]
+    if form.rank is None:
+        return f"adagram full {form.direction}"
+    return f"adagram {form.rank} {form.direction}/{form.integrator}"
 
 
 OUTCOMES = ("faster", "as fast", "slower", "open")
@@ -193,7 +192,8 @@ def plain(verdict: Verdict) -> dict[str, Any]:
         {"problem": problem, "batch": batch, "contender": own, "rival": rival, **asdict(judged)}
         for (problem, batch), (own, rival, judged) in verdict.each.items()
     ]
-    return {"variant": asdict(verdict.variant), "each": each, "overall": asdict(verdict.overall)}
+    sets = {problem: asdict(judged) for problem, judged in verdict.sets.items()}
+    return {"variant": asdict(verdict.variant), "each": each, "sets": sets, "overall": asdict(verdict.overall)}
 
 
 # ---- the picture -------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def panels(entries: Sequence[Entry], trials: Sequence[Trial], found: Sequence[Ve
     """All contenders but AdaGram, and of each of its variants the rank that the tuning seeds chose."""
     result = []
     for trial in trials:
-        chosen = {text: text for text in trial.tuned if parse(text).name != "adagram"}
+        chosen = {text: short(text) for text in trial.tuned if parse(text).form() is None}
         for verdict in found:
             name = f"adagram, rank <= {claim.LARGEST_RANK}, {verdict.variant.direction}/{verdict.variant.integrator}"
             chosen[verdict.each[trial.problem, trial.batch][0]] = name
@@ -251,5 +251,5 @@ def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
         every = max(1, len(steps) // 5)
         axes.plot(steps, excess, color=color, linestyle=style, marker=marker, markersize=4, markevery=every, label=name)
     axes.set_yscale("log")
-    axes.set_ylim(top=2)
+    axes.set_ylim(top=2, bottom=max(axes.get_ylim()[0], claim.FLOOR / 2))
     axes.set_title(f"{panel.row}, batch {panel.column}", fontsize=10)

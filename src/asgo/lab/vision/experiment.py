@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,22 +22,20 @@ from asgo.lab.vision.training import METHODS, Training
 
 BASELINES = ("nag", "adam")
 LEVEL = 0.05
+SCHEDULE = ScheduleConfig(warmup_fraction=0.0)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """Train a small ResNet with BAGM's four kinds of blocks, NAG and Adam; errors and generalisation gap.
 
-    Every method has its learning rate from the same grid, chosen by the validation error on the tuning seed. One seed
-    gives all methods the same first weights and the same batches.
-
     Args:
         data: fashion-mnist, digits, or auto: Fashion-MNIST where it is installed, else digits.
         folder: where Fashion-MNIST's four idx files are, compressed or not.
         images: most training images; few, so that there is a gap to see.
         methods: of nag, adam, bagm-b1 (a number per tensor), b2 (per output), b3 (per kernel), b4 (per input).
-        rates: learning rates tried for every method.
-        seeds: seeds of the runs that are compared.
+        rates: learning rates tried for every method; the lowest validation error chooses.
+        seeds: seeds of the runs that are compared; one seed gives all the same first weights and batches.
         tune_seed: seed of the runs that choose learning rates; keep it out of seeds.
         epochs: passes over the training images.
         batch: images per step.
@@ -50,7 +49,7 @@ class VisionConfig:
 
     data: images.Name = "auto"
     folder: Path = Path("/usr/share/datasets/fashion-mnist")
-    images: int = 5000
+    images: int = 4000
     methods: tuple[str, ...] = tuple(METHODS)
     rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -59,7 +58,7 @@ class VisionConfig:
     batch: int = 64
     widths: tuple[int, ...] = (16, 32, 64)
     depths: tuple[int, ...] = (1, 1, 1)
-    schedule: ScheduleConfig = ScheduleConfig(warmup_fraction=0.0)
+    schedule: ScheduleConfig = SCHEDULE
     processes: int | None = None
     out: Path = Path("runs/vision")
     resume: bool = False
@@ -141,7 +140,9 @@ def _check(config: VisionConfig) -> None:
     if min(numbers) < 1 or not min(config.rates) > 0:
         raise LabError("--images, --epochs, --batch, --widths and --depths must be 1 or more, --rates above 0.")
     if len(config.widths) != len(config.depths):
-        raise LabError(f"--widths has {len(config.widths)} stages, --depths {len(config.depths)}: pass as many of both.")
+        raise LabError(
+            f"--widths has {len(config.widths)} stages, --depths {len(config.depths)}: pass as many of both."
+        )
     if config.tune_seed in config.seeds:
         raise LabError(f"--tune-seed {config.tune_seed} is also one of --seeds: pass another.")
 
@@ -150,7 +151,9 @@ def _check(config: VisionConfig) -> None:
 
 
 def _training(config: VisionConfig, name: str, method: str, lr: float, seed: int, final: bool) -> Training:
-    shared = {key: getattr(config, key) for key in ("folder", "images", "epochs", "batch", "widths", "depths", "schedule")}
+    shared = {
+        key: getattr(config, key) for key in ("folder", "images", "epochs", "batch", "widths", "depths", "schedule")
+    }
     return Training(data=name, method=method, lr=lr, seed=seed, final=final, **shared)
 
 
@@ -203,7 +206,7 @@ def _conclude(config: VisionConfig, name: str, done: Results) -> Findings:
             "runs": runs,
             "tests": {what: [asdict(test) for test in own] for what, own in tests.items()},
         },
-        note="Errors are percent, means over seeds with their standard deviation; the gap is test minus training error.",
+        note="Errors are percent: means over seeds, with standard deviations; the gap is test minus training error.",
     )
 
 
@@ -220,7 +223,7 @@ def _row(method: str, lr: float, bracketed: bool, runs: Sequence[Mapping[str, An
         lr=lr,
         bracketed=bracketed,
         runs=len(runs),
-        train_loss=fmean(run["train"]["loss"] for run in runs),
+        train_loss=fmean(math.inf if run["train"]["loss"] is None else run["train"]["loss"] for run in runs),
         train_error=fmean(found["train error"]),
         test_error=fmean(found["test error"]),
         test_spread=spread["test error"],

@@ -85,7 +85,9 @@ def _part(images: np.ndarray, labels: np.ndarray) -> Part:
 
 def _fashion(folder: Path) -> tuple[np.ndarray, np.ndarray, int]:
     """All images, the 10,000 of the test set last."""
-    parts = [(_read(folder, f"{part}-images-idx3-ubyte"), _read(folder, f"{part}-labels-idx1-ubyte")) for part in _PARTS]
+    parts = [
+        (_read(folder, f"{part}-images-idx3-ubyte"), _read(folder, f"{part}-labels-idx1-ubyte")) for part in _PARTS
+    ]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return images.astype(np.float32), labels, len(parts[1][1])
 

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from asgo.lab.plot import STYLES, label, png
 
 
-def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], percent: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+def draw(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], percent: Mapping[str, Mapping[str, Sequence[float]]]
+) -> bytes:
     """Training loss by epoch, and for every seed the training and the test error.
 
     Args:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ from asgo.lab.schedule import scheduler
 from asgo.lab.vision.images import Part, load
 from asgo.presets import BAGM
 
-Build = Callable[[Iterable[nn.Parameter], float], Optimizer]
+Build = Callable[..., Optimizer]
 
 METHODS: dict[str, Build] = {
-    "nag": lambda params, lr: SGD(params, lr, momentum=0.9, nesterov=True),
-    "adam": lambda params, lr: Adam(params, lr),
-    "bagm-b1": lambda params, lr: BAGM(params, lr, blocks="tensor"),
-    "bagm-b2": lambda params, lr: BAGM(params, lr, blocks="row"),
-    "bagm-b3": lambda params, lr: BAGM(params, lr, blocks="kernel"),
-    "bagm-b4": lambda params, lr: BAGM(params, lr, blocks="column"),
+    "nag": partial(SGD, momentum=0.9, nesterov=True),
+    "adam": Adam,
+    "bagm-b1": partial(BAGM, blocks="tensor"),
+    "bagm-b2": partial(BAGM, blocks="row"),
+    "bagm-b3": partial(BAGM, blocks="kernel"),
+    "bagm-b4": partial(BAGM, blocks="column"),
 }
 """Nesterov's momentum, Adam, and BAGM with the paper's four kinds of blocks; decay rates are the usual ones."""
 
@@ -82,7 +83,7 @@ class Training:
         """Train, then measure."""
         data = load(self.data, self.folder, self.images)
         model = resnet(self.widths, self.depths, self.seed)
-        optimizer = METHODS[self.method](model.parameters(), self.lr)
+        optimizer = METHODS[self.method](model.parameters(), lr=self.lr)
         begun = time.perf_counter()
         losses = self._train(model, optimizer, data.train)
         seconds = time.perf_counter() - begun
@@ -125,7 +126,7 @@ def resnet(widths: tuple[int, ...], depths: tuple[int, ...], seed: int) -> nn.Mo
         hidden_sizes=list(widths),
         depths=list(depths),
         layer_type="basic",
-        num_labels=CLASSES,
+        num_labels=CLASSES,  # pyright: ignore[reportCallIssue] (a field of the base class)
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
