@@ -2,9 +2,9 @@
 
 The slowness of a run is the geometric mean over its curve of ``(loss - optimum) / (first loss - optimum)``, on all
 training rows, an excess below a thousandth counting as a thousandth: a ratio of 0.8 is an excess 20 % lower at an
-average step. Three choices are made on seeds of their own, the tuning seeds: every method's learning rate, AdaGram's
-rank, and which diagonal method is to be beaten. On the other seeds, the logarithms of AdaGram's slowness over its
-rival's are tested, paired by seed.
+average step. Choices are made on seeds of their own, the tuning seeds: every method's learning rate and eps, AdaGram's
+rank, and which diagonal method is to be beaten, its rival. On the other seeds, the logarithms of AdaGram's slowness
+over its rival's are tested, paired by seed.
 """
 
 from __future__ import annotations
@@ -208,4 +208,4 @@ def _sentence(verdict: Verdict) -> str:
     overall = verdict.overall
     test = "no test" if math.isnan(overall.t) else f"t = {overall.t:.2f}, p = {overall.p:.4f}"
     count = f"{overall.pairs} data set{'s' if overall.pairs > 1 else ''}"
-    return f"{verdict.variant}: {sets}; over {count} {overall.ratio:.2f} times as slow ({test})"
+    return f"{verdict.variant}: {sets}; over {count} {overall.ratio:.2f} times its rival's slowness ({test})"

@@ -23,21 +23,27 @@ class Kind:
 
     Args:
         constructor: of the optimizer. Its step must be proportional to lr and not depend on the weights.
+        floor: the argument that says what its statistic of squares starts from: with gradients c times as long, and
+            c^2 times this, the step must stay the same.
         stacked: whether it needs to be told that the first axis counts independent models.
     """
 
     constructor: Callable[..., Optimizer]
+    floor: str | None = None
     stacked: bool = False
 
 
 KINDS: dict[str, Kind] = {
     "sgd": Kind(SGD),
-    "adagrad": Kind(Adagrad),
-    "full-adagrad": Kind(FullAdaGrad),
-    "shampoo": Kind(Shampoo, stacked=True),
-    "adagram": Kind(AdaGram, stacked=True),
+    "adagrad": Kind(Adagrad, "initial_accumulator_value"),
+    "full-adagrad": Kind(FullAdaGrad, "eps"),
+    "shampoo": Kind(Shampoo, "eps", stacked=True),
+    "adagram": Kind(AdaGram, "eps", stacked=True),
 }
 """torch's own SGD and diagonal AdaGrad, the dense reference, and this library's."""
+
+FLOOR = 1e-2
+"""What the statistics of `Contender.build` start from; `descent.Setting` says how others are had."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,9 @@ class Contender:
         """
         kind = KINDS[self.name]
         params = [{"params": [models], "view": STACK}] if kind.stacked else [models]
+        floor = {} if kind.floor is None else {kind.floor: FLOOR}
         try:
-            return kind.constructor(params, lr=1.0, **dict(self.options))
+            return kind.constructor(params, **{"lr": 1.0, **floor, **dict(self.options)})
         except (ValueError, TypeError) as error:
             raise LabError(f"optimizer {self.text!r}: {error}") from error
 
@@ -86,6 +93,11 @@ class Contender:
         """The value of an option, the constructor's default where it was not given; None if there is none."""
         parameter = inspect.signature(KINDS[self.name].constructor).parameters.get(name)
         return dict(self.options).get(name, None if parameter is None else parameter.default)
+
+    def has_floor(self) -> bool:
+        """Whether there is a floor to choose: the optimizer has one, and the options do not set it."""
+        floor = KINDS[self.name].floor
+        return floor is not None and floor not in dict(self.options)
 
     def form(self) -> Form | None:
         """Which AdaGram it is; None for others."""

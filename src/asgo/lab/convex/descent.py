@@ -1,9 +1,10 @@
-"""Fitting a generalized linear model from several seeds and with several learning rates at once.
+"""Fitting a generalized linear model from several seeds and with several settings at once.
 
-All of them are one stack of independent models ``(seeds * rates, m, n)``. A step is taken by the optimizer itself,
+All of them are one stack of independent models ``(seeds * settings, m, n)``. A step is taken by the optimizer itself,
 at learning rate 1 and from zero, which gives its direction; each model then moves by its own rate along it. That
-is exact, because no contender's direction depends on the weights or the rate, and it makes a whole grid of
-learning rates about as cheap as one.
+is exact, because no contender's direction depends on the weights or the rate. Nor does it change when gradients are
+c times as long and the statistic starts from c^2 as much, so models with scaled gradients have other eps. A whole grid
+is little dearer than one fit.
 """
 
 from __future__ import annotations
@@ -17,12 +18,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from asgo.lab.convex.contenders import Contender
+from asgo.lab.convex.contenders import FLOOR, Contender
 from asgo.lab.convex.problems import Problem
 from asgo.lab.packages import need
 
 DIVERGED = 1e10
 """A gradient entry beyond this ends a run: its loss is infinite from then on."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned.
+
+    Args:
+        lr: learning rate.
+        eps: what the statistic of squares starts from, ``H_0 = eps I``; None: as the contender says, or it has none.
+    """
+
+    lr: float
+    eps: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """Gradients of this many times the length give the step of `eps`, when the statistic starts from `FLOOR`."""
+        return 1.0 if self.eps is None else math.sqrt(FLOOR / self.eps)
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,8 @@ class Curves:
     """What came out.
 
     Args:
-        train: ``(seeds, rates, marks)`` mean loss over the training rows; infinite after divergence.
-        held: ``(seeds, rates)`` mean loss over the held-out rows, at the end.
+        train: ``(seeds, settings, marks)`` mean loss over the training rows; infinite after divergence.
+        held: ``(seeds, settings)`` mean loss over the held-out rows, at the end.
     """
 
     train: Tensor
@@ -58,11 +77,16 @@ class Curves:
 
 
 @torch.no_grad()
-def descend(problem: Problem, contender: Contender, rates: Sequence[float], seeds: Sequence[int], plan: Plan) -> Curves:
-    """Fit a model for every seed and learning rate. One seed gives every contender the same start and batches."""
-    models = torch.stack([start(problem, seed) for seed in seeds]).repeat_interleave(len(rates), 0)
+def descend(
+    problem: Problem, contender: Contender, settings: Sequence[Setting], seeds: Sequence[int], plan: Plan
+) -> Curves:
+    """Fit a model for every seed and setting. One seed gives every contender the same start and batches."""
+    models = torch.stack([start(problem, seed) for seed in seeds]).repeat_interleave(len(settings), 0)
     order = torch.stack([examples(seed, len(problem.y), plan) for seed in seeds])
-    lr = torch.tensor(rates, dtype=models.dtype).repeat(len(seeds))[:, None, None]
+    lr, scale = (
+        torch.tensor([getattr(setting, name) for setting in settings], dtype=models.dtype).repeat(len(seeds))
+        for name in ("lr", "scale")
+    )
     move = nn.Parameter(torch.zeros_like(models))
     optimizer = contender.build(move)
     alive = torch.ones(len(models), dtype=torch.bool)
@@ -73,12 +97,12 @@ def descend(problem: Problem, contender: Contender, rates: Sequence[float], seed
         if step < plan.steps:
             grad = gradient(problem, models, order[:, step])
             alive &= grad.abs().amax((1, 2)) < DIVERGED
-            move.grad = torch.where(alive[:, None, None], grad, 0.0)
+            move.grad = torch.where(alive[:, None, None], grad * scale[:, None, None], 0.0)
             move.zero_()
             optimizer.step()
-            models += lr * move
+            models += lr[:, None, None] * move
     held = mean_loss(problem, models, problem.held_x, problem.held_y)
-    shape = (len(seeds), len(rates))
+    shape = (len(seeds), len(settings))
     return Curves(torch.stack(losses, -1).view(*shape, -1), torch.where(alive, held, math.inf).view(shape))
 
 
@@ -102,7 +126,7 @@ def gradient(problem: Problem, models: Tensor, rows: Tensor) -> Tensor:
 
     Args:
         problem: the data and the loss.
-        models: ``(seeds * rates, m, n)``.
+        models: ``(seeds * settings, m, n)``.
         rows: ``(seeds, batch)``.
     """
     (seeds, batch), (_, m, n) = rows.shape, models.shape

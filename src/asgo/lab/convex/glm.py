@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from asgo.lab.convex import claim, contenders, problems
-from asgo.lab.convex.descent import Plan, descend, optimum
+from asgo.lab.convex.descent import Plan, Setting, descend, optimum
 from asgo.lab.convex.report import Entry, Row, cells, draw, head, panels, plain, summarize, trials_of
 from asgo.lab.errors import LabError
 from asgo.lab.experiment import Findings, run_experiment
@@ -50,6 +50,7 @@ class GlmConfig:
             each of them, AdaGram with ranks 1 to 5 in four variants and without a limit.
         batches: examples per step, one comparison for each.
         rates: learning rates tried for every optimizer, on the tuning seeds.
+        eps: what a sum of squares starts from; each is tried with each rate, by all but sgd.
         seeds: seeds of the runs that are compared; one seed gives all the same first weights and batches.
         tune_seeds: seeds of the runs that choose learning rate, rank and rival; keep them out of seeds.
         steps: steps of every run.
@@ -66,11 +67,12 @@ class GlmConfig:
     contenders: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 32, 64)
     rates: tuple[float, ...] = RATES
+    eps: tuple[float, ...] = (0.01, 0.5)
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     tune_seeds: tuple[int, ...] = (1000, 1001)
-    steps: int = 300
+    steps: int = 200
     evaluations: int = 25
-    rows: int = 4000
+    rows: int = 2000
     dense_limit: int = 64
     margin: float = 0.05
     processes: int | None = None
@@ -87,6 +89,7 @@ class Fit:
     plan: Plan
     rows: int
     rates: tuple[float, ...]
+    eps: tuple[float, ...]
     seeds: tuple[int, ...]
     tune_seeds: tuple[int, ...]
 
@@ -102,21 +105,22 @@ class Fit:
         return contenders.parse(self.contender).work(problem.outputs, problem.x.shape[1])
 
     def run(self) -> dict[str, Any]:
-        """Choose the rate on the tuning seeds, then run the others with it."""
+        """Choose the setting on the tuning seeds, then run the others with it."""
         problem, contender = problems.load(self.problem, self.rows), contenders.parse(self.contender)
-        tuning = descend(problem, contender, self.rates, self.tune_seeds, self.plan)
-        by_rate = [[_plain(curve) for curve in curves] for curves in tuning.train.transpose(0, 1)]
+        settings = [Setting(lr, eps) for eps in (self.eps if contender.has_floor() else (None,)) for lr in self.rates]
+        tuning = descend(problem, contender, settings, self.tune_seeds, self.plan)
+        by_setting = [[_plain(curve) for curve in curves] for curves in tuning.train.transpose(0, 1)]
         smallest = optimum(problem)
-        scores = [geometric_mean(claim.slowness(curve, smallest) for curve in curves) for curves in by_rate]
+        scores = [geometric_mean(claim.slowness(curve, smallest) for curve in curves) for curves in by_setting]
         best = min(range(len(scores)), key=scores.__getitem__)
-        curves = descend(problem, contender, self.rates[best : best + 1], self.seeds, self.plan)
+        curves = descend(problem, contender, settings[best : best + 1], self.seeds, self.plan)
         return {
             "model": problem.loss.name,
             "parameters": problem.parameters,
             "optimum": smallest,
-            "lr": self.rates[best],
-            "tried": [list(pair) for pair in zip(self.rates, scores, strict=True)],
-            "bracketed": 0 < best < len(scores) - 1,
+            **asdict(settings[best]),
+            "tried": [[*astuple(setting), score] for setting, score in zip(settings, scores, strict=True)],
+            "bracketed": 0 < best % len(self.rates) < len(self.rates) - 1,
             "tuned": scores[best],
             "curves": [_plain(curve) for curve in curves.train[:, 0]],
             "held": curves.held[:, 0].tolist(),
@@ -153,15 +157,15 @@ def glm(config: GlmConfig, console: Console | None = None) -> dict[str, Any]:
 def _check(config: GlmConfig) -> None:
     if len(set(config.contenders)) < len(config.contenders):
         raise LabError(f"--contenders {' '.join(config.contenders)} repeats an entry: pass each once.")
-    for name in ("batches", "rates", "seeds", "tune_seeds"):
+    for name in ("batches", "rates", "eps", "seeds", "tune_seeds"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise LabError(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: pass at least one, each once.")
     for name in ("steps", "evaluations", "rows", "dense_limit"):
         if getattr(config, name) < 1:
             raise LabError(f"--{name.replace('_', '-')} {getattr(config, name)} is out of range: pass 1 or more.")
-    if min(config.batches) < 1 or not min(config.rates) > 0 or config.margin < 0:
-        raise LabError("--batches must be 1 or more, --rates above 0 and --margin 0 or more.")
+    if min(config.batches) < 1 or not min(*config.rates, *config.eps) > 0 or config.margin < 0:
+        raise LabError("--batches must be 1 or more, --rates and --eps above 0 and --margin 0 or more.")
     if set(config.seeds) & set(config.tune_seeds):
         raise LabError("--seeds and --tune-seeds share a seed: choices must be made on seeds that are not compared.")
 
@@ -176,7 +180,7 @@ def _jobs(config: GlmConfig, name: str) -> list[Fit]:
         contenders.parse(text).build(nn.Parameter(torch.zeros(1, problem.outputs, problem.x.shape[1])))
     plans = [Plan(batch, config.steps, min(config.evaluations, config.steps)) for batch in config.batches]
     return [
-        Fit(name, text, plan, config.rows, tuple(sorted(config.rates)), config.seeds, config.tune_seeds)
+        Fit(name, text, plan, config.rows, tuple(sorted(config.rates)), config.eps, config.seeds, config.tune_seeds)
         for plan in plans
         for text in _contenders(config)
         if problem.parameters <= config.dense_limit or not contenders.parse(text).is_dense()

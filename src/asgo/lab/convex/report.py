@@ -28,6 +28,7 @@ class Entry:
         batch: examples per step.
         contender: as it was written.
         lr: the chosen learning rate.
+        eps: the chosen start of the statistic; None where it was not to be chosen.
         bracketed: whether rates on both sides of it were tried.
         tuned: slowness on the tuning seeds.
         slowness: on each seed.
@@ -42,6 +43,7 @@ class Entry:
     batch: int
     contender: str
     lr: float
+    eps: float | None
     bracketed: bool
     tuned: float
     slowness: Sequence[float]
@@ -54,7 +56,7 @@ class Entry:
         """From the result of a fit."""
         optimum, curves = fit["optimum"], fit["curves"]
         excess = zip(*(claim.excess(curve, optimum) for curve in curves), strict=True)
-        names = ("model", "parameters", "lr", "bracketed", "tuned", "held")
+        names = ("model", "parameters", "lr", "eps", "bracketed", "tuned", "held")
         return Entry(
             problem=problem,
             batch=batch,
@@ -88,6 +90,7 @@ class Row:
         batch: examples per step.
         contender: as it was written.
         lr: the chosen learning rate.
+        eps: the chosen start of the statistic; None where it was not to be chosen.
         bracketed: whether rates on both sides of it were tried.
         slowness: geometric mean over seeds.
         spread: standard deviation of its logarithm over seeds; None below two.
@@ -105,6 +108,7 @@ class Row:
     batch: int
     contender: str
     lr: float
+    eps: float | None
     bracketed: bool
     slowness: float
     spread: float | None
@@ -130,10 +134,9 @@ def _row(entry: Entry, trial: Trial, margin: float) -> Row:
         pairs = zip(entry.slowness, trial.slowness[rival], strict=True)
         judged = claim.judge([math.log(a / b) for a, b in pairs], margin)
     held = [loss for loss in entry.held if loss is not None]
-    shared = {name: getattr(entry, name) for name in ("problem", "model", "parameters", "batch", "contender", "lr")}
+    shared = ("problem", "model", "parameters", "batch", "contender", "lr", "eps", "bracketed")
     return Row(
-        **shared,
-        bracketed=entry.bracketed,
+        **{name: getattr(entry, name) for name in shared},
         slowness=geometric_mean(entry.slowness),
         spread=stdev(map(math.log, entry.slowness)) if len(entry.slowness) > 1 else None,
         excess=entry.excess[-1],
