@@ -238,7 +238,11 @@ def _conclude(config: RegretConfig, done: Results) -> Findings:
         head=("blocks", "regret", "standard deviation", "standard error", f"loss to round {at[tenth]}"),
         cells=[[str(r.blocks), f"{r.regret:.3f}", *s, f"{r.early:.3f}"] for r, s in zip(rows, spread, strict=True)],
         title=f"{config.repeats} streams of {config.rounds} rounds",
-        lines=[f"lowest to highest: B = {', '.join(map(str, order))}", *map(str, neighbours), _answer(paper)],
+        lines=[
+            f"lowest to highest: B = {', '.join(map(str, order))}",
+            *(str(test).replace("seed", "stream") for test in neighbours),
+            _answer(paper),
+        ],
         picture=draw(at, losses, final),
         data={
             "tests": [asdict(test) for test in neighbours],

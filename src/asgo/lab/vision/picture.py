@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from asgo.lab.plot import STYLES, label, png
 
@@ -30,8 +31,9 @@ def draw(
         for what, filled in (("train error", "none"), ("test error", color)):
             values = percent[method][what]
             spots = [number + 0.05 * (i - len(values) / 2) for i in range(len(values))]
-            errors.plot(spots, values, linestyle="", marker=marker, color=color, markerfacecolor=filled, markersize=5)
+            errors.plot(spots, values, linestyle="", marker=marker, color=color, markerfacecolor=filled, markersize=6)
     losses.set_yscale("log")
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     label(losses, "epoch", "training loss (nats per image)")
     errors.set_xticks(range(len(runs)), list(runs), fontsize=9)
     label(errors, "filled: test, hollow: training; one mark per seed", "error (percent)")
