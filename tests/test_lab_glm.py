@@ -307,6 +307,13 @@ def test_the_verdict_follows_from_the_numbers(factors, sets, answer):
     assert "5%" in rule
 
 
+def test_the_verdict_on_a_single_set_is_that_over_its_seeds():
+    (verdict,) = verdicts([trial("a", 0.7, batch) for batch in (1, 32)], NAMES, 0.05)
+    assert verdict.overall == verdict.sets["a"]
+    assert verdict.overall.outcome == "faster"
+    assert "over 1 data set 0.70 times" in in_words([verdict], 0.05)[0]
+
+
 def test_nothing_to_judge():
     assert "nothing to judge" in in_words(verdicts([trial("a", 1)], ("sgd", "adagrad"), 0.05), 0.05)[0]
     assert "nothing to judge" in in_words(verdicts([trial("a", 1)], ("adagram:rank=1",), 0.05), 0.05)[0]

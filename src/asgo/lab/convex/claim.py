@@ -122,7 +122,8 @@ class Verdict:
         variant: which.
         each: (problem, batch) to the chosen contender, its rival and the judgement over seeds.
         sets: problem to the judgement over seeds, each with the mean logarithm over its batch sizes.
-        overall: the judgement over problems, each with the mean logarithm over its batch sizes and seeds.
+        overall: the judgement over problems, each with the mean logarithm over its batch sizes and seeds; of a single
+            problem, that over seeds.
     """
 
     variant: Variant
@@ -178,7 +179,8 @@ def _verdict(trials: Sequence[Trial], variant: Variant, rivals: Sequence[str], m
         by_problem.setdefault(trial.problem, []).append(logs)
     means = {problem: [fmean(seed) for seed in zip(*logs, strict=True)] for problem, logs in by_problem.items()}
     sets = {problem: judge(logs, margin) for problem, logs in means.items()}
-    return Verdict(variant, each, sets, judge([fmean(logs) for logs in means.values()], margin))
+    over = judge([fmean(logs) for logs in means.values()], margin) if len(sets) > 1 else next(iter(sets.values()))
+    return Verdict(variant, each, sets, over)
 
 
 def in_words(found: Sequence[Verdict], margin: float) -> list[str]:
@@ -207,5 +209,5 @@ def _sentence(verdict: Verdict) -> str:
     sets = "; ".join(f"{outcome} on {', '.join(names)}" for outcome, names in groups.items() if names)
     overall = verdict.overall
     test = "no test" if math.isnan(overall.t) else f"t = {overall.t:.2f}, p = {overall.p:.4f}"
-    count = f"{overall.pairs} data set{'s' if overall.pairs > 1 else ''}"
+    count = f"{len(verdict.sets)} data set{'s' if len(verdict.sets) > 1 else ''}"
     return f"{verdict.variant}: {sets}; over {count} {overall.ratio:.2f} times its rival's slowness ({test})"
