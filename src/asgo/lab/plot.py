@@ -21,6 +21,7 @@ STYLES = (
     ("#000000", (0, (6, 1, 1, 1, 1, 1)), "v"),
     ("#E69F00", (0, (1, 1)), "P"),
     ("#56B4E9", (0, (8, 2)), "X"),
+    ("#7f7f7f", "-", "*"),
 )
 """Colour, line and marker of each curve of a picture."""
 
@@ -63,7 +64,7 @@ def draw_run(metrics: Sequence[Mapping[str, Any]]) -> bytes:
     grey, (color, style, marker) = "#7f7f7f", STYLES[0]
     axes.plot([line["step"] for line in training], [line["loss"] for line in training], color=grey, label="training")
     axes.plot(curve.steps, curve.losses, color=color, linestyle=style, marker=marker, label="validation")
-    _label(axes, "optimizer steps", "loss (nats per token)")
+    label(axes, "optimizer steps", "loss (nats per token)")
     return png(figure)
 
 
@@ -83,8 +84,8 @@ def draw_comparison(curves: Mapping[str, Sequence[Curve]], target: float | None)
         if target is not None:
             dots = (0, (2, 2))
             axes.axhline(target, color="#404040", linewidth=0.8, linestyle=dots, label=f"target {target:.3f}")
-    _label(by_step, "optimizer steps", "validation loss (nats per token)")
-    _label(by_time, "training time (seconds, without evaluation)", "")
+    label(by_step, "optimizer steps", "validation loss (nats per token)")
+    label(by_time, "training time (seconds, without evaluation)", "")
     low, high = _window([run for runs in curves.values() for run in runs])
     by_step.set_ylim(low, high)
     return png(figure)
@@ -113,7 +114,8 @@ def _window(runs: Sequence[Curve]) -> tuple[float | None, float | None]:
     return low - margin, high + margin
 
 
-def _label(axes: Axes, x: str, y: str) -> None:
+def label(axes: Axes, x: str, y: str) -> None:
+    """Titles, grid and legend of a panel."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live line on a terminal, plain lines elsewhere."""
+"""What is shown while something runs: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,61 @@ INTERVAL = 10.0
 """Seconds between plain lines."""
 
 
-class RunProgress:
+class LiveLine:
+    """Shows how far something is, with the time passed and the time left.
+
+    Args:
+        console: where to show it; a quiet console shows nothing.
+        title: what runs, for example ``asgo seed 0``.
+        total: the amount of work, in any unit.
+    """
+
+    def __init__(self, console: Console, title: str, total: float) -> None:
+        self.console = console
+        self.title = title
+        self.total = total
+        self._began = self._printed = time.monotonic()
+        self._first = 0.0
+        self._live: Progress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> LiveLine:
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
+            live = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            self._task = live.add_task(self.title, total=self.total, text="")
+            live.start()
+            self._live = live
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def begin(self, done: float) -> None:
+        """The work starts, or goes on, where `done` of it is done."""
+        self._began, self._first = time.monotonic(), done
+        if self._live is not None:
+            self._live.reset(self._task, completed=done, total=self.total, text="")  # pyright: ignore[reportArgumentType]
+
+    def show(self, done: float, text: str) -> None:
+        """`done` of the work is done, and `text` says more about it."""
+        if self._live is not None:
+            self._live.update(self._task, completed=done, text=text)
+        elif done >= self.total or time.monotonic() - self._printed >= INTERVAL:
+            self._printed = time.monotonic()
+            elapsed = self._printed - self._began
+            rate = (done - self._first) / elapsed if elapsed > 0 else 0.0
+            left = _clock((self.total - done) / rate) if rate > 0 else "?"
+            line = f"{self.title}  {text}  elapsed {_clock(elapsed)}  left {left}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class RunProgress(LiveLine):
     """Shows step, losses, speed, time passed and time left of one run.
 
     Args:
@@ -23,50 +77,19 @@ class RunProgress:
     """
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
-        self.console = console
-        self.title = title
+        super().__init__(console, title, steps)
         self.steps = steps
         self.shown: dict[str, float] = {}
-        self._began = self._printed = time.monotonic()
-        self._first = 0
-        self._live: Progress | None = None
-        self._task: Any = None
 
     def __enter__(self) -> RunProgress:
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[text]}", markup=False),
-            )
-            live = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
-            self._task = live.add_task(self.title, total=self.steps, text="")
-            live.start()
-            self._live = live
+        super().__enter__()
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def begin(self, step: int) -> None:
-        """The run starts, or goes on, after `step`."""
-        self._began, self._first = time.monotonic(), step
-        if self._live is not None:
-            self._live.reset(self._task, completed=step, total=self.steps, text="")
 
     def update(self, step: int, line: dict[str, Any]) -> None:
         """Show the newest numbers: any of ``loss``, ``val_loss``, ``tokens_per_second``."""
         keys = ("loss", "val_loss", "tokens_per_second")
         self.shown |= {key: line[key] for key in keys if key in line}
-        if self._live is not None:
-            self._live.update(self._task, completed=step, text=self._text(step))
-        elif step == self.steps or time.monotonic() - self._printed >= INTERVAL:
-            self._printed = time.monotonic()
-            elapsed = self._printed - self._began
-            left = elapsed / max(1, step - self._first) * (self.steps - step)
-            text = f"{self.title}  {self._text(step)}  elapsed {_clock(elapsed)}  left {_clock(left)}"
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.show(step, self._text(step))
 
     def _text(self, step: int) -> str:
         formats = {"loss": "loss {:.3f}", "val_loss": "val {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}

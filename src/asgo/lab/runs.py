@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,14 @@ def check_folder(path: Path, resume: bool, marker: str, what: str) -> None:
         raise LabError(f"--out {path} already holds a {what}: pass --resume to continue it, or another --out.")
 
 
-def check_same(saved: Any, asked: Any, path: Path) -> None:
-    """Refuse to continue a run with another configuration; `out` and `resume` may differ.
+def check_same(saved: Any, asked: Any, path: Path, free: Sequence[str] = ("out", "resume")) -> None:
+    """Refuse to continue a run with another configuration; only the fields in `free` may differ.
 
     Raises:
         LabError: naming every field that differs, with both values.
     """
     old, new = flat(saved), flat(asked)
-    names = [n for n in {**old, **new} if old.get(n) != new.get(n) and n not in ("out", "resume")]
+    names = [n for n in {**old, **new} if old.get(n) != new.get(n) and n not in free]
     if names:
         differences = ", ".join(f"{n} (there {old.get(n)!r}, asked {new.get(n)!r})" for n in names)
         raise LabError(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from asgo.lab import tables
 from asgo.lab.plot import Curve
 
 
@@ -151,27 +149,15 @@ def _show(value: float | None, form: str, note: str = "") -> str:
 def rich_table(rows: Sequence[Row], title: str) -> Table:
     """The rows for a terminal of 80 columns: titles one word to a line, and without the best run."""
     shown = [i for i, name in enumerate(HEAD) if name != "best"]
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for i in shown:
-        first = i == 0
-        head = HEAD[i] if first else "\n".join(HEAD[i].split())
-        table.add_column(head, justify="left" if first else "right", no_wrap=not first, overflow="fold")
-    for row in rows:
-        texts = cells(row)
-        table.add_row(*(texts[i] for i in shown))
-    return table
+    texts = [cells(row) for row in rows]
+    return tables.rich_table([HEAD[i] for i in shown], [[row[i] for i in shown] for row in texts], title)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a markdown table."""
-    lines = [HEAD, ("---", *("---:" for _ in HEAD[1:])), *(cells(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return tables.markdown(HEAD, [cells(row) for row in rows])
 
 
 def csv_table(rows: Sequence[Row]) -> str:
     """The rows as CSV, with full numbers, one column per field of `Row`."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(vars(row) for row in rows)
-    return text.getvalue()
+    return tables.csv_text([vars(row) for row in rows], list(Row.__dataclass_fields__))

@@ -1,0 +1,1 @@
+"""Image classification: BAGM's blocks against NAG and Adam."""
