@@ -388,6 +388,46 @@ def test_minimax_in_a_cuda_graph():
     torch.testing.assert_close(auto(A, EPS)[0], plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
+# What a lower precision would cost: the table of asgo.matmul
+
+
+def tf32(x: Tensor) -> Tensor:
+    """Rounded to 10 bits of mantissa."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def bf16(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+LOWER = [(tf32, 1.5e-2), (bf16, 1e-1)]
+
+
+@pytest.mark.parametrize(("rounded", "bound"), LOWER)
+def test_a_coarse_direction_or_statistic_costs_what_the_table_says(rounded: Any, bound: float):
+    V, M = drifting(128, 128, 30)
+    exact = exact_root(V, EPS)
+    U = rounded(exact.float()) @ rounded(M)
+    assert bound / 2 <= (U - exact @ M.double()).norm() / (exact @ M.double()).norm() <= bound
+    G = low_rank(128, 128, 16) + 0.03 * gaussian(128, 128, seed=5)
+    right = exact_root(G.double() @ G.double().T, EPS)
+    assert bound / 2 <= error(exact_root(rounded(G) @ rounded(G).T, EPS), right, G) <= bound
+
+
+@pytest.mark.parametrize(
+    ("rounded", "eps", "fine"), [(tf32, 1e-5, True), (tf32, 1e-6, False), (bf16, 1e-5, False), (bf16, 1e-6, False)]
+)
+def test_a_coarse_iteration_fails_and_is_told(monkeypatch: pytest.MonkeyPatch, rounded: Any, eps: float, fine: bool):
+    def coarse(C: Tensor, A: Tensor, B: Tensor, c: float, ab: float, precision: str = "ieee") -> Tensor:
+        return torch.baddbmm(C, rounded(A), rounded(B), beta=c, alpha=ab)
+
+    V, M = drifting(128, 128, 30)
+    monkeypatch.setattr("asgo.minimax.baddbmm", coarse)
+    Z, ok = minimax(V[None], eps)
+    assert ok.item() is fine
+    assert not fine or error(Z[0], exact_root(V, eps), M) <= 2e-2
+
+
 # Cost and names
 
 

@@ -23,3 +23,8 @@ def holds(mask: Bool[Tensor, "..."]) -> bool:
 def choose(mask: Bool[Tensor, "..."], yes: Tensor, no: Tensor | float) -> Tensor:
     """``torch.where``, which costs nothing where the mask is known to hold: `yes` itself then."""
     return yes if holds(mask) else torch.where(mask, yes, no)
+
+
+def blend(memory: Tensor, seen: Tensor, weight: float, moved: Bool[Tensor, "b 1 1"]) -> None:
+    """``memory <- (1 - weight) memory + weight seen`` in place, for the matrices that moved."""
+    memory.lerp_(seen, weight if holds(moved) else weight * moved.to(memory.dtype))

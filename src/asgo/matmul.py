@@ -5,13 +5,13 @@ Whatever precision the training script chose, a product of ours has the precisio
 ===========================  ==========  ==================================================================
 product                      precision   error of the step that a lower one would cost (eps 1e-6)
 ===========================  ==========  ==================================================================
-statistic ``S S^T``          float32     TF32 2e-3, bfloat16 6e-3 to 2e-2
-inside the root              float32     three bfloat16 products 8e-3, TF32 9e-2 (at eps 1e-5 2e-2)
-direction ``Z D``            float32     TF32 5e-3, bfloat16 7e-2
+statistic ``S S^T``          float32     TF32 1e-2, bfloat16 9e-2
+inside the root              float32     three bfloat16 products 8e-3; TF32 and bfloat16 fail (TF32 at eps 1e-5 2e-2)
+direction ``Z D``            float32     TF32 1e-2, bfloat16 9e-2
 ===========================  ==========  ==================================================================
 
-Against float64, on statistics of small language models, with factors rounded to the lower precision; float32 itself is
-2e-3 from exact there.
+Against float64, with factors rounded to the lower precision (``tests/test_roots.py`` measures it); float32 itself is
+2e-3 from exact.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from asgo import adamw, settings
 from asgo._types import State
 from asgo.buckets import Bucket, Member, init_state, make_buckets, state_dtype, turns
-from asgo.masks import choose, holds
+from asgo.masks import blend, choose
 from asgo.matmul import exact_matmul
 from asgo.roots import ROOTS
 from asgo.scaling import SCALINGS
@@ -105,7 +105,7 @@ class StructuredOptimizer(Optimizer, ABC):
         grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
         state["failures"] += ~norm.isfinite()[:, 0, 0]
 
-        momentum.lerp_(grad, 1 - beta1 if holds(moved) else (1 - beta1) * moved.to(grad.dtype))
+        blend(momentum, grad, 1 - beta1, moved)
         direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
         direction = choose(moved, direction, 0.0)
 

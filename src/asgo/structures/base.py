@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.masks import choose, holds
+from asgo.masks import blend, choose, holds
 
 
 class Structure(ABC):
@@ -88,11 +88,10 @@ def average(memory: Tensor, seen: Tensor, beta2: float, moved: Tensor) -> None:
         beta2: the decay.
         moved: ``(b, 1, 1)``, as from `moving`.
     """
-    everywhere = holds(moved > 0)
     if beta2 == 1:
-        memory.add_(seen if everywhere else seen * moved)
+        memory.add_(seen if holds(moved > 0) else seen * moved)
     else:
-        memory.lerp_(seen, 1 - beta2 if everywhere else (1 - beta2) * moved)
+        blend(memory, seen, 1 - beta2, moved > 0)
 
 
 def count(weight: Tensor, beta: float, moved: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.masks import choose, holds
+from asgo.masks import blend, choose
 from asgo.matmul import gram, times
 from asgo.structures.base import Algebra
 
@@ -78,7 +78,7 @@ class OneSided(Algebra):
             state["gram"].add_(measurement)
         else:
             moved = measurement.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] > 0
-            state["gram"].lerp_(measurement, 1 - beta2 if holds(moved) else (1 - beta2) * moved.to(measurement.dtype))
+            blend(state["gram"], measurement, 1 - beta2, moved)
 
     def refresh(self, state: State, root: Root, eps: float) -> Tensor:
         """A new root of the gram where it can be computed."""
@@ -95,8 +95,7 @@ class OneSided(Algebra):
             return result
         square = result.square().mean(1 if left else 2, keepdim=True)
         moved = square.sum((1, 2), keepdim=True) > 0
-        weight = 1 - CROSS_DECAY if holds(moved) else (1 - CROSS_DECAY) * moved.to(square.dtype)
-        state["cross"].lerp_(square, weight)
+        blend(state["cross"], square, 1 - CROSS_DECAY, moved)
         return result.mul_(state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt())
 
     def cost(self, m: int, n: int) -> float:
