@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from asgo import checkpoint
 from asgo.lab.batches import DataConfig
@@ -47,13 +46,6 @@ WORDS = [
     "to",
     "suffer",
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps precision and device for the whole process; each test here begins anew."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

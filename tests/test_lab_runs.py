@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
@@ -177,13 +176,6 @@ def test_llama_in_bf16(config):
         schedule=ScheduleConfig(kind="constant"),
     )
     assert train(config)["status"] == "finished"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps precision and device for the whole process; each test here begins anew."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # ---- stop, kill, starve, and go on ------------------------------------------------------------------
