@@ -434,14 +434,6 @@ def test_a_resting_matrix_does_not_enlarge_the_others():
     assert not experts[[0, 1, 3]].any()
 
 
-def test_sharded_matrices_are_refused():
-    class Sharded(nn.Parameter):
-        placements = ("Shard(dim=0)",)
-
-    with pytest.raises(TypeError, match=r"'w' \(4, 3\) is sharded .* Use DistributedDataParallel"):
-        ASGO([{"params": [("w", Sharded(torch.randn(4, 3)))], "view": MATRIX}])
-
-
 def test_a_failed_root_keeps_the_last_good_one_and_is_counted(monkeypatch):
     net, x, y = problem()
     optimizer = ASGO(net.named_parameters())

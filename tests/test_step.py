@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import asgo
 from asgo import ASGO, buckets, eigen, matmul, route
-from asgo.buckets import turns
+from asgo.distributed.work import turns, turns_of
 from asgo.masks import choose, holds
 from asgo.roots import ROOTS
 from asgo.views import MATRIX, TRANSPOSED, heads
@@ -118,7 +118,7 @@ def test_no_step_has_much_more_roots_than_the_median_step(interval, per_head):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     optimizer = ASGO(route(model, per_head=per_head), precondition_frequency=interval)
     load = [0.0] * interval
-    turn_of = optimizer._turns(interval)
+    turn_of = turns_of(optimizer.param_groups, optimizer.structure, interval)
     for group in optimizer.param_groups:
         view = asgo.View.of(group["view"])
         for param in group["params"] if view else []:

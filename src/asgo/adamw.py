@@ -6,7 +6,7 @@ The arithmetic is `torch.optim.AdamW`'s own ("Decoupled Weight Decay Regularizat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,33 +29,55 @@ def init(like: Tensor, dtype: torch.dtype) -> State:
     }
 
 
-def adamw(params: Sequence[Tensor], states: Sequence[State], group: dict[str, Any]) -> None:
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    group: dict[str, Any],
+    agree: Callable[[Tensor, Sequence[int]], Tensor] = lambda flags, of: flags,
+) -> None:
     """One step of AdamW on parameters that have gradients, in place.
 
     Parameters of lower precision than their state are updated in the state's precision and rounded once. Where a
     gradient is not finite, all of the call on that device rest, and the failure is counted for its parameter;
     the device is not waited for.
+
+    Args:
+        params: what this rank holds of them.
+        grads: likewise.
+        states: their states.
+        group: with the hyperparameters.
+        agree: given one flag for each of some parameters and their places, which of them hold on every rank that has
+            entries of the parameter.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, State]]] = {}
-    for param, state in zip(params, states, strict=True):
-        kinds.setdefault((param.device, state["exp_avg"].dtype), []).append((param, state))
-    for (device, dtype), members in kinds.items():
-        _alike([param for param, _ in members], [state for _, state in members], group, device, dtype)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (param, state) in enumerate(zip(params, states, strict=True)):
+        kinds.setdefault((param.device, state["exp_avg"].dtype), []).append(i)
+    for (device, dtype), some in kinds.items():
+        work = [params[i].to(dtype) for i in some]  # itself where it has that dtype
+        alike = [_in_order(grads[i], of) for i, of in zip(some, work, strict=True)]
+        finite = agree(torch.stack(torch._foreach_norm(alike)).isfinite(), some)
+        _alike(work, alike, [states[i] for i in some], finite, group, device)
+        for i, updated in zip(some, work, strict=True):
+            if updated is not params[i]:
+                params[i].copy_(updated)
 
 
 def _alike(
-    params: list[Tensor], states: list[State], group: dict[str, Any], device: torch.device, dtype: torch.dtype
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+    finite: Tensor,
+    group: dict[str, Any],
+    device: torch.device,
 ) -> None:
-    """The step for parameters of one device whose state has one precision."""
-    work = [param.to(dtype) for param in params]  # itself where it has that dtype
-    grads = [_in_order(param.grad, of) for param, of in zip(params, work, strict=True)]  # pyright: ignore[reportArgumentType]
-    finite = torch.stack(torch._foreach_norm(grads)).isfinite()
+    """The step for parameters of one device in the precision of their state."""
     torch._foreach_add_([state["failures"] for state in states], list((~finite).long().unbind()))
     fused = device.type in (*_get_fused_kernels_supported_devices(), "meta")
     if not fused:
         grads = [torch.where(finite.all(), grad, 0) for grad in grads]
     torch_adamw(
-        work,
+        params,
         grads,
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
@@ -71,9 +93,6 @@ def _alike(
         eps=group["eps"],
         maximize=group["maximize"],
     )
-    for param, updated in zip(params, work, strict=True):
-        if updated is not param:
-            param.copy_(updated)
 
 
 def _in_order(grad: Tensor, like: Tensor) -> Tensor:

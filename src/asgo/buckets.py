@@ -7,13 +7,16 @@ is one tensor per key; what stands in ``optimizer.state[p]`` are views into it, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
+from asgo.distributed.groups import Wait
+from asgo.distributed.placement import Placement, gradient, keeps, local
+from asgo.state import part_key, state_dtype
 from asgo.structures import Structure
 from asgo.views import View
 
@@ -23,49 +26,60 @@ be given back to the system and cleared anew every step (glibc's threshold is 32
 of 5, 10, 20 and 32 MiB, 20 was the fastest for GPT-2's shapes."""
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The precision of a parameter's state: float64 for float64, else float32."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def part_key(key: str, part: int) -> str:
-    """The name in ``optimizer.state[p]`` of a key of one part: bare for the first, ``gram.1`` for the second."""
-    return key if part == 0 else f"{key}.{part}"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
-    """One part of one parameter, and the step (modulo the refresh interval) on which its turn comes."""
+    """One part of one parameter.
+
+    Args:
+        param: the parameter.
+        view: through which all of it is read.
+        part: the number of the part.
+        turn: the step (modulo the refresh interval) on which its turn comes.
+        placement: where the parameter's entries are.
+        owner: the place in the placement's ranks of the one that refreshes its roots; None: all do.
+    """
 
     param: Tensor
+    view: View
     part: int
     turn: int
+    placement: Placement
+    owner: int | None
+
+    @property
+    def mine(self) -> bool:
+        """Whether this rank refreshes its roots."""
+        return self.owner is None or self.owner == self.placement.me
 
 
 class Bucket:
     """Parts of parameters whose stacks have one shape ``(b, m, n)``, pattern, dtype and device.
 
+    What travels between ranks begins in `gather`, `share` and `add`; each answers how to wait for it, or None.
+
     Args:
-        view: the view through which all members are read.
-        slices: ``b``, the number of matrices of each member.
-        members: in the order in which their matrices stand in the bucket's stack.
-        states: the states of the members' parameters; their tensors are rebound to views into the bucket's.
+        everyone: the parts, in the order in which their matrices stand in the bucket's stack.
+        states: the states of their parameters; their tensors are rebound to views into the bucket's.
         keys: the keys of a part's state.
     """
 
-    def __init__(
-        self, view: View, slices: int, members: Sequence[Member], states: Sequence[State], keys: Sequence[str]
-    ) -> None:
-        self.view, self.slices, self.members = view, slices, list(members)
-        self.part = self.members[0].part  # the others are read by the same pattern
-        self.shape = view.cut(self.members[0].param)[self.part].shape
+    def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+        first, self.everyone = everyone[0], list(everyone)
+        self.part, self.placement = first.part, first.placement  # the others are read by the same pattern
+        self.view: View = first.placement.view  # pyright: ignore[reportAttributeAccessIssue]
+        self.members = [member for member in everyone if keeps(member.placement, member.owner)]
+        whole = tuple(first.param.shape) if first.placement.kind == "owned" else tuple(local(first.param).shape)
+        self.shape = self.view.cut(torch.empty(whole, device="meta"))[self.part].shape  # all have the same
+        self.slices = self.view.shapes(whole)[self.part][0]
+        self.dtype = state_dtype(first.param)
         self.state: State = {}
         self._bound: list[tuple[State, str, Tensor]] = []
-        for key in keys:
-            names = [part_key(key, member.part) for member in members]
-            tensors = [state[name] for state, name in zip(states, names, strict=True)]
+        kept = [state for m, state in zip(everyone, states, strict=True) if keeps(m.placement, m.owner)]
+        for key in keys if kept else ():
+            names = [part_key(key, member.part) for member in self.members]
+            tensors = [state[name] for state, name in zip(kept, names, strict=True)]
             self.state[key] = self._joined(tensors) if key == "exp_avg" else _cat(tensors)
-            for state, name, rows in zip(states, names, self.state[key].split(slices), strict=True):
+            for state, name, rows in zip(kept, names, self.state[key].split(self.slices), strict=True):
                 state[name] = rows
                 self._bound.append((state, name, rows))
 
@@ -73,28 +87,46 @@ class Bucket:
         """Whether the states still hold this bucket's tensors: false once somebody put others there."""
         return all(state.get(name) is rows for state, name, rows in self._bound)
 
-    def gradients(self, dtype: torch.dtype) -> Stack:
-        """The members' gradients as one stack: a copy, but for a single member of that dtype."""
-        return self.view.stack_all(self.part, self._parts([m.param.grad for m in self.members])).to(dtype)  # pyright: ignore[reportArgumentType]
+    def gather(self) -> Wait | None:
+        """Start to bring the gradients of the members here: they are."""
+        return None
 
-    def add(self, update: Stack, decay: float | Tensor) -> None:
-        """Multiply the members by `decay`, then add the update to them, in place."""
-        targets = self._parts([member.param for member in self.members])
-        torch._foreach_mul_(targets, decay)
-        sources = self.view.unstack_all(self.part, update, self.shape, len(targets))
-        torch._foreach_add_(targets, list(sources))
+    def gradients(self) -> Stack:
+        """The members' gradients as one stack: a copy, but for a single member of the state's dtype."""
+        return self.view.stack_all(self.part, self._parts([gradient(m.param) for m in self.members])).to(self.dtype)
 
     def rows(self, due: Callable[[Member], bool]) -> list[slice]:
-        """The runs of matrices whose members are due, as few and long as possible."""
+        """The runs of matrices that this rank refreshes and that are due, as few and long as possible."""
         runs: list[slice] = []
         for i, member in enumerate(self.members):
             start, stop = i * self.slices, (i + 1) * self.slices
-            if not due(member):
+            if not (member.mine and due(member)):
                 continue
             if runs and runs[-1].stop == start:
                 start = runs.pop().start
             runs.append(slice(start, stop))
         return runs
+
+    def share(self, due: Callable[[Member], bool], keys: Sequence[str]) -> Wait | None:
+        """Start to bring what other ranks have refreshed here: nothing."""
+        return None
+
+    def everywhere(self, norms: Tensor) -> Tensor:
+        """The norms ``(members, slices)`` of all matrices of every member, wherever they are."""
+        return norms
+
+    def add(self, update: Stack | None, decay: float | Tensor) -> Wait | None:
+        """Multiply the members by `decay`, then add the update to them, in place."""
+        targets = self._parts([local(member.param) for member in self.members])
+        torch._foreach_mul_(targets, decay)
+        torch._foreach_add_(targets, self._pieces(update))
+        return None
+
+    def _pieces(self, update: Stack | None) -> list[Tensor]:
+        """The update of every member, in the shape of its part."""
+        if update is None:
+            return []
+        return list(self.view.unstack_all(self.part, update, self.shape, len(self.members)))
 
     def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [self.view.cut(x)[m.part] for x, m in zip(tensors, self.members, strict=True)]
@@ -109,58 +141,43 @@ def _cat(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def init_state(param: Tensor, view: View, structure: Structure) -> State:
-    """The state of a parameter before its first step, part by part: momentum, the structure's own, failures."""
-    dtype, state = state_dtype(param), {}
-    for part, piece in enumerate(view.cut(param)):
-        momentum = view.stack(part, torch.zeros(piece.shape, dtype=dtype, device=param.device))
-        own = {"exp_avg": momentum} | structure.init(momentum)
-        own["failures"] = torch.zeros(len(momentum), dtype=torch.int64, device=param.device)
-        state |= {part_key(key, part): tensor for key, tensor in own.items()}
-    return state
-
-
-def turns(costs: Sequence[float], interval: int) -> list[int]:
-    """A step in ``[0, interval)`` for each cost so that all steps carry about the same (greedy, dearest first)."""
-    load = [0.0] * interval
-    result = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        result[i] = load.index(min(load))
-        load[result[i]] += costs[i]
-    return result
-
-
 def make_buckets(
-    params: Sequence[Tensor],
-    states: Sequence[State],
-    view: View,
+    members: Sequence[Member],
     structure: Structure,
-    turn_of: dict[tuple[Tensor, int], int],
+    states: Mapping[Tensor, State],
+    kinds: Mapping[str, type[Bucket]],
 ) -> list[Bucket]:
-    """Sort the parts of parameters with gradients into buckets of one shape, pattern, dtype and device.
+    """Sort parts of parameters into buckets of one shape, pattern, dtype and device, alike on all ranks.
 
-    A bucket's stack has at most `BUCKET_BYTES`, or one member. Members of one turn stand side by side.
+    A bucket's stack has at most `BUCKET_BYTES`, or one member. Members of one turn stand side by side; those of one
+    owner too, and then every bucket has some of each owner, so that no rank waits for another's bucket.
     """
-    kinds: dict[tuple[object, ...], list[tuple[Member, State]]] = {}
-    for param, state in zip(params, states, strict=True):
-        for part, (piece, shape) in enumerate(zip(view.cut(param), view.shapes(param.shape), strict=True)):
-            if 0 not in shape:
-                key = (shape, view.pattern_of(part), piece.shape, state_dtype(param), param.device)
-                kinds.setdefault(key, []).append((Member(param, part, turn_of[param, part]), state))
+    sorts: dict[tuple[object, ...], list[Member]] = {}
+    for member in members:
+        param, where, shape = member.param, member.placement, tuple(member.param.shape)
+        stack = member.view.shapes(shape)[member.part]
+        if 0 not in stack:
+            piece = tuple(member.view.cut(torch.empty(shape, device="meta"))[member.part].shape)
+            pattern = member.view.pattern_of(member.part)
+            key = (stack, pattern, piece, state_dtype(param), param.device, where.kind, where.ranks)
+            if where.ranks:
+                key = (*key, param.dtype, where.boxes if where.kind == "aligned" else ())
+            sorts.setdefault(key, []).append(member)
     keys = ["exp_avg", *structure.init(torch.empty(1, 1, 1)), "failures"]
     buckets = []
-    for pairs in kinds.values():
-        pairs.sort(key=lambda pair: pair[0].turn)
-        stack = view.shapes(pairs[0][0].param.shape)[pairs[0][0].part]
-        for some in _batches(pairs, math.prod(stack)):
-            buckets.append(Bucket(view, stack[0], [m for m, _ in some], [s for _, s in some], keys))
+    for (stack, *_), alike in sorts.items():
+        for some in _batches(alike, math.prod(stack)):  # pyright: ignore[reportArgumentType]
+            buckets.append(kinds[some[0].placement.kind](some, [states[member.param] for member in some], keys))
     return buckets
 
 
-def _batches(pairs: list[tuple[Member, State]], numel: int) -> list[list[tuple[Member, State]]]:
+def _batches(members: list[Member], numel: int) -> list[list[Member]]:
     """As even as possible, each within `BUCKET_BYTES`."""
-    param = pairs[0][0].param
+    param = members[0].param
     limit = BUCKET_BYTES.get(param.device.type, BUCKET_BYTES["other"])
     most = max(1, limit // (numel * state_dtype(param).itemsize))
-    count = -(-len(pairs) // most)
-    return [pairs[len(pairs) * i // count : len(pairs) * (i + 1) // count] for i in range(count)]
+    count = -(-len(members) // most)
+    members = sorted(members, key=lambda member: (-1 if member.owner is None else member.owner, member.turn))
+    if members[0].owner is not None:
+        return [members[i::count] for i in range(count)]
+    return [members[len(members) * i // count : len(members) * (i + 1) // count] for i in range(count)]

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from asgo import adamw, settings
-from asgo._types import State
-from asgo.buckets import Bucket, Member, init_state, make_buckets, state_dtype, turns
+from asgo._types import Stack, State
+from asgo.buckets import Bucket, Member, make_buckets
+from asgo.distributed.buckets import KINDS, interleave
+from asgo.distributed.groups import Wait, agree
+from asgo.distributed.placement import entries_of, gradient, local
+from asgo.distributed.state import assign, export
+from asgo.distributed.work import Division, spread, turns_of
 from asgo.masks import blend, choose
 from asgo.matmul import exact_matmul
 from asgo.roots import ROOTS
 from asgo.scaling import SCALINGS
+from asgo.state import follow, init_state
 from asgo.structures import Structure
 from asgo.views import View, default_view
 
@@ -49,7 +56,9 @@ class StructuredOptimizer(Optimizer, ABC):
         settings.check_ordered(params)
         settings.check(type(self).__name__, defaults)
         self._buckets: dict[int, tuple[object, list[Bucket]]] = {}
+        self._division = Division()
         super().__init__(params, defaults)
+        self._begin()
 
     @abstractmethod
     def structure(self, group: dict[str, Any]) -> Structure:
@@ -85,21 +94,63 @@ class StructuredOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         settings.refuse_sparse(self)
+        waits: list[Wait] = []
+        tasks: list[Iterator[None]] = []
         for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if group["view"] is None:
-                adamw.adamw(params, [self._state_of(p, group) for p in params], group)
+                waits += self._update_entries(params, group)
                 continue
             if params:
                 torch._foreach_add_([self.state[p]["step"] for p in params], 1)
-            for bucket in self._group_buckets(index, group, params):
-                self._update(bucket, group)
+            tasks += [self._update(bucket, group) for bucket in self._group_buckets(index, group, params)]
+        interleave(tasks)
+        for wait in waits:
+            wait()
         return loss
 
-    def _update(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        structure, (beta1, beta2) = self.structure(group), group["betas"]
-        state, momentum = bucket.state, bucket.state["exp_avg"]
-        grad = bucket.gradients(momentum.dtype)
+    def _update_entries(self, params: list[Tensor], group: dict[str, Any]) -> list[Wait]:
+        """AdamW on what this rank holds, or is to update, of parameters without a view."""
+        where = [self._division.placement(p, None) for p in params]
+        held, grads = (
+            [entries_of(p, at, of(p)) for p, at in zip(params, where, strict=True)] for of in (local, gradient)
+        )
+        states = [self._state_of(p, group) for p in params]
+        adamw.adamw(held, grads, states, group, lambda flags, of: agree(flags, [where[i].ranks for i in of]))
+        return spread(params, where)
+
+    def _update(self, bucket: Bucket, group: dict[str, Any]) -> Iterator[None]:
+        """The step of a bucket. It yields where something is under way between ranks, for others to use the time."""
+        structure, update = self.structure(group), None
+
+        def due(member: Member) -> bool:
+            return self._is_due(member, group)
+
+        coming = bucket.gather()
+        if coming is not None:
+            yield
+            coming()
+        direction = self._learn(bucket, group, structure, due) if bucket.members else None
+        coming = bucket.share(due, structure.derived)
+        if coming is not None:
+            yield
+            coming()
+        if direction is not None:
+            with exact_matmul(direction.device):
+                update = structure.precondition(bucket.state, direction)
+            size = SCALINGS[group["adjust_lr"]](update, bucket.slices, bucket.everywhere) * -group["lr"]
+            update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
+        coming = bucket.add(update, 1 - group["lr"] * group["weight_decay"])
+        if coming is not None:
+            yield
+            coming()
+
+    def _learn(
+        self, bucket: Bucket, group: dict[str, Any], structure: Structure, due: Callable[[Member], bool]
+    ) -> Stack:
+        """Momentum, measure, fold and refresh; what to precondition."""
+        (beta1, beta2), state, momentum = group["betas"], bucket.state, bucket.state["exp_avg"]
+        grad = bucket.gradients()
         norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
         moved = norm.isfinite() & (norm > 0)
         grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
@@ -111,13 +162,10 @@ class StructuredOptimizer(Optimizer, ABC):
 
         with exact_matmul(grad.device):
             structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
-            for rows in bucket.rows(lambda member: self._is_due(member, group)):
-                due = {key: tensor[rows] for key, tensor in state.items()}
-                due["failures"] += ~structure.refresh(due, ROOTS[group["root"]], group["eps"])
-            update = structure.precondition(state, direction)
-        size = SCALINGS[group["adjust_lr"]](update, bucket.slices) * -group["lr"]
-        update = update * size if update is momentum else update.mul_(size)
-        bucket.add(update, 1 - group["lr"] * group["weight_decay"])
+            for rows in bucket.rows(due):
+                some = {key: tensor[rows] for key, tensor in state.items()}
+                some["failures"] += ~structure.refresh(some, ROOTS[group["root"]], group["eps"])
+        return direction
 
     def _is_due(self, member: Member, group: dict[str, Any]) -> bool:
         interval = group["precondition_frequency"]
@@ -141,10 +189,33 @@ class StructuredOptimizer(Optimizer, ABC):
         """Put all state back to what it was before the first step, except for the counts of failures."""
         for group in self.param_groups:
             for param in group["params"]:
-                fresh = self._init_state(param, View.of(group["view"]), group)
+                fresh = self._init_state(param, group)
                 state = self._state_of(param, group)
                 for key in fresh.keys() - {key for key in fresh if key.startswith("failures")}:
                     state[key].copy_(fresh[key])
+
+    def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
+        """From now on share the work on parameters that every rank holds whole, as `DistributedDataParallel` leaves them.
+
+        Ranks divide the roots among them by cost and send each other the results while they work on others; the state
+        is whole on every rank. With `shard_state` (ZeRO-1) one rank alone keeps the state of a matrix and sends its
+        update, and AdamW's state is divided by rows. Parameters, gradients and calls must be the same on all ranks.
+        Sharded parameters (FSDP2, tensor parallel) need no call: their placements say it all.
+
+        Args:
+            process_group: the ranks; None: all.
+            shard_state: whether to divide the state too. What was seen before is kept.
+
+        Raises:
+            ValueError: called twice.
+            RuntimeError: `torch.distributed` is not initialized.
+        """
+        self._division.share(type(self).__name__, process_group, shard_state)
+        self._division.divide(self.param_groups, self.structure)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._division.keep_own(self.state[param], param, View.of(group["view"]))
+        self._buckets = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked before anything changes; without a ``view`` it is split by number of axes.
@@ -167,8 +238,28 @@ class StructuredOptimizer(Optimizer, ABC):
                     del group[key]
             else:
                 group.update({key: value for key, value in self.loop.items() if key not in self.defaults})
+        if self._division.begun:
+            self._begin()
+
+    def _begin(self) -> None:
+        """State of the parameters that have none, once all groups of a call are known: work is divided among them."""
+        self._division.divide(self.param_groups, self.structure)
+        for group in self.param_groups:
             for param in group["params"]:
-                self.state[param] = self._init_state(param, View.of(group["view"]), group)
+                if param not in self.state:
+                    self.state[param] = self._init_state(param, group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of every `torch.optim.Optimizer`, with the same keys and shapes on every rank whatever it keeps.
+
+        Of what is spread over ranks, tensors are `DTensor`, placed like the parameter or on the one rank that keeps
+        them, as `torch.distributed.checkpoint` takes them.
+        """
+        packed = super().state_dict()
+        for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):
+            for param, i in zip(group["params"], saved["params"], strict=True):
+                packed["state"][i] = self._exported(param, View.of(group["view"]))
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, keeping the precision of the state (torch alone would cast fp32 statistics
@@ -177,70 +268,51 @@ class StructuredOptimizer(Optimizer, ABC):
         Raises:
             ValueError: state of another optimizer, model or view; nothing has changed then.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
         settings.check_state(self, state_dict)
-        own = [self.state[p] for p in params]
+        own, exported = dict(self.state), self.state_dict()["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        super().load_state_dict(state_dict)
-        for param, state, i in zip(params, own, ids, strict=True):
-            for key, tensor in state.items():
-                tensor.copy_(state_dict["state"][i][key])
-            self.state[param] = state
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(own)
+        with torch.no_grad():
+            for place, i in enumerate(ids):
+                assign(exported[place], state_dict["state"][i])
 
     def __getstate__(self) -> dict[str, Any]:
         # Compact copies: a view into a bucket would drag the whole bucket along, once per parameter.
         state = super().__getstate__()
         compact = {p: {key: t.clone() for key, t in own.items()} for p, own in self.state.items()}
-        return {**state, "state": type(self.state)(dict, compact)}
+        return {**state, "_division": self._division, "state": type(self.state)(dict, compact)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = {}
 
-    def _init_state(self, param: Tensor, view: View | None, group: dict[str, Any]) -> State:
-        dtype = state_dtype(param)
-        step = {"step": torch.zeros((), device=_device_of_step(param, group))}
-        if view is None:
-            return step | adamw.init(param, dtype)
-        return step | init_state(param, view, self.structure(group))
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        view = View.of(group["view"])
+        structure = None if view is None else self.structure(group)
+        where, owners = self._division.placement(param, view), self._division.owners(param, view)
+        return init_state(param, where, owners, structure, _steps_on_host(group))
 
     def _group_buckets(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Bucket]:
         """The buckets of the parameters that have gradients now; remade when those or their state change."""
         signature = (group["precondition_frequency"], [(id(p), p.device, p.dtype) for p in params])
         known, buckets = self._buckets.get(index, (None, []))
         if known != signature or not all(bucket.is_bound() for bucket in buckets):
-            view, structure = View.of(group["view"]), self.structure(group)
-            if view is None:
-                return []
-            turn_of = self._turns(group["precondition_frequency"])
-            buckets = make_buckets(params, [self._state_of(p, group) for p in params], view, structure, turn_of)
+            turn_of = turns_of(self.param_groups, self.structure, group["precondition_frequency"])
+            members = self._division.members(params, View.of(group["view"]), turn_of)
+            states = {param: self._state_of(param, group) for param in params}
+            buckets = make_buckets(members, self.structure(group), states, KINDS)
             self._buckets[index] = (signature, buckets)
         return buckets
 
-    def _turns(self, interval: int) -> dict[tuple[Tensor, int], int]:
-        """The step (modulo the interval) of every part of all groups of that interval, so that steps cost alike."""
-        costs: dict[tuple[Tensor, int], float] = {}
-        for group in self.param_groups:
-            view = View.of(group["view"])
-            if view is not None and group["precondition_frequency"] == interval:
-                structure = self.structure(group)
-                for param in group["params"]:
-                    for part, (b, m, n) in enumerate(view.shapes(param.shape)):
-                        costs[param, part] = b * structure.cost(m, n)
-        return dict(zip(costs, turns(list(costs.values()), interval), strict=True))
-
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> State:
-        """The state of a parameter, moved to where the parameter is now (models move after construction)."""
-        state, dtype = self.state[param], state_dtype(param)
-        if state["exp_avg"].device != param.device or state["exp_avg"].dtype != dtype:
-            for key, tensor in state.items():
-                if key == "step":
-                    state[key] = tensor.to(_device_of_step(param, group))
-                else:
-                    state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
-        return state
+        return follow(self.state[param], param, _steps_on_host(group))
+
+    def _exported(self, param: Tensor, view: View | None) -> State:
+        where, owners = self._division.placement(param, view), self._division.owners(param, view)
+        return export(self.state[param], param, where, owners)
 
 
-def _device_of_step(param: Tensor, group: dict[str, Any]) -> torch.device:
-    """On the host, which reads it to know whose turn it is; the fused AdamW and a captured graph read it on device."""
-    return param.device if group["view"] is None or group["capturable"] else torch.device("cpu")
+def _steps_on_host(group: dict[str, Any]) -> bool:
+    """The host reads steps to know whose turn it is; the fused AdamW and a captured graph read them on the device."""
+    return group["view"] is not None and not group["capturable"]

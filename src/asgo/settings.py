@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo.adamw import DEFAULTS as ADAMW_DEFAULTS
+from asgo.distributed.placement import find
 from asgo.roots import ROOTS, check_eps
 from asgo.scaling import SCALINGS
 from asgo.views import View
@@ -164,12 +165,13 @@ def check_group(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any],
     seen = {id(param) for param in taken}
     for i, member in enumerate(group["params"]):
         param, name = _tensor(member), member[0] if isinstance(member, tuple) else f"parameter {len(taken) + i}"
-        _check_param(f"{who}: {name!r} {tuple(param.shape)}", param, view)
+        _check_param(f"{who}: {name!r} {tuple(param.shape)}", param)
         if id(param) in seen:
             raise ValueError(f"{who}: {name!r} {tuple(param.shape)} is given twice; pass every parameter once.")
         seen.add(id(param))
         if view is not None:
             view.check(name, param.shape)
+        find(param, view, f"{who}: {name!r} {tuple(param.shape)}")
 
 
 def _check_together(who: str, values: Mapping[str, Any]) -> None:
@@ -184,16 +186,11 @@ def _check_together(who: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def _check_param(what: str, param: Tensor, view: View | None) -> None:
+def _check_param(what: str, param: Tensor) -> None:
     if not param.is_floating_point():
         raise TypeError(
             f"{what} is {param.dtype}; parameters must be real floating point. Optimize the real and imaginary "
             "parts (torch.view_as_real) or leave it out."
-        )
-    if view is not None and hasattr(param, "placements"):
-        raise TypeError(
-            f"{what} is sharded ({param.placements}); matrices must be whole on every rank. Use "  # pyright: ignore
-            "DistributedDataParallel, or give sharded parameters to a group with view=None (AdamW)."
         )
 
 
@@ -206,7 +203,7 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
             f"of {[len(g['params']) for g in optimizer.param_groups]}. Build it with the same groups, or load by "
             "name with asgo.checkpoint.load_named_state_dict."
         )
-    names = names_of(optimizer)
+    names, own, place = names_of(optimizer), optimizer.state_dict()["state"], 0
     for old, group in zip(saved, optimizer.param_groups, strict=True):
         if (set(group) & set(optimizer.defaults)) - set(old) or old.get("view") != group["view"]:
             raise ValueError(
@@ -214,7 +211,8 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
                 "hyperparameters: it is of another optimizer. Build this one as the saved one was built."
             )
         for i, param in zip(old["params"], group["params"], strict=True):
-            check_tensors(who, names[param], state_dict["state"].get(i, {}), optimizer.state[param])
+            check_tensors(who, names[param], state_dict["state"].get(i, {}), own[place])
+            place += 1
 
 
 def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:

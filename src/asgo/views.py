@@ -104,12 +104,12 @@ class View:
     def stack(self, part: int, x: Tensor) -> Tensor:
         """Part number `part`, read as ``(b, m, n)``; shares memory with `x` where strides allow."""
         pattern = self.pattern_of(part)
-        return rearrange(x, pattern, **_lengths(pattern.split("->")[0], tuple(x.shape), self._sizes))
+        return rearrange(x, pattern, **lengths(pattern.split("->")[0], tuple(x.shape), self._sizes))
 
     def unstack(self, part: int, stack: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `stack` for a part of the given shape."""
         source, target = self.pattern_of(part).split("->")
-        return rearrange(stack, f"{target} -> {source}", **_lengths(source, tuple(shape), self._sizes))
+        return rearrange(stack, f"{target} -> {source}", **lengths(source, tuple(shape), self._sizes))
 
     def stack_all(self, part: int, xs: Sequence[Tensor]) -> Tensor:
         """Part number `part` of several parameters, equal in shape, read as one stack ``(len(xs) b, m, n)``.
@@ -119,13 +119,13 @@ class View:
         if len(xs) == 1:
             return self.stack(part, xs[0])
         source, target = self._joint(part)
-        sizes = _lengths(self.pattern_of(part).split("->")[0], tuple(xs[0].shape), self._sizes)
+        sizes = lengths(self.pattern_of(part).split("->")[0], tuple(xs[0].shape), self._sizes)
         return rearrange(torch.stack(list(xs)), f"{source} -> {target}", **sizes)
 
     def unstack_all(self, part: int, stack: Tensor, shape: Sequence[int], count: int) -> Sequence[Tensor]:
         """The inverse of `stack_all` for `count` parts of the given shape."""
         source, target = self._joint(part)
-        sizes = _lengths(self.pattern_of(part).split("->")[0], tuple(shape), self._sizes)
+        sizes = lengths(self.pattern_of(part).split("->")[0], tuple(shape), self._sizes)
         return rearrange(stack, f"{target} -> {source}", **{JOINT: count, **sizes}).unbind()
 
     def matrices(self, x: Tensor) -> list[Tensor]:
@@ -172,7 +172,7 @@ class View:
     def _joint(self, part: int) -> tuple[str, str]:
         """Both sides of the pattern for several parameters: a new first axis, merged into the stack's first."""
         source, target = self.pattern_of(part).split("->")
-        first, *rest = (match[1] if match[1] is not None else match[2] for match in _AXIS.finditer(target))
+        first, *rest = map(" ".join, axes_of(target))
         return f"{JOINT} {source}", f"({JOINT} {first}) {' '.join(f'({axes})' for axes in rest)}"
 
     def pattern_of(self, part: int) -> str:
@@ -198,15 +198,18 @@ def _shapes(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], .
     return tuple(stacks)  # pyright: ignore[reportReturnType]
 
 
+def axes_of(side: str) -> list[list[str]]:
+    """The names within every axis of one side of a pattern."""
+    return [(match[1] if match[1] is not None else match[2]).split() for match in _AXIS.finditer(side)]
+
+
 @lru_cache(maxsize=4096)
-def _lengths(source: str, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
+def lengths(source: str, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> dict[str, int]:
     """The length of every named axis on the left of a pattern, for a part of this shape."""
-    axes = [(match[1] if match[1] is not None else match[2]).split() for match in _AXIS.finditer(source)]
-    if len(axes) != len(shape):
-        raise ValueError(f"the pattern reads {len(axes)} axes, the parameter has {len(shape)}")
-    known = dict(sizes)
-    lengths: dict[str, int] = {}
-    for names, length in zip(axes, shape, strict=True):
+    if len(axes_of(source)) != len(shape):
+        raise ValueError(f"the pattern reads {len(axes_of(source))} axes, the parameter has {len(shape)}")
+    known, found = dict(sizes), {}
+    for names, length in zip(axes_of(source), shape, strict=True):
         named = [name for name in names if not name.isdigit()]
         free = [name for name in named if name not in known]
         product = math.prod(known[name] for name in named if name in known)
@@ -215,8 +218,8 @@ def _lengths(source: str, shape: tuple[int, ...], sizes: tuple[tuple[str, int], 
         if product == 0 or (free and length % product) or (not free and named and length != product):
             relation = "a multiple of" if free else "equal to"
             raise ValueError(f"{length} is not {relation} {product}")
-        lengths.update({name: known.get(name, length // product) for name in named})
-    return lengths
+        found |= {name: known.get(name, length // product) for name in named}
+    return found
 
 
 def _fallback(ndim: int) -> str:

@@ -26,6 +26,11 @@ class Structure(ABC):
     def additive_rows(self, m: int, n: int) -> bool:
         """Whether measurements of row shards of an ``m x n`` matrix add up to the measurement of the whole."""
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The keys of the state that `refresh` makes of the others: what ranks that share its work must send."""
+        return ()
+
     @abstractmethod
     def init(self, like: Stack) -> State:
         """The state before the first gradient, in the dtype and on the device of `like`; the statistic first."""

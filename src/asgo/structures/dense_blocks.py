@@ -53,6 +53,11 @@ class DenseBlocks(Algebra):
         size = min(self.size, m)
         return n * math.ceil(m / max(size, 1)), size
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """What the memory alone determines."""
+        return ("root", "root_age")
+
     def init(self, like: Stack) -> State:
         """Zero statistics and identities as roots."""
         b, m, n = like.shape

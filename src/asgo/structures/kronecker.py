@@ -37,6 +37,11 @@ class Kronecker(Structure):
         """Rows of different shards meet in the left gram."""
         return False
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """What the memory alone determines."""
+        return ("left_root", "right_root")
+
     def init(self, like: Stack) -> State:
         """Zero statistics and identities as roots."""
         b, m, n = like.shape

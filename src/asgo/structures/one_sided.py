@@ -51,6 +51,11 @@ class OneSided(Algebra):
         """On the right: ``G^T G`` is a sum over rows, unless it is divided by their number."""
         return not self.left(m, n) and not self.mean
 
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """What the memory alone determines."""
+        return ("root",)
+
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
         b, m, n = like.shape

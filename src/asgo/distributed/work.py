@@ -1,0 +1,209 @@
+"""Who works on what: owners by balanced cost, and what all ranks do with parameters that have no view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from asgo._types import State
+from asgo.buckets import Member
+from asgo.distributed.groups import Wait, exchange, register
+from asgo.distributed.placement import Placement, find, keeps, local, on_all, whole, within
+from asgo.structures import Structure
+from asgo.views import View
+
+ROOT_PRODUCTS = 20.0
+"""Products of k x k matrices that a root counts for beside an owner's other work; only the balance depends on it."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One part of one parameter, as a piece of work.
+
+    Args:
+        cost: of all its matrices.
+        ranks: who may own it.
+        turn: the interval of its roots and the step on which they are due.
+        owner: the place of its owner among the ranks; None: not chosen yet.
+    """
+
+    cost: float
+    ranks: tuple[int, ...]
+    turn: tuple[int, int]
+    owner: int | None = None
+
+
+def cost(structure: Structure, kind: str, shape: tuple[int, int, int]) -> float:
+    """What an owner does for a stack ``(b, m, n)``: its roots, and all the rest where the state is the owner's too."""
+    b, m, n = shape
+    if kind == "shared":
+        return b * structure.cost(m, n)
+    return b * (ROOT_PRODUCTS * structure.cost(m, n) + structure.work(m, n) + m * n)
+
+
+def owners(units: Sequence[Unit]) -> list[int]:
+    """An owner for each unit: the dearest first, each to the rank that has least to do on its turn, then in all.
+
+    Those that have an owner keep it.
+    """
+    load: dict[Hashable, list[float]] = {}
+
+    def loads(unit: Unit) -> list[list[float]]:
+        return [load.setdefault(key, [0.0] * len(unit.ranks)) for key in ((unit.ranks, unit.turn), (unit.ranks, None))]
+
+    chosen = [-1 if unit.owner is None else unit.owner for unit in units]
+    for i in sorted(range(len(units)), key=lambda i: (units[i].owner is None, -units[i].cost)):
+        on_turn, in_all = loads(units[i])
+        if chosen[i] < 0:
+            chosen[i] = min(range(len(in_all)), key=lambda rank: (on_turn[rank], in_all[rank]))
+        for each in (on_turn, in_all):
+            each[chosen[i]] += units[i].cost
+    return chosen
+
+
+def spread(params: Sequence[Tensor], placements: Sequence[Placement]) -> list[Wait]:
+    """Start to bring the rows that other ranks have updated here, of parameters that all ranks hold whole."""
+    sorts: dict[tuple[object, ...], list[tuple[Tensor, Placement]]] = {}
+    for param, placement in zip(params, placements, strict=True):
+        if placement.rows:
+            key = (placement.ranks, param.dtype, param.device)
+            sorts.setdefault(key, []).append((local(param.detach()), placement))
+    waits = []
+    for alike in sorts.values():
+        like, where = alike[0]
+        rows = [
+            [param[within(placement.boxes[rank], whole(param))] for param, placement in alike]
+            for rank in range(len(where.ranks))
+        ]
+        outgoing = [rows[where.me] if rank != where.me else [] for rank in range(len(where.ranks))]
+        rows[where.me] = []
+        waits.append(exchange(where.ranks, where.me, outgoing, rows, like))
+    return waits
+
+
+def turns(costs: Sequence[float], interval: int) -> list[int]:
+    """A step in ``[0, interval)`` for each cost so that all steps carry about the same (greedy, dearest first)."""
+    load = [0.0] * interval
+    result = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        result[i] = load.index(min(load))
+        load[result[i]] += costs[i]
+    return result
+
+
+def turns_of(
+    groups: Sequence[dict[str, Any]], structure_of: Callable[[dict[str, Any]], Structure], interval: int
+) -> dict[tuple[Tensor, int], int]:
+    """The step (modulo the interval) of every part of all groups of that interval, so that steps cost alike."""
+    costs: dict[tuple[Tensor, int], float] = {}
+    for group in groups:
+        view = View.of(group["view"])
+        if view is not None and group["precondition_frequency"] == interval:
+            structure = structure_of(group)
+            for param in group["params"]:
+                for part, (b, m, n) in enumerate(view.shapes(param.shape)):
+                    costs[param, part] = b * structure.cost(m, n)
+    return dict(zip(costs, turns(list(costs.values()), interval), strict=True))
+
+
+class Division:
+    """Which rank does what for the parameters of one optimizer; plain data, so that optimizers can be copied.
+
+    Attributes:
+        begun: whether all groups of the optimizer's constructor are known.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+        self._owners: dict[Tensor, list[int]] = {}
+        self._placements: dict[Tensor, Placement] = {}
+        self._shared: tuple[tuple[int, ...], int, bool] | None = None
+
+    def placement(self, param: Tensor, view: View | None) -> Placement:
+        """Where the entries of a parameter are."""
+        if param not in self._placements:
+            found = find(param, view, "a parameter")
+            if found.kind == "alone" and self._shared is not None:
+                found = on_all(param, view, *self._shared)
+            self._placements[param] = found
+        return self._placements[param]
+
+    def owners(self, param: Tensor, view: View | None) -> Sequence[int | None]:
+        """The owner of every part, a place in the placement's ranks; None: nobody in particular."""
+        return self._owners.get(param) or [None] * (1 if view is None else view.parts)
+
+    def members(self, params: Sequence[Tensor], view: View, turn_of: Mapping[tuple[Tensor, int], int]) -> list[Member]:
+        """The parts of parameters of one view."""
+        return [
+            Member(param, view, part, turn_of[param, part], self.placement(param, view), owner)
+            for param in params
+            for part, owner in enumerate(self.owners(param, view))
+        ]
+
+    def divide(self, groups: Sequence[dict[str, Any]], structure_of: Callable[[dict[str, Any]], Structure]) -> None:
+        """Choose owners for parameters that should have some and have none yet.
+
+        Args:
+            groups: of the optimizer.
+            structure_of: gives the structure of a group.
+        """
+        self.begun = True
+        units: dict[tuple[Tensor, int], Unit] = {}
+        for group in groups:
+            view = View.of(group["view"])
+            if view is None or all(not self.placement(param, view).ranks for param in group["params"]):
+                continue
+            structure, interval = structure_of(group), group["precondition_frequency"]
+            turn_of = turns_of(groups, structure_of, interval)
+            for param in group["params"]:
+                kind, ranks = self.placement(param, view).kind, self.placement(param, view).ranks
+                if kind == "owned" or (kind == "shared" and structure.derived):
+                    known = self.owners(param, view)
+                    for part, shape in enumerate(view.shapes(param.shape)):
+                        price, turn = cost(structure, kind, shape), (interval, turn_of[param, part])
+                        units[param, part] = Unit(price, ranks, turn, known[part])
+        chosen: dict[Tensor, list[int]] = {}
+        for (param, _), owner in zip(units, owners(list(units.values())), strict=True):
+            chosen.setdefault(param, []).append(owner)
+        self._owners |= chosen
+
+    def share(self, who: str, group: ProcessGroup | None, sharded: bool) -> None:
+        """From now on, the ranks of a group share the work on parameters that all of them hold whole.
+
+        Raises:
+            ValueError: they do already.
+            RuntimeError: there are no groups.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                f"{who}: distribute needs torch.distributed, which is not initialized. Call "
+                "torch.distributed.init_process_group first, or leave distribute out on a single process."
+            )
+        if self._shared is not None:
+            raise ValueError(f"{who}: its work is distributed already; call distribute once.")
+        ranks = register(group)
+        if len(ranks) > 1:
+            self._shared = (ranks, ranks.index(dist.get_rank()), sharded)
+            self._placements.clear()
+
+    def keep_own(self, state: State, param: Tensor, view: View | None) -> None:
+        """Let go of the state of a parameter that other ranks keep."""
+        where, owned_by = self.placement(param, view), self.owners(param, view)
+        for key, tensor in state.items():
+            name, _, part = key.partition(".")
+            if where.rows and name.startswith("exp_avg"):
+                state[key] = tensor[within(where.box, whole(param))].clone()
+            elif where.kind == "owned" and name not in WHOLE and not keeps(where, owned_by[int(part or 0)]):
+                state[key] = tensor[:0].clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_placements": {}}
+
+
+WHOLE = {"step", "spike_sq"}
+"""Keys of a state that are not one part's."""

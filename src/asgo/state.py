@@ -1,0 +1,58 @@
+"""The state of one parameter: what is in it, in which precision, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from asgo import adamw
+from asgo._types import State
+from asgo.distributed.placement import Placement, entries_of, keeps, local
+from asgo.structures import Structure
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The precision of a parameter's state: float64 for float64, else float32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def part_key(key: str, part: int) -> str:
+    """The name in ``optimizer.state[p]`` of a key of one part: bare for the first, ``gram.1`` for the second."""
+    return key if part == 0 else f"{key}.{part}"
+
+
+def init_state(
+    param: Tensor, placement: Placement, owners: Sequence[int | None], structure: Structure | None, on_host: bool
+) -> State:
+    """The state of a parameter before its first step: its steps and, part by part, momentum, the structure's own,
+    failures; without a structure that of AdamW. A part that another rank keeps has tensors of no matrices.
+    """
+    dtype, device, view = state_dtype(param), param.device, placement.view
+    state = {"step": torch.zeros((), device="cpu" if on_host else device)}
+    if view is None or structure is None:
+        return state | adamw.init(entries_of(param, placement, local(param.detach())), dtype)
+    whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
+    pieces = [piece.shape for piece in view.cut(torch.empty(whole, device="meta"))]
+    for part, (_, m, n) in enumerate(view.shapes(whole)):
+        if keeps(placement, owners[part]):
+            momentum = view.stack(part, torch.zeros(pieces[part], dtype=dtype, device=device))
+        else:
+            momentum = torch.zeros(0, m, n, dtype=dtype, device=device)
+        own = {"exp_avg": momentum} | structure.init(momentum)
+        own["failures"] = torch.zeros(len(momentum), dtype=torch.int64, device=device)
+        state |= {part_key(key, part): tensor for key, tensor in own.items()}
+    return state
+
+
+def follow(state: State, param: Tensor, on_host: bool) -> State:
+    """Move the state of a parameter to where the parameter is now: models move after construction."""
+    dtype = state_dtype(param)
+    if state["exp_avg"].device != param.device or state["exp_avg"].dtype != dtype:
+        for key, tensor in state.items():
+            if key == "step":
+                state[key] = tensor.to("cpu" if on_host else param.device)
+            else:
+                state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
+    return state

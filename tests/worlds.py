@@ -1,0 +1,71 @@
+"""Several processes that stay alive between tests: spawning them takes longer than what they are asked."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import sys
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """`size` processes of one gloo group, which call functions together.
+
+    >>> World(2)(function, *arguments)   # doctest: +SKIP
+    """
+
+    def __init__(self, size, backend="gloo"):
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.size, self.pipes, self.processes = size, [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, size, port, backend), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def __call__(self, function, *args, seconds=120):
+        """What the function returns on every rank; all of them call it with the same arguments."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers, left = {}, time.monotonic() + seconds
+        while len(answers) < self.size and time.monotonic() < left:
+            for pipe in multiprocessing.connection.wait(self.pipes, 0.5):
+                rank = self.pipes.index(pipe)
+                answers[rank] = pipe.recv()
+                if not answers[rank][0]:
+                    left = min(left, time.monotonic() + 5)  # the others may wait for this one
+        failed = {rank: answer for rank, (ok, answer) in answers.items() if not ok}
+        if failed or len(answers) < self.size:
+            self.end()
+            raise AssertionError(f"answered: {sorted(answers)} of {self.size}" + "".join(map("\n{0[0]}:\n{0[1]}".format, failed.items())))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _serve(pipe, rank, size, port, backend):
+    torch.set_num_threads(1)
+    sys.modules.pop("conftest", None)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    dist.init_process_group(backend, rank=rank, world_size=size)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
