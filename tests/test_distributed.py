@@ -1,6 +1,6 @@
 """Several processes give what one gives: every layout, every optimizer, every form; and what it costs them."""
 
-import copy
+from functools import cache
 
 import pytest
 import torch
@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from asgo import ASGO
+from asgo import ASGO, folders
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
-from family import PRESETS
 from worlds import World
 
 STEPS = 50
@@ -63,20 +62,38 @@ def net():
     return Net().double()
 
 
-def grouped(model, **options):
-    """Groups with a view of each kind."""
-    views = {
-        "query.weight": heads(4),
-        "out.weight": head_columns(4),
-        "fused.weight": fused_qkv(8, 8, 6, 4),
-        "tall.weight": MATRIX,
-        "wide.weight": MATRIX,
-        "experts": STACK,
-    }
+VIEWS = {
+    "query.weight": heads(4),
+    "out.weight": head_columns(4),
+    "fused.weight": fused_qkv(8, 8, 6, 4),
+    "tall.weight": MATRIX,
+    "wide.weight": MATRIX,
+    "experts": STACK,
+}
+FORMS = {
+    "query.weight": {"precondition_frequency": 4},
+    "out.weight": {"adjust_lr": "slice_rms"},
+    "fused.weight": {"statistic": "gradient", "nesterov": False},
+    "tall.weight": {"side": "left", "betas": (0.0, 1.0), "adjust_lr": None, "root": "outside", "eps": 1e-3},
+    "wide.weight": {"statistic": "gradient", "nesterov": False, "cross_normalize": False, "betas": (0.9, 0.8)},
+    "experts": {"precondition_frequency": 3, "maximize": False},
+}
+"""Every form of ASGO: a matrix each."""
+
+
+def every_form(model):
+    """One optimizer whose groups are all forms of ASGO, and AdamW."""
+    named = dict(model.named_parameters())
+    groups = [{"params": [(name, named.pop(name))], "view": VIEWS[name], **form} for name, form in FORMS.items()]
+    return ASGO([*groups, {"params": list(named.items()), "view": None}], lr=0.02)
+
+
+def one_form(model):
+    """Matrices of one view stand in one bucket."""
     kinds = {}
     for name, param in model.named_parameters():
-        kinds.setdefault(views.get(name), []).append((name, param))
-    return [{"params": params, "view": view, **(options if view else {})} for view, params in kinds.items()]
+        kinds.setdefault(VIEWS.get(name), []).append((name, param))
+    return ASGO([{"params": params, "view": view} for view, params in kinds.items()], lr=0.02)
 
 
 def batch(step):
@@ -152,16 +169,12 @@ LAYOUTS = {
 }
 
 
-def build(layout, make, **options):
-    """The model, its optimizer and this rank's share of a batch; None: on one process."""
-    model, share = net(), slice(None)
-    after = None
-    if layout is not None:
-        place, after = LAYOUTS[layout]
-        wrapped, share = place(model)
-    else:
-        wrapped = model
-    optimizer = make(model, **options)
+def build(layout, make):
+    """The model, what to call, its optimizer and this rank's share of a batch; the layout None is one process."""
+    model = net()
+    place, after = LAYOUTS[layout] if layout else (lambda model: (model, slice(None)), None)
+    wrapped, share = place(model)
+    optimizer = make(model)
     if after is not None:
         after(optimizer)
     return model, wrapped, optimizer, share
@@ -171,39 +184,89 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def parameters(model):
+    return [whole(param).detach() for param in model.parameters()]
+
+
+def trained(layout, make, training):
+    """The parameters after training, and how large the state is that this rank keeps."""
+    model, wrapped, optimizer, share = build(layout, make)
+    train(wrapped, optimizer, share=share, **training)
+    kept = sum(t.numel() for state in optimizer.state.values() for key, t in state.items() if key != "failures")
+    return parameters(model), kept
+
+
+@cache
+def alone(make, **training):
+    return trained(None, make, training)[0]
+
+
+def distance(ours, theirs):
+    return max(float((p - q).abs().max()) for p, q in zip(ours, theirs, strict=True))
+
+
 # ---- equality ------------------------------------------------------------------------------------------------
 
-
-def asgo(model, form="ours", **options):
-    return PRESETS[form](grouped(model, **options))
-
-
-FORMS = {
-    "ours": {},
-    "paper": {"form": "paper"},
-    "theory": {"form": "theory"},
-    "interval": {"precondition_frequency": 4},
-    "per slice": {"adjust_lr": "slice_rms"},
-    "left": {"side": "left"},
-    "gradient": {"statistic": "gradient", "nesterov": False},
-}
+WHERE = [("ddp", 2), ("zero1", 2), ("fsdp", 2), ("tp", 2), ("zero1", 4), ("fsdp", 4), ("hsdp", 4), ("fsdp+tp", 4)]
+everywhere = pytest.mark.parametrize(("layout", "size"), WHERE, ids=lambda value: str(value))
 
 
-def difference(layout, make, options, training):
-    """The largest difference of a parameter to that of one process."""
-    torch.manual_seed(0)
-    alone, _, optimizer, _ = build(None, make, **options)
-    train(alone, optimizer, **training)
-    model, wrapped, optimizer, share = build(layout, make, **options)
-    train(wrapped, optimizer, share=share, **training)
-    pairs = zip(alone.parameters(), model.parameters(), strict=True)
-    return max(float((p - whole(q)).abs().max()) for p, q in pairs)
+@everywhere
+def test_every_form_in_every_layout_is_that_of_one_process(worlds, layout, size):
+    for params, _ in worlds(size)(trained, layout, every_form, {}):
+        assert distance(params, alone(every_form)) < 1e-8
 
 
-WHERE = [("ddp", 2), ("zero1", 2), ("fsdp", 2), ("tp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp+tp", 4), ("zero1", 4)]
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_accumulation_and_clipping(worlds, layout):
+    training = {"parts": 2, "clip": 0.05, "steps": 20}
+    for params, _ in worlds(2)(trained, layout, one_form, training):
+        assert distance(params, alone(one_form, **training)) < 1e-8
 
 
-@pytest.mark.parametrize(("layout", "size"), WHERE)
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_in_every_layout_is_that_of_one_process(worlds, layout, size, form):
-    assert max(worlds(size)(difference, layout, asgo, FORMS[form], {})) < 1e-8
+# ---- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def save_after(layout, folder, steps, asynchronous=False):
+    _, wrapped, optimizer, share = build(layout, one_form)
+    train(wrapped, optimizer, steps, share=share)
+    if asynchronous:
+        saving = folders.save_async(folder, wrapped, optimizer, {"step": steps})
+        train(wrapped, optimizer, 2, start=steps, share=share)  # what is saved is as it was
+        saving.result(60)
+        if dist.is_initialized():
+            dist.barrier()
+    else:
+        folders.save(folder, wrapped, optimizer, {"step": steps})
+
+
+def continue_from(layout, folder, steps):
+    model, wrapped, optimizer, share = build(layout, one_form)
+    extra = folders.load(folder, wrapped, optimizer)
+    train(wrapped, optimizer, steps, start=extra["step"], share=share)
+    return parameters(model)
+
+
+def on(worlds, size, function, *args):
+    return worlds(size)(function, *args) if size > 1 else [function(*args)]
+
+
+ROUTES = [
+    (("ddp", 2), ("fsdp", 4)),
+    (("fsdp", 4), (None, 1)),
+    ((None, 1), ("hsdp", 4)),
+    (("zero1", 2), ("fsdp+tp", 4)),
+    (("fsdp+tp", 4), ("ddp", 2)),
+    (("tp", 2), ("zero1", 4)),
+    (("hsdp", 4), ("tp", 2)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), ROUTES, ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_continues_in_any_other_layout(worlds, tmp_path, before, after):
+    folder = tmp_path / "step-6"
+    on(worlds, before[1], save_after, before[0], folder, 6, before[0] == "fsdp")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-6"]
+    for params in on(worlds, after[1], continue_from, after[0], folder, 6):
+        assert distance(params, alone(one_form, steps=12)) < 1e-8

@@ -74,7 +74,7 @@ def test_momentum_lies_in_the_memory_order_of_the_gradients():
     optimizer.step()
     ((_, (bucket,)),) = optimizer._buckets.values()
     assert bucket.state["exp_avg"].shape == (2, 6, 4)
-    assert bucket.state["exp_avg"].stride() == bucket.gradients(torch.float32).stride() == (24, 1, 6)
+    assert bucket.state["exp_avg"].stride() == bucket.gradients().stride() == (24, 1, 6)
 
 
 def test_a_single_gradient_is_read_where_it_is_and_never_written():
@@ -84,7 +84,7 @@ def test_a_single_gradient_is_read_where_it_is_and_never_written():
     optimizer.step()
     assert torch.equal(param.grad, before)
     ((_, (bucket,)),) = optimizer._buckets.values()
-    assert bucket.gradients(torch.float32).data_ptr() == param.grad.data_ptr()
+    assert bucket.gradients().data_ptr() == param.grad.data_ptr()
 
 
 @every_preset

@@ -4,7 +4,7 @@
 >>> optimizer = ASGO(route(model), lr=1e-2)   # doctest: +SKIP
 """
 
-from asgo import checkpoint
+from asgo import checkpoint, folders
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.report import Report, report, state_bytes
@@ -28,6 +28,7 @@ __all__ = [
     "StructuredOptimizer",
     "View",
     "checkpoint",
+    "folders",
     "report",
     "route",
     "state_bytes",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def make_buckets(
     A bucket's stack has at most `BUCKET_BYTES`, or one member. Members of one turn stand side by side; those of one
     owner too, and then every bucket has some of each owner, so that no rank waits for another's bucket.
     """
-    sorts: dict[tuple[object, ...], list[Member]] = {}
+    sorts: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
         param, where, shape = member.param, member.placement, tuple(member.param.shape)
         stack = member.view.shapes(shape)[member.part]
@@ -166,7 +167,7 @@ def make_buckets(
     keys = ["exp_avg", *structure.init(torch.empty(1, 1, 1)), "failures"]
     buckets = []
     for (stack, *_), alike in sorts.items():
-        for some in _batches(alike, math.prod(stack)):  # pyright: ignore[reportArgumentType]
+        for some in _batches(alike, math.prod(stack)):
             buckets.append(kinds[some[0].placement.kind](some, [states[member.param] for member in some], keys))
     return buckets
 

@@ -7,7 +7,7 @@ are cut differently. Here state is keyed by name: it survives regrouping, and a 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from asgo.distributed.state import assign
 from asgo.settings import check_tensors
 
 FORMAT = 1
@@ -26,12 +27,15 @@ def named_state_dict(optimizer: Optimizer) -> dict[str, Any]:
 
     Returns:
         ``{"format": 1, "state": {name: {key: tensor}}, "groups": [{"params": [name, ...], "lr": ..., ...}]}``;
-        the tensors are the optimizer's own, not copies.
+        the tensors are the optimizer's own, not copies. Keys and shapes are those of one process on every rank; of
+        what is spread over ranks the tensors are `DTensor`.
 
     Raises:
         ValueError: parameters without names.
     """
-    state = {name: dict(optimizer.state[param]) for name, param in _named(optimizer).items()}
+    names, packed = _named(optimizer), optimizer.state_dict()
+    ids = [i for group in packed["param_groups"] for i in group["params"]]
+    state = {name: dict(packed["state"].get(i, {})) for name, i in zip(names, ids, strict=True)}
     groups = [
         {**{key: value for key, value in group.items() if key != "param_names"}, "params": list(group["param_names"])}
         for group in optimizer.param_groups
@@ -48,26 +52,30 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
     Raises:
         ValueError: parameters that are missing on either side, state of other shapes; nothing has changed then.
     """
-    who, named = type(optimizer).__name__, _named(optimizer)
+    who, own = type(optimizer).__name__, named_state_dict(optimizer)["state"]
     if saved.get("format") != FORMAT:
         raise ValueError(
             f"{who}: the checkpoint has format {saved.get('format')!r}, known is {FORMAT}. Pass what "
             "asgo.checkpoint.named_state_dict gave."
         )
-    differing = sorted(named.keys() ^ saved["state"].keys())
+    differing = sorted(own.keys() ^ saved["state"].keys())
     if differing:
-        side = "the model" if differing[0] in named else "the checkpoint"
+        side = "the model" if differing[0] in own else "the checkpoint"
         raise ValueError(
             f"{who}: {len(differing)} parameters are not on both sides, first {differing[0]!r}, only in {side}: the "
             "checkpoint is of another model. Build the model it was saved from."
         )
-    for name, param in named.items():
-        check_tensors(who, name, saved["state"][name], optimizer.state[param])
+    for name, state in own.items():
+        check_tensors(who, name, saved["state"][name], state)
     with torch.no_grad():
-        for name, param in named.items():
-            for key, tensor in optimizer.state[param].items():
-                tensor.copy_(saved["state"][name][key])
-    hyperparameters = {frozenset(group["params"]): group for group in saved["groups"]}
+        for name, state in own.items():
+            assign(state, saved["state"][name])
+    take_hyperparameters(optimizer, saved["groups"])
+
+
+def take_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Give each group the saved hyperparameters of the group that has the same parameters, if there is one."""
+    hyperparameters = {frozenset(group["params"]): group for group in groups}
     for group in optimizer.param_groups:
         same = hyperparameters.get(frozenset(group["param_names"]), {})
         group.update({key: value for key, value in same.items() if key != "params"})

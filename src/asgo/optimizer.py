@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from asgo import adamw, settings
 from asgo._types import Stack, State
 from asgo.buckets import Bucket, Member, make_buckets
-from asgo.distributed.buckets import KINDS, interleave
+from asgo.distributed.buckets import KINDS, interleave, pause
 from asgo.distributed.groups import Wait, agree
 from asgo.distributed.placement import entries_of, gradient, local
 from asgo.distributed.state import assign, export
@@ -115,35 +116,22 @@ class StructuredOptimizer(Optimizer, ABC):
         held, grads = (
             [entries_of(p, at, of(p)) for p, at in zip(params, where, strict=True)] for of in (local, gradient)
         )
-        states = [self._state_of(p, group) for p in params]
+        states = [follow(self.state[p], p, group) for p in params]
         adamw.adamw(held, grads, states, group, lambda flags, of: agree(flags, [where[i].ranks for i in of]))
         return spread(params, where)
 
     def _update(self, bucket: Bucket, group: dict[str, Any]) -> Iterator[None]:
         """The step of a bucket. It yields where something is under way between ranks, for others to use the time."""
-        structure, update = self.structure(group), None
-
-        def due(member: Member) -> bool:
-            return self._is_due(member, group)
-
-        coming = bucket.gather()
-        if coming is not None:
-            yield
-            coming()
+        structure, due, update = self.structure(group), partial(self._is_due, group), None
+        yield from pause(bucket.gather())
         direction = self._learn(bucket, group, structure, due) if bucket.members else None
-        coming = bucket.share(due, structure.derived)
-        if coming is not None:
-            yield
-            coming()
+        yield from pause(bucket.share(due, structure.derived))
         if direction is not None:
             with exact_matmul(direction.device):
                 update = structure.precondition(bucket.state, direction)
             size = SCALINGS[group["adjust_lr"]](update, bucket.slices, bucket.everywhere) * -group["lr"]
             update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
-        coming = bucket.add(update, 1 - group["lr"] * group["weight_decay"])
-        if coming is not None:
-            yield
-            coming()
+        yield from pause(bucket.add(update, 1 - group["lr"] * group["weight_decay"]))
 
     def _learn(
         self, bucket: Bucket, group: dict[str, Any], structure: Structure, due: Callable[[Member], bool]
@@ -167,7 +155,7 @@ class StructuredOptimizer(Optimizer, ABC):
                 some["failures"] += ~structure.refresh(some, ROOTS[group["root"]], group["eps"])
         return direction
 
-    def _is_due(self, member: Member, group: dict[str, Any]) -> bool:
+    def _is_due(self, group: dict[str, Any], member: Member) -> bool:
         interval = group["precondition_frequency"]
         if interval == 1:
             return True
@@ -190,12 +178,12 @@ class StructuredOptimizer(Optimizer, ABC):
         for group in self.param_groups:
             for param in group["params"]:
                 fresh = self._init_state(param, group)
-                state = self._state_of(param, group)
+                state = follow(self.state[param], param, group)
                 for key in fresh.keys() - {key for key in fresh if key.startswith("failures")}:
                     state[key].copy_(fresh[key])
 
     def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
-        """From now on share the work on parameters that every rank holds whole, as `DistributedDataParallel` leaves them.
+        """From now on share the work on parameters that every rank holds whole, as under `DistributedDataParallel`.
 
         Ranks divide the roots among them by cost and send each other the results while they work on others; the state
         is whole on every rank. With `shard_state` (ZeRO-1) one rank alone keeps the state of a matrix and sends its
@@ -212,9 +200,7 @@ class StructuredOptimizer(Optimizer, ABC):
         """
         self._division.share(type(self).__name__, process_group, shard_state)
         self._division.divide(self.param_groups, self.structure)
-        for group in self.param_groups:
-            for param in group["params"]:
-                self._division.keep_own(self.state[param], param, View.of(group["view"]))
+        self._division.keep_own(self.param_groups, self.state)
         self._buckets = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -257,8 +243,10 @@ class StructuredOptimizer(Optimizer, ABC):
         """
         packed = super().state_dict()
         for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):
+            view = View.of(group["view"])
             for param, i in zip(group["params"], saved["params"], strict=True):
-                packed["state"][i] = self._exported(param, View.of(group["view"]))
+                where, owners = self._division.placement(param, view), self._division.owners(param, view)
+                packed["state"][i] = export(self.state[param], param, where, owners)
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -291,7 +279,7 @@ class StructuredOptimizer(Optimizer, ABC):
         view = View.of(group["view"])
         structure = None if view is None else self.structure(group)
         where, owners = self._division.placement(param, view), self._division.owners(param, view)
-        return init_state(param, where, owners, structure, _steps_on_host(group))
+        return init_state(param, where, owners, structure, group)
 
     def _group_buckets(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Bucket]:
         """The buckets of the parameters that have gradients now; remade when those or their state change."""
@@ -300,19 +288,7 @@ class StructuredOptimizer(Optimizer, ABC):
         if known != signature or not all(bucket.is_bound() for bucket in buckets):
             turn_of = turns_of(self.param_groups, self.structure, group["precondition_frequency"])
             members = self._division.members(params, View.of(group["view"]), turn_of)
-            states = {param: self._state_of(param, group) for param in params}
+            states = {param: follow(self.state[param], param, group) for param in params}
             buckets = make_buckets(members, self.structure(group), states, KINDS)
             self._buckets[index] = (signature, buckets)
         return buckets
-
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> State:
-        return follow(self.state[param], param, _steps_on_host(group))
-
-    def _exported(self, param: Tensor, view: View | None) -> State:
-        where, owners = self._division.placement(param, view), self._division.owners(param, view)
-        return export(self.state[param], param, where, owners)
-
-
-def _steps_on_host(group: dict[str, Any]) -> bool:
-    """The host reads steps to know whose turn it is; the fused AdamW and a captured graph read them on the device."""
-    return group["view"] is not None and not group["capturable"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +25,17 @@ def part_key(key: str, part: int) -> str:
 
 
 def init_state(
-    param: Tensor, placement: Placement, owners: Sequence[int | None], structure: Structure | None, on_host: bool
+    param: Tensor,
+    placement: Placement,
+    owners: Sequence[int | None],
+    structure: Structure | None,
+    group: Mapping[str, Any],
 ) -> State:
     """The state of a parameter before its first step: its steps and, part by part, momentum, the structure's own,
     failures; without a structure that of AdamW. A part that another rank keeps has tensors of no matrices.
     """
     dtype, device, view = state_dtype(param), param.device, placement.view
-    state = {"step": torch.zeros((), device="cpu" if on_host else device)}
+    state = {"step": torch.zeros((), device=_device_of_step(param, group))}
     if view is None or structure is None:
         return state | adamw.init(entries_of(param, placement, local(param.detach())), dtype)
     whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
@@ -46,13 +51,18 @@ def init_state(
     return state
 
 
-def follow(state: State, param: Tensor, on_host: bool) -> State:
+def follow(state: State, param: Tensor, group: Mapping[str, Any]) -> State:
     """Move the state of a parameter to where the parameter is now: models move after construction."""
     dtype = state_dtype(param)
     if state["exp_avg"].device != param.device or state["exp_avg"].dtype != dtype:
         for key, tensor in state.items():
             if key == "step":
-                state[key] = tensor.to("cpu" if on_host else param.device)
+                state[key] = tensor.to(_device_of_step(param, group))
             else:
                 state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
     return state
+
+
+def _device_of_step(param: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """On the host, which reads it to know whose turn it is; the fused AdamW and a captured graph read it on device."""
+    return param.device if group["view"] is None or group["capturable"] else torch.device("cpu")

@@ -29,7 +29,7 @@ class Shared(Bucket):
             held = [self.state[key][rows].view(-1).view(torch.uint8) for key in (*keys, "failures")]
             for rank in range(len(self.placement.ranks)) if member.mine else ():
                 outgoing[rank] += held
-            incoming[member.owner] += held  # pyright: ignore[reportArgumentType]
+            incoming[member.owner or 0] += held
         like = torch.empty(0, dtype=torch.uint8, device=self.state["failures"].device)
         me = self.placement.me
         outgoing[me], incoming[me] = [], []
@@ -77,7 +77,7 @@ class Owned(Bucket):
             target = next(targets) if member.mine else None
             for box, source in sources.items():
                 if source == me:
-                    outgoing[member.owner].append(grad[within(box, member.placement.box)])  # pyright: ignore[reportArgumentType]
+                    outgoing[member.owner or 0].append(grad[within(box, member.placement.box)])
                 if target is not None:
                     incoming[source].append(target[within(box, whole)])
         if self._moves:
@@ -105,7 +105,7 @@ class Owned(Bucket):
             if me in held:
                 targets.append(local(member.param)[within(held[me], member.placement.box)])
                 buffers.append(like.new_empty(sizes(held[me])))
-                incoming[member.owner].append(buffers[-1])  # pyright: ignore[reportArgumentType]
+                incoming[member.owner or 0].append(buffers[-1])
         wait = exchange(ranks, me, outgoing, incoming, like)
 
         def arrive() -> None:
@@ -135,6 +135,13 @@ def _chosen(member: Member, held: dict[int, Box]) -> dict[Box, int]:
 
 KINDS: dict[str, type[Bucket]] = {"alone": Bucket, "shared": Shared, "aligned": Aligned, "owned": Owned}
 """The bucket of every kind of placement with a view."""
+
+
+def pause(coming: Wait | None) -> Iterator[None]:
+    """Let others go on until something has arrived, if anything is on its way."""
+    if coming is not None:
+        yield
+        coming()
 
 
 def interleave(tasks: Iterable[Iterator[None]]) -> None:

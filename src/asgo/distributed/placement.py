@@ -100,8 +100,8 @@ def find(param: Tensor, view: View | None, who: str) -> Placement:
     if view is None:
         know(ranks, mesh)
         return Placement("entries", None, ranks, me, boxes)
-    if len(sharded) == 1 and placements[sharded[0]].is_shard():
-        piece = _aligned(view, tuple(param.shape), placements[sharded[0]].dim, boxes, me)
+    if len(sharded) == 1:
+        piece = _aligned(view, tuple(param.shape), placements[sharded[0]].dim, boxes, me)  # pyright: ignore[reportAttributeAccessIssue]
         if piece is not None:
             along = know(None, mesh, sharded[0])
             return Placement(

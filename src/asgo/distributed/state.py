@@ -87,3 +87,16 @@ def assign(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
                 held.copy_(source[box])
         else:
             held.copy_(source)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """A copy without the rest of the memory that a tensor is a part of; the tensor itself if it is all of it.
+
+    `torch.distributed.checkpoint` cannot stage a `DTensor` that begins within its memory.
+    """
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if held.untyped_storage().nbytes() == held.numel() * held.element_size():
+        return tensor
+    if not isinstance(tensor, DTensor):
+        return held.clone()
+    return _world(held.clone(), tensor.device_mesh, tensor.placements, tensor.shape)

@@ -137,8 +137,12 @@ class Division:
         """The owner of every part, a place in the placement's ranks; None: nobody in particular."""
         return self._owners.get(param) or [None] * (1 if view is None else view.parts)
 
-    def members(self, params: Sequence[Tensor], view: View, turn_of: Mapping[tuple[Tensor, int], int]) -> list[Member]:
+    def members(
+        self, params: Sequence[Tensor], view: View | None, turn_of: Mapping[tuple[Tensor, int], int]
+    ) -> list[Member]:
         """The parts of parameters of one view."""
+        if view is None:
+            return []
         return [
             Member(param, view, part, turn_of[param, part], self.placement(param, view), owner)
             for param in params
@@ -191,8 +195,13 @@ class Division:
             self._shared = (ranks, ranks.index(dist.get_rank()), sharded)
             self._placements.clear()
 
-    def keep_own(self, state: State, param: Tensor, view: View | None) -> None:
-        """Let go of the state of a parameter that other ranks keep."""
+    def keep_own(self, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State]) -> None:
+        """Let go of the state that other ranks keep."""
+        for group in groups:
+            for param in group["params"]:
+                self._keep_own(states[param], param, View.of(group["view"]))
+
+    def _keep_own(self, state: State, param: Tensor, view: View | None) -> None:
         where, owned_by = self.placement(param, view), self.owners(param, view)
         for key, tensor in state.items():
             name, _, part = key.partition(".")

@@ -1,0 +1,182 @@
+"""Checkpoints of several ranks: a folder that each writes its part of, which any number of ranks can load.
+
+The folder is of `torch.distributed.checkpoint`, with one more file for what is the same on all ranks. All of it is
+written beside its final place and renamed when it is whole, so a run that dies while it saves leaves no half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.optim import Optimizer
+
+from asgo import checkpoint
+from asgo.distributed.state import compact
+
+ABOUT = "about.pt"
+"""The file of a folder with what is the same on all ranks."""
+
+
+def save(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Save a model and its optimizer from all ranks, whatever their layout; all ranks must call it.
+
+    Args:
+        path: the folder; it must not exist yet, and all ranks must see the same file system.
+        model: plain, in `DistributedDataParallel`, or sharded.
+        optimizer: with named parameters.
+        extra: plain data and tensors that are the same on all ranks, e.g. the step; rank 0 writes it.
+
+    Raises:
+        ValueError: the folder exists, or parameters have no names.
+        OSError: what the file system says; earlier folders are untouched.
+    """
+    target, state, about = _prepare(path, model, optimizer, extra)
+    dcp.save(state, checkpoint_id=_aside(target), no_dist=_alone())
+    _finish(target, about)
+    _meet()
+
+
+def save_async(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any] | None = None
+) -> Future[None]:
+    """As `save`, but only copies to host memory before it returns; needs a process group for CPU tensors (gloo).
+
+    Returns:
+        A future that is done when the folder is whole, on rank 0 also at its place; its ``result()`` raises what went
+        wrong.
+    """
+    target, state, about = _prepare(path, model, optimizer, extra)
+    state["optimizer"] = {
+        name: {key: compact(tensor) for key, tensor in tensors.items()} for name, tensors in state["optimizer"].items()
+    }
+    written: Any = dcp.async_save(state, checkpoint_id=_aside(target), no_dist=_alone())
+    done: Future[None] = Future()
+
+    def finish(future: Future[Any]) -> None:
+        try:
+            future.result()
+            _finish(target, about)
+            done.set_result(None)
+        except BaseException as error:  # for the caller of result()
+            done.set_exception(error)
+
+    written.add_done_callback(finish)
+    return done
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Load what `save` wrote, on any number of ranks in any layout; all ranks must call it.
+
+    Args:
+        path: the folder.
+        model: of the same parameters.
+        optimizer: of the same class and views, however its parameters are grouped.
+
+    Returns:
+        The `extra` that was saved.
+
+    Raises:
+        ValueError: no whole checkpoint, or one of another model, optimizer or view; nothing has changed then.
+    """
+    path = Path(path)
+    about = read_about(path)
+    state = _state(model, checkpoint.named_state_dict(optimizer))
+    _check(path, about, optimizer, state)
+    dcp.load(state, checkpoint_id=path, no_dist=_alone())
+    set_model_state_dict(model, state["model"])
+    checkpoint.take_hyperparameters(optimizer, about["groups"])
+    return about["extra"]
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a folder holds that is the same on all ranks: ``format``, ``optimizer``, ``groups`` and ``extra``.
+
+    Raises:
+        ValueError: no whole checkpoint.
+    """
+    if not (path / ABOUT).exists() or not (path / ".metadata").exists():
+        raise ValueError(f"{path} is not a whole checkpoint: it lacks {ABOUT} or .metadata; use another one.")
+    return checkpoint.load(path / ABOUT)
+
+
+def _prepare(
+    path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any] | None
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The final folder, what ranks write together, and what rank 0 writes; what a kill left half-way is removed."""
+    target = Path(path)
+    named = checkpoint.named_state_dict(optimizer)
+    if target.exists():
+        raise ValueError(f"{target} exists, and a checkpoint is never written over another: pass a new folder.")
+    about = {
+        "format": checkpoint.FORMAT,
+        "optimizer": type(optimizer).__name__,
+        "groups": named["groups"],
+        "extra": dict(extra or {}),
+    }
+    _meet()  # all have seen that the folder is new
+    if _first():
+        shutil.rmtree(_aside(target), ignore_errors=True)
+    _meet()
+    return target, _state(model, named), about
+
+
+def _state(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": named["state"]}
+
+
+def _check(path: Path, about: Mapping[str, Any], optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise `ValueError` naming the first thing that the checkpoint and this run do not share."""
+    who = type(optimizer).__name__
+    if (about.get("format"), about.get("optimizer")) != (checkpoint.FORMAT, who):
+        raise ValueError(
+            f"{who}: {path} has format {about.get('format')!r} and is of {about.get('optimizer')}; known is format "
+            f"{checkpoint.FORMAT}. Build the optimizer it was saved from."
+        )
+    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = {key: tuple(of.size) for key, of in found.items() if isinstance(of, TensorStorageMetadata)}
+    own = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
+    for name, tensors in state["optimizer"].items():
+        own |= {f"optimizer.{name}.{key}": tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key in sorted(own.keys() | saved.keys()):
+        if own.get(key) != saved.get(key):
+            raise ValueError(
+                f"{who}: {key} is {saved.get(key, 'not there')} in {path}, here {own.get(key, 'not there')}. It is of "
+                "another model, view or optimizer; build both the same way."
+            )
+
+
+def _finish(target: Path, about: dict[str, Any]) -> None:
+    """Complete the folder and put it to its place, on rank 0."""
+    if _first():
+        checkpoint.save(about, _aside(target) / ABOUT)
+        os.replace(_aside(target), target)
+
+
+def _aside(target: Path) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _alone() -> bool:
+    return not (dist.is_available() and dist.is_initialized())
+
+
+def _first() -> bool:
+    return _alone() or dist.get_rank() == 0
+
+
+def _meet() -> None:
+    if not _alone():
+        dist.barrier()
