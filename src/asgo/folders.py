@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.optim import Optimizer
 
 from asgo import checkpoint
+from asgo.distributed.groups import background
 from asgo.distributed.state import compact
 
 ABOUT = "about.pt"
@@ -51,7 +52,7 @@ def save(
 def save_async(
     path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any] | None = None
 ) -> Future[None]:
-    """As `save`, but only copies to host memory before it returns; needs a process group for CPU tensors (gloo).
+    """As `save`, but only copies to host memory before it returns. Wait for one before the next.
 
     Returns:
         A future that is done when the folder is whole, on rank 0 also at its place; its ``result()`` raises what went
@@ -61,7 +62,7 @@ def save_async(
     state["optimizer"] = {
         name: {key: compact(tensor) for key, tensor in tensors.items()} for name, tensors in state["optimizer"].items()
     }
-    written: Any = dcp.async_save(state, checkpoint_id=_aside(target), no_dist=_alone())
+    written: Any = dcp.async_save(state, checkpoint_id=_aside(target), process_group=background(), no_dist=_alone())
     done: Future[None] = Future()
 
     def finish(future: Future[Any]) -> None:

@@ -50,6 +50,16 @@ def group_of(ranks: tuple[int, ...]) -> ProcessGroup:
     return _groups[_key(ranks)]
 
 
+def background() -> ProcessGroup | None:
+    """A group of all ranks for what another thread sends on the host meanwhile; None on a process without groups."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    key = (id(dist.group.WORLD), (-1,))
+    if key not in _groups:
+        _groups[key] = dist.new_group(backend="gloo")  # pyright: ignore[reportArgumentType]
+    return _groups[key]
+
+
 def _key(ranks: tuple[int, ...]) -> tuple[object, tuple[int, ...]]:
     return id(dist.group.WORLD), tuple(ranks)
 
