@@ -21,7 +21,13 @@ FLOORS = [
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
     {"buckets", "settings", "state", *(f"distributed.{path.stem}" for path in (ROOT / "distributed").glob("[!_]*.py"))},
     {"optimizer", "sites", "attention", "routing"},
-    {"presets", *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")), "report", "checkpoint", "folders"},
+    {
+        "presets",
+        *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")),
+        "report",
+        "checkpoint",
+        "folders",
+    },
     {""},
 ]
 """From the ground up. A module imports only from floors below, or from its own floor."""

@@ -11,6 +11,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "asgo"]
+
 
 class World:
     """`size` processes of one gloo group, which call functions together.
@@ -19,7 +21,8 @@ class World:
     """
 
     def __init__(self, size, backend="gloo"):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # imports torch once for all
+        context.set_forkserver_preload(PRELOAD)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -45,7 +48,8 @@ class World:
         failed = {rank: answer for rank, (ok, answer) in answers.items() if not ok}
         if failed or len(answers) < self.size:
             self.end()
-            raise AssertionError(f"answered: {sorted(answers)} of {self.size}" + "".join(map("\n{0[0]}:\n{0[1]}".format, failed.items())))
+            told = "".join(f"\nrank {rank}:\n{text}" for rank, text in failed.items())
+            raise AssertionError(f"{sorted(answers)} of {self.size} ranks answered{told}")
         return [answers[rank][1] for rank in range(self.size)]
 
     def end(self):

@@ -64,7 +64,7 @@ def gradient(param: Tensor) -> Tensor:
     """What this rank holds of a parameter's gradient, placed as the parameter is."""
     grad = param.grad
     if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
+        grad = param.grad = grad.redistribute(param.device_mesh, param.placements)
     return local(grad)  # pyright: ignore[reportArgumentType]
 
 

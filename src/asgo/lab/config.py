@@ -92,12 +92,15 @@ class MachineConfig:
         precision: mixed precision of forward and backward; parameters and optimizer state stay in fp32.
         compile: compile the model with torch.compile.
         threads: CPU threads of torch; None: torch's choice. Bit-exact resume needs the same number.
+        parallel: how the processes of torchrun or accelerate launch divide a run. ddp: all hold everything and share
+            the roots; zero1: they also divide the optimizer's state; fsdp2: and parameters and gradients.
     """
 
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     threads: int | None = None
+    parallel: Literal["ddp", "zero1", "fsdp2"] = "ddp"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from asgo import checkpoint
+from torch import nn
+from torch.optim import Optimizer
+
+from asgo import checkpoint, folders
 from asgo.lab.config import CompareConfig, TrainConfig, command, flat, from_json, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, read_json, write_bytes, write_json, write_text, writing
@@ -26,7 +30,7 @@ from asgo.lab.files import make_folder, read_json, write_bytes, write_json, writ
 KEEP = 2
 """Checkpoints kept in a run folder."""
 
-_NAME = re.compile(r"step-(\d+)\.pt")
+_NAME = re.compile(r"step-(\d+)(\.pt)?")
 
 
 class RunFolder:
@@ -51,7 +55,7 @@ class RunFolder:
         """
         check_folder(self.path, config.resume, "config.json", "run")
         if (self.path / "config.json").exists():
-            check_same(self.config(), config, self.path)
+            check_same(self.config(), config, self.path, ("out", "resume", "machine.parallel"))
 
     def create(self, config: TrainConfig, session: dict[str, Any], routing: str) -> None:
         """Write what describes the run; on a resumed run only the new session is added."""
@@ -98,16 +102,28 @@ class RunFolder:
         with writing(path):
             _sync(self.metrics_path)
             checkpoint.save(state, path)
-            for old in [*self.saved()[:-KEEP], *self.checkpoints.glob(".*.tmp")]:  # also what a kill left half-way
-                old.unlink()
+            self._prune()
+
+    def save_together(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+        """As `save`, by all processes of the run, each its part of the model and the optimizer."""
+        path = self.checkpoints / f"step-{state['step']:08d}"
+        with writing(path):
+            _sync(self.metrics_path)
+            folders.save(path, model, optimizer, state)
+            if self.writes:
+                self._prune()
+
+    def _prune(self) -> None:
+        for old in [*self.saved()[:-KEEP], *self.checkpoints.glob(".*.tmp")]:  # also what a kill left half-way
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def saved(self) -> list[Path]:
         """The checkpoints of this run, oldest first."""
-        found = self.checkpoints.glob("step-*.pt") if self.checkpoints.is_dir() else ()
-        return sorted(path for path in found if _NAME.fullmatch(path.name))
+        found = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else ()
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=lambda path: path.stem)
 
     def load(self) -> dict[str, Any] | None:
-        """The last checkpoint, None if there is none yet.
+        """The last checkpoint, None if there is none yet; of one that is a folder, what all processes share.
 
         Raises:
             LabError: for a file that is not a checkpoint of this library.
@@ -116,7 +132,8 @@ class RunFolder:
         if not saved:
             return None
         try:
-            state = checkpoint.load(saved[-1])
+            folder = saved[-1].is_dir()
+            state = folders.read_about(saved[-1])["extra"] if folder else checkpoint.load(saved[-1])
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise LabError(

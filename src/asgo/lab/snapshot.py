@@ -22,13 +22,12 @@ IDENTITY = {
 """Entries that say what a checkpoint is of, and what to call each."""
 
 
-def check_identity(state: dict[str, Any], own: dict[str, Any], processes: int, where: Path) -> None:
+def check_identity(state: dict[str, Any], own: dict[str, Any], where: Path) -> None:
     """Refuse a checkpoint of something else.
 
     Args:
         state: the checkpoint.
         own: the entries of `IDENTITY` that this run has.
-        processes: how many processes this run has.
         where: the checkpoint's file, for the message.
 
     Raises:
@@ -40,10 +39,6 @@ def check_identity(state: dict[str, Any], own: dict[str, Any], processes: int, w
                 f"checkpoint {where} is of another {what} ({state.get(key)}, this run has {own[key]}): put "
                 "the right file back, or start a new run in another --out."
             )
-    if len(state["ranks"]) != processes:
-        raise LabError(
-            f"checkpoint {where} is of {len(state['ranks'])} processes and this run has {processes}: start as many."
-        )
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

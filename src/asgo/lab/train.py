@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from asgo.lab import environment
 from asgo.lab.batches import open_data
@@ -20,7 +19,8 @@ from asgo.lab.inspect import routing_text
 from asgo.lab.machine import accelerator
 from asgo.lab.meter import Meter
 from asgo.lab.models import build_model, count_parameters, model_fingerprint, token_loss
-from asgo.lab.peers import build_optimizer, failed_roots, resolve, state_bytes
+from asgo.lab.parallel import Parallel, divided_parts, lost
+from asgo.lab.peers import build_optimizer, resolve, state_bytes
 from asgo.lab.plot import draw_run
 from asgo.lab.progress import RunProgress
 from asgo.lab.runs import RunFolder
@@ -59,8 +59,16 @@ def train(config: TrainConfig, console: Console | None = None, title: str | None
     trainer = Trainer(config)
     shown = console if console is not None and trainer.accelerator.is_main_process else Console(quiet=True)
     title = title or f"{config.optimizer.name} seed {config.seed}"
-    with StopSignal() as stop, RunProgress(shown, title, config.steps) as progress:
-        return trainer.run(stop, progress)
+    try:
+        with StopSignal() as stop, RunProgress(shown, title, config.steps) as progress:
+            return trainer.run(stop, progress)
+    except RuntimeError as error:
+        if trainer.accelerator.num_processes == 1 or not lost(error):
+            raise
+        raise LabError(
+            f"another process of this run has ended, see what it said; continue with: asgo train --out {config.out} "
+            "--resume on as many processes or fewer"
+        ) from error
 
 
 class Trainer:
@@ -77,16 +85,16 @@ class Trainer:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.data = open_data(config.data, config.seed, rank, world)
         block = config.data.block_size
-        self.raw = build_model(config.model, self.data.vocab_size, block, config.seed).to(self.device)
-        self.optimizer = build_optimizer(self.raw, config.optimizer)
+        self.parallel = Parallel(self.accelerator, config.machine)
+        self.raw = self.parallel.place(build_model(config.model, self.data.vocab_size, block, config.seed))
+        self.optimizer = self.parallel.share(build_optimizer(self.raw, config.optimizer))
         self.scheduler = scheduler(self.optimizer, config.schedule, config.steps)
-        self.model: nn.Module = self.accelerator.prepare_model(
-            torch.compile(self.raw) if config.machine.compile else self.raw  # pyright: ignore[reportArgumentType]
-        )
+        self.model = self.parallel.wrap(torch.compile(self.raw) if config.machine.compile else self.raw)  # pyright: ignore[reportArgumentType]
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.folder = RunFolder(config.out, writes=self.accelerator.is_main_process)
         self.meter = Meter(self.device)
         self.step = 0
+        self.parts = config.grad_accumulation
         self.grad_norm = torch.zeros(())
 
     def run(self, stop: StopSignal, progress: RunProgress) -> dict[str, Any]:
@@ -101,17 +109,17 @@ class Trainer:
 
     def _train_step(self) -> None:
         self.model.train()
-        parts = self.config.grad_accumulation
+        parts = self.parts
         total = torch.zeros((), device=self.device)
         tokens = 0
         for part in range(parts):
             inputs, targets = self._to_device(self.data.batches.batch(self.step * parts + part))
-            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.model):
+            with self.parallel.collecting(self.model, part == parts - 1):
                 loss = token_loss(self.model, inputs, targets) / parts
                 self.accelerator.backward(loss)
             total += loss.detach()
             tokens += targets.numel() * self.accelerator.num_processes
-        self.grad_norm = self._clip()
+        self.grad_norm = self.parallel.clip(self.model, self.config.clip or math.inf)
         self.meter.clock.start()
         self.stepper.step()
         self.meter.clock.stop()
@@ -119,10 +127,6 @@ class Trainer:
         self.stepper.zero_grad()
         self.meter.add(self.accelerator.reduce(total, "mean"), tokens)  # pyright: ignore[reportArgumentType]
         self.step += 1
-
-    def _clip(self) -> Tensor:
-        limit = self.config.clip or math.inf
-        return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)  # pyright: ignore[reportReturnType]
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
@@ -168,7 +172,7 @@ class Trainer:
             "seconds": self.meter.seconds,
             "optimizer_seconds": self.meter.clock.seconds,
             "tokens_per_second": self.meter.lap(),
-            "failed_roots": failed_roots(self.optimizer),
+            "failed_roots": self.parallel.failed_roots(self.optimizer),
         }
         self.folder.log(line)
         return line
@@ -226,35 +230,34 @@ class Trainer:
         self.meter.start()
 
     def _save(self) -> None:
-        finite = torch.stack([p.isfinite().all() for p in self.raw.parameters()])
-        self._check_loss(0.0 if finite.all() else math.nan, "next")
+        self._check_loss(0.0 if self.parallel.all_finite(self.raw) else math.nan, "next")
         local = {"data": self.data.batches.state_dict(), "rng": random_state(self.device)}
         ranks = [local] if self.accelerator.num_processes == 1 else gather_object([local])
         scaler = self.accelerator.scaler
-        self.folder.save(
-            {
-                **self._identity(),
-                "step": self.step,
-                "model": self.raw.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "meter": self.meter.state_dict(),
-                "ranks": ranks,
-            }
-        )
+        state = {
+            **self._identity(),
+            "step": self.step,
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+            "ranks": ranks,
+            "parts": self.parts,
+        }
+        self.parallel.save(self.folder, state, self.raw, self.optimizer)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        check_identity(state, self._identity(), self.accelerator.num_processes, self.folder.saved()[-1])
-        self.raw.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        check_identity(state, self._identity(), self.folder.saved()[-1])
+        before, processes = len(state["ranks"]), self.accelerator.num_processes
+        self.parts = divided_parts(state.get("parts", self.parts), before, processes, self.config.out)
+        self.parallel.restore(self.folder, state, self.raw, self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
-        local = state["ranks"][self.accelerator.process_index]
-        self.data.batches.load_state_dict(local["data"])
-        set_random_state(local["rng"], self.device)
+        if before == processes:
+            local = state["ranks"][self.accelerator.process_index]
+            self.data.batches.load_state_dict(local["data"])
+            set_random_state(local["rng"], self.device)
         self.step = state["step"]
 
     def _identity(self) -> dict[str, Any]:
@@ -279,7 +282,7 @@ class Trainer:
             "seconds_per_step": meter.seconds / self.step,
             "tokens_per_second": meter.tokens / meter.seconds,
             "optimizer_share": meter.clock.seconds / meter.seconds,
-            "failed_roots": failed_roots(self.optimizer),
+            "failed_roots": self.parallel.failed_roots(self.optimizer),
             "state_bytes": state_bytes(self.optimizer),
             "parameters": count_parameters(self.raw),
             "data": self.data.description,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from asgo import settings
-from asgo.buckets import state_dtype
+from asgo.distributed.groups import agree
+from asgo.distributed.placement import find, gradient, local
 from asgo.optimizer import StructuredOptimizer
+from asgo.state import state_dtype
 
 DECAY = 0.999
 """Of the mean square that tells a spike: Adam's second moment."""
@@ -108,10 +111,9 @@ class SPAM(Optimizer):
         since = t % self.interval
         if since == 0:
             self._reset()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._clip(param, since >= ARMED)
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for param, moved in zip(params, self._moved(params), strict=True):
+            self._clip(param, moved, since >= ARMED)
         self._step_scaled(self._share(since) if t >= self.interval else 1.0)
         for group in self.param_groups:
             group["spam_step"] = t
@@ -131,17 +133,24 @@ class SPAM(Optimizer):
             for group, lr in zip(self.param_groups, rates, strict=True):
                 group["lr"] = lr
 
-    def _clip(self, param: Tensor, armed: bool) -> None:
+    def _moved(self, params: list[Tensor]) -> Sequence[Tensor]:
+        """Whether each gradient has an entry that is not zero, on any rank."""
+        if not params:
+            return ()
+        zero = torch.stack([~(gradient(param) != 0).any() for param in params])
+        return (~agree(zero, [find(param, None, "SPAM").ranks for param in params])).unbind()
+
+    def _clip(self, param: Tensor, moved: Tensor, armed: bool) -> None:
         """Clip the spikes of a gradient; a gradient of zeros, and entries that are not finite, leave v as it is."""
-        state, grad, dtype = self.state[param], param.grad, state_dtype(param)
+        state, grad, dtype = self.state[param], gradient(param), state_dtype(param)
         v = state["spike_sq"] = state["spike_sq"].to(param.device, dtype)
-        seen = grad.to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
+        seen = grad.to(dtype)
         finite = seen.isfinite()
         if armed:
             limit = (self.threshold * v).sqrt()
             seen = torch.where(finite, seen.clamp(-limit, limit), seen)
-            grad.copy_(seen)  # pyright: ignore[reportOptionalMemberAccess]
-        weight = (finite & (seen != 0).any()).to(dtype) * (1 - DECAY)
+            grad.copy_(seen)
+        weight = (finite & moved).to(dtype) * (1 - DECAY)
         v.lerp_(torch.where(finite, seen, 0).square(), weight)
 
     def _reset(self) -> None:
@@ -153,14 +162,19 @@ class SPAM(Optimizer):
         for group in groups:
             group["spam_step"] = t
             for param in group["params"]:
-                v = torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
-                self.state[param]["spike_sq"] = v.detach()
+                find(param, None, "SPAM")  # all ranks meet its group now
+                held, dtype = local(param.detach()), state_dtype(param)
+                self.state[param]["spike_sq"] = torch.zeros_like(held, dtype=dtype)
 
     # ---- the optimizer's own ----------------------------------------------------------------------------------
 
     def failures(self) -> dict[str, int]:
         """The optimizer's own counts."""
         return self.optimizer.failures()
+
+    def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
+        """Share the optimizer's work, as `StructuredOptimizer.distribute` does; the mean squares stay whole."""
+        self.optimizer.distribute(process_group, shard_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the optimizer."""
