@@ -152,5 +152,6 @@ def count_parameters(model: nn.Module) -> int:
 
 def model_fingerprint(model: nn.Module) -> str:
     """A short hash of the architecture's name and of every parameter's name and shape."""
-    text = type(model).__name__ + repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
+    architecture = type(model).__name__.removeprefix("FSDP")  # the same model in shards
+    text = architecture + repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from asgo.lab.config import MachineConfig
 from asgo.lab.errors import LabError
 from asgo.lab.peers import failed_roots
 from asgo.lab.runs import RunFolder
+from asgo.lab.sampling import Batches, TrainBatches
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import SPAM
 
@@ -124,18 +126,26 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len, default=nn.ModuleList()))
 
 
-def divided_parts(parts: int, before: int, processes: int, out: object) -> int:
-    """How many batches a step averages so that it takes as many blocks as it did on `before` processes.
+def shares(batches: Batches, parts: int, world: int, rank: int, processes: int) -> list[tuple[int, Batches]]:
+    """What one process trains on in a step: numbers of batches, and which part of each.
+
+    A step takes `parts` batches, each cut for `world` processes: what the run began with. Any number of processes that
+    divides them takes the same blocks.
 
     Raises:
-        LabError: where they do not divide.
+        LabError: where they do not divide, or the data can be read for one place only.
     """
-    if parts * before % processes:
+    if processes == world:
+        return [(part, batches) for part in range(parts)]
+    if parts * world % processes:
         raise LabError(
-            f"the checkpoint in {out} averages {parts * before} batches per step over {before} processes, which "
-            f"{processes} processes cannot share: start a number that divides {parts * before}."
+            f"the checkpoint's steps are {parts * world} batches over {world} processes, which {processes} processes "
+            f"cannot share: start a number that divides {parts * world}."
         )
-    return parts * before // processes
+    if not isinstance(batches, TrainBatches):
+        raise LabError(f"the checkpoint is of {world} processes, and a streamed corpus needs as many to continue.")
+    units = [(part, place) for part in range(parts) for place in range(world)][rank::processes]
+    return [(part, TrainBatches(batches.ids, replace(batches.draw, rank=at, world=world))) for part, at in units]
 
 
 def lost(error: RuntimeError) -> bool:

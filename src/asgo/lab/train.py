@@ -19,7 +19,7 @@ from asgo.lab.inspect import routing_text
 from asgo.lab.machine import accelerator
 from asgo.lab.meter import Meter
 from asgo.lab.models import build_model, count_parameters, model_fingerprint, token_loss
-from asgo.lab.parallel import Parallel, divided_parts, lost
+from asgo.lab.parallel import Parallel, lost, shares
 from asgo.lab.peers import build_optimizer, resolve, state_bytes
 from asgo.lab.plot import draw_run
 from asgo.lab.progress import RunProgress
@@ -94,7 +94,7 @@ class Trainer:
         self.folder = RunFolder(config.out, writes=self.accelerator.is_main_process)
         self.meter = Meter(self.device)
         self.step = 0
-        self.parts = config.grad_accumulation
+        self._divide(config.grad_accumulation, world)
         self.grad_norm = torch.zeros(())
 
     def run(self, stop: StopSignal, progress: RunProgress) -> dict[str, Any]:
@@ -109,13 +109,12 @@ class Trainer:
 
     def _train_step(self) -> None:
         self.model.train()
-        parts = self.parts
         total = torch.zeros((), device=self.device)
-        tokens = 0
-        for part in range(parts):
-            inputs, targets = self._to_device(self.data.batches.batch(self.step * parts + part))
-            with self.parallel.collecting(self.model, part == parts - 1):
-                loss = token_loss(self.model, inputs, targets) / parts
+        tokens, count = 0, len(self.shares)
+        for number, (part, batches) in enumerate(self.shares, 1):
+            inputs, targets = self._to_device(batches.batch(self.step * self.parts + part))
+            with self.parallel.collecting(self.model, number == count):
+                loss = token_loss(self.model, inputs, targets) / count
                 self.accelerator.backward(loss)
             total += loss.detach()
             tokens += targets.numel() * self.accelerator.num_processes
@@ -241,24 +240,29 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "meter": self.meter.state_dict(),
             "ranks": ranks,
-            "parts": self.parts,
+            "world": self.world,
         }
         self.parallel.save(self.folder, state, self.raw, self.optimizer)
 
     def _restore(self, state: dict[str, Any]) -> None:
         check_identity(state, self._identity(), self.folder.saved()[-1])
-        before, processes = len(state["ranks"]), self.accelerator.num_processes
-        self.parts = divided_parts(state.get("parts", self.parts), before, processes, self.config.out)
+        self._divide(self.parts, state.get("world", len(state["ranks"])))
         self.parallel.restore(self.folder, state, self.raw, self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
-        if before == processes:
+        if len(state["ranks"]) == self.accelerator.num_processes:
             local = state["ranks"][self.accelerator.process_index]
             self.data.batches.load_state_dict(local["data"])
             set_random_state(local["rng"], self.device)
         self.step = state["step"]
+
+    def _divide(self, parts: int, world: int) -> None:
+        """Divide the batches of a step, which were made for `world` processes."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.parts, self.world = parts, world
+        self.shares = shares(self.data.batches, parts, world, rank, processes)
 
     def _identity(self) -> dict[str, Any]:
         return {
