@@ -19,6 +19,7 @@ FLOORS = [
     {"minimax", "eigen", "powers", "roots"},
     {"adamw"},
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
+    {"ladder"},
     {"buckets", "settings"},
     {"optimizer", "sites", "attention", "routing"},
     {"presets", *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")), "report", "checkpoint"},

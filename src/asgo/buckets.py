@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
+from asgo.ladder import Ladder
 from asgo.structures import Structure
 from asgo.views import View
 
@@ -59,6 +60,7 @@ class Bucket:
         self.view, self.slices, self.members = view, slices, list(members)
         self.part = self.members[0].part  # the others are read by the same pattern
         self.shape = view.cut(self.members[0].param)[self.part].shape
+        self.ladder = Ladder(deferred=self.members[0].param.device.type != "cpu")
         self.state: State = {}
         self._bound: list[tuple[State, str, Tensor]] = []
         for key in keys:

@@ -16,7 +16,6 @@ from asgo._types import State
 from asgo.buckets import Bucket, Member, init_state, make_buckets, state_dtype, turns
 from asgo.masks import blend, choose
 from asgo.matmul import exact_matmul
-from asgo.roots import ROOTS
 from asgo.scaling import SCALINGS
 from asgo.structures import Structure
 from asgo.views import View, default_view
@@ -111,9 +110,8 @@ class StructuredOptimizer(Optimizer, ABC):
 
         with exact_matmul(grad.device):
             structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
-            for rows in bucket.rows(lambda member: self._is_due(member, group)):
-                due = {key: tensor[rows] for key, tensor in state.items()}
-                due["failures"] += ~structure.refresh(due, ROOTS[group["root"]], group["eps"])
+            due = bucket.rows(lambda member: self._is_due(member, group))
+            bucket.ladder.refresh(structure, state, due, group["root"], group["eps"])
             update = structure.precondition(state, direction)
         size = SCALINGS[group["adjust_lr"]](update, bucket.slices) * -group["lr"]
         update = update * size if update is momentum else update.mul_(size)
