@@ -81,7 +81,8 @@ class Bucket:
 
     def add(self, update: Stack, decay: float | Tensor) -> None:
         """Multiply the members by `decay`, then add the update to them, in place."""
-        targets = self._parts([member.param for member in self.members])
+        # Detached: a graph that breaks here would meet views of leaves, which it cannot take up again.
+        targets = self._parts([member.param.detach() for member in self.members])
         torch._foreach_mul_(targets, decay)
         sources = self.view.unstack_all(self.part, update, self.shape, len(targets))
         torch._foreach_add_(targets, list(sources))
