@@ -138,17 +138,10 @@ class Record:
 
     def plain(self) -> dict[str, list[list[list[float]]]]:
         """Each field's values by mark, repeat and step size; and what does not change, as if it were a single mark."""
-        constants = {"eta": self.eta, "zero": self._zero()}
+        constants = {"eta": self.eta, "unit": self.problem.unit.expand_as(self.eta)}
         return {name: torch.stack(values).tolist() for name, values in self.noted.items()} | {
             name: [value.tolist()] for name, value in constants.items()
         }
-
-    def _zero(self) -> Tensor:
-        """``F(0) - F(W*)``: the unit in which pictures show everything."""
-        return self.start.expand_as(self.eta)
-
-    start: Tensor
-    """``F(W_0) - F(W*)``, ``(R, 1)``."""
 
 
 def _sum(total: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -169,8 +162,6 @@ def play(job: Play) -> Record:
     at = set(job.marks)
     for number in range(1, job.rounds + 1):
         seen = problem.round(weights)
-        if number == 1:
-            record.start = seen.excess[:, :1].clone()
         record.add(weights, seen)
         move.grad = seen.gradient.reshape(move.shape)
         move.zero_()

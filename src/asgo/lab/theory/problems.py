@@ -45,14 +45,18 @@ class Problem(ABC):
 
     smooth = False
 
+    unit: Tensor
+    """``F(0) - F(W*)``, ``(R, 1)``: what pictures measure everything by (of the hinge loss without wrong labels)."""
+
     def __init__(self, dials: Dials) -> None:
         self.dials = dials
         self.instance: Instance = make(dials)
         self.draws = Draws(dials.seed, dials.repeats, 1)
         self.prepare()
 
-    def prepare(self) -> None:  # noqa: B027 (nothing to prepare is fine)
-        """Draw data, if any."""
+    @abstractmethod
+    def prepare(self) -> None:
+        """Draw data, if any, and set the unit."""
 
     @abstractmethod
     def round(self, weights: Tensor) -> Round:
@@ -85,9 +89,18 @@ class Absolute(Problem):
 
     def prepare(self) -> None:
         """The size of the noise: that of the first residuals."""
+        error = self.offset(torch.zeros_like(self.instance.target)[:, None])
+        self.sigma = self.dials.noise * self._spread(error)
+        self.unit = self._excess(error)
+
+    def _spread(self, error: Tensor) -> Tensor:
+        """The standard deviation of ``<X, error>``."""
         i = self.instance
-        first = i.left.mT @ i.inward(i.target[:, None])[:, 0] @ i.right
-        self.sigma = self.dials.noise * first.flatten(1).norm(dim=1)[:, None]
+        return (i.left[:, None].mT @ error @ i.right[:, None]).flatten(2).norm(dim=2)
+
+    def _excess(self, error: Tensor) -> Tensor:
+        """The mean of ``|r|`` for a normal r is ``sqrt(2/pi)`` times its standard deviation."""
+        return math.sqrt(2 / math.pi) * (torch.hypot(self._spread(error), self.sigma) - self.sigma)
 
     def round(self, weights: Tensor) -> Round:
         """A batch of new examples."""
@@ -97,9 +110,7 @@ class Absolute(Problem):
         residual = error.flatten(2) @ x.flatten(2).mT - noise[:, None]
         gradient = (residual.sign() @ x.flatten(2) / batch).view_as(error)
         regret = residual.abs().mean(2) - noise.abs().mean(1, keepdim=True)
-        spread = (i.left[:, None].mT @ error @ i.right[:, None]).flatten(2).norm(dim=2)
-        excess = math.sqrt(2 / math.pi) * (torch.hypot(spread, self.sigma) - self.sigma)
-        return Round(i.outward(gradient), regret, excess)
+        return Round(i.outward(gradient), regret, self._excess(error))
 
     def moment(self) -> Tensor:
         """``E X X^T``; the gradient is a mean of ``+-X``."""
@@ -124,6 +135,7 @@ class Hinge(Problem):
         self.labels = top.indices[:, 0].gather(1, kept)
         # A hair more than 1, lest rounding make a loss at W* of it.
         self.x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2])) / scale[:, None, None] * (1 + 1e-12)
+        self.unit = torch.ones(self.dials.repeats, 1, dtype=torch.float64)
 
     def _scores(self, weights: Tensor, x: Tensor) -> Tensor:
         """``z (R, S, classes, N)``."""
@@ -177,9 +189,10 @@ class Smooth(Problem):
     smooth = True
 
     def prepare(self) -> None:
-        """The size of the noise: that of the first gradient."""
+        """The size of the noise: by that of the first gradient."""
         zero = torch.zeros_like(self.instance.target)[:, None]
-        first = self.value(zero)[1].flatten(2).norm(dim=2)
+        self.unit, gradient = self.value(zero)
+        first = gradient.flatten(2).norm(dim=2)
         self.size = self.dials.noise * first[:, :, None, None]
 
     @abstractmethod
