@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,15 +25,6 @@ SHORT = {
 UNIT = "share of F(0) - F(W*)"
 
 
-class Step(Protocol):
-    """What `draw_steps` needs of a row."""
-
-    problem: str
-    method: str
-    step: float
-    largest_ratio: float
-
-
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     columns = min(2, count)
     lines = math.ceil(count / columns)
@@ -49,6 +40,14 @@ def _styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         method: dict(zip(("color", "linestyle", "marker"), STYLES[i % len(STYLES)], strict=True))
         for i, method in enumerate(methods)
     }
+
+
+def _name(axes: Axes, x: str, y: str) -> None:
+    """Titles and grid; the figure has one legend for all panels."""
+    label(axes, x, y)
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.remove()
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -76,8 +75,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(problem, loc="left")
-        label(axes, "rounds T", f"mean regret ({UNIT})")
-        axes.get_legend().remove()
+        _name(axes, "rounds T", f"mean regret ({UNIT})")
     _legend(figure, panels[0])
     return png(figure)
 
@@ -87,28 +85,28 @@ def _positive(value: float | None) -> float:
     return value if value is not None and value > 0 else math.nan
 
 
-def draw_steps(rows: Sequence[Step]) -> bytes:
+def draw_steps(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """The largest regret over its bound against the step size, a panel for each problem; 1 is the bound."""
-    problems, methods = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("problem", "method"))
+    problems, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("problem", "method"))
     figure, panels = _panels(len(problems), 3.4)
     styles = _styles(methods)
     for axes, problem in zip(panels, problems, strict=True):
         for method in methods:
-            own = sorted((r for r in rows if (r.problem, r.method) == (problem, method)), key=lambda row: row.step)
-            ratio = [_positive(row.largest_ratio) for row in own]
-            axes.plot([row.step for row in own], ratio, markersize=5, label=method, **styles[method])
+            own = [row for row in rows if (row["problem"], row["method"]) == (problem, method)]
+            own.sort(key=lambda row: row["step"])
+            ratio = [_positive(row["largest_ratio"]) for row in own]
+            axes.plot([row["step"] for row in own], ratio, markersize=5, label=method, **styles[method])
         axes.axhline(1, color="#404040", linewidth=1.5, label="the bound")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_title(problem, loc="left")
-        label(axes, "step size / the one of the smallest bound", "largest regret / bound")
-        axes.get_legend().remove()
+        _name(axes, "step size / the one of the smallest bound", "largest regret / bound")
     _legend(figure, panels[0])
     return png(figure)
 
 
 def draw_map(points: Sequence[Mapping[str, Any]]) -> bytes:
-    """Who has the smallest regret, and who the smallest bound, over gradient rank and spread; a row for each problem."""
+    """Who has the smallest regret, and who the smallest bound, over gradient rank and spread of W*."""
     problems = list(dict.fromkeys(point["problem"] for point in points))
     figure = Figure(figsize=(11, 4.6 * len(problems)), layout="constrained")
     panels = figure.subplots(len(problems), 2, squeeze=False)

@@ -90,7 +90,7 @@ class Instance:
     """Features are ``X = A Z B^T`` with ``Z`` of independent entries, in the basis `rotation` of all entries if given.
 
     Args:
-        left: ``A (R, m, m)``, Frobenius norm 1.
+        left: ``A (R, m, m)``, Frobenius norm 1; its columns are the vectors of the classes, where there are any.
         right: ``B (R, n, n)``, Frobenius norm 1.
         rotation: orthogonal ``(R, m n, m n)``, or None for the entries themselves.
         target: ``W* (R, m, n)``.
@@ -132,7 +132,7 @@ def make(dials: Dials) -> Instance:
              for k in (m, n)]  # fmt: skip
     sides = ("left", "both", "none"), ("right", "both")
     left, right = (
-        basis * _sizes(dials, k, dials.structure in structured)
+        (basis * _sizes(dials, k, dials.structure in structured)) @ draws.orthogonal(k)
         for basis, k, structured in zip(bases, (m, n), sides, strict=True)
     )
     return Instance(left, right, _rotation(dials, draws), _target(dials, draws))

@@ -75,7 +75,7 @@ class Projection(Method):
 
     @abstractmethod
     def expand(self, reduced: Tensor, m: int, n: int) -> tuple[Tensor, int]:
-        """The projection ``(R, d, d)`` that a reduced matrix stands for, and how often that holds each of its entries."""
+        """The projection ``(R, d, d)`` that a reduced matrix stands for, and how often that holds it."""
 
     def of_moment(self, moment: Tensor, m: int, n: int) -> Tensor:
         """The trace for a second moment ``(R, d, d)`` in place of a sum: ``||Q||_*`` of ASGO's theorem."""

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asgo.lab.errors import LabError
 from asgo.lab.theory.instance import Dials, Draws, Instance, make
 
 EXAMPLES = 256
 """Examples of the classification problems."""
+
+SMALLEST = 1e-9
+"""Margins below this share of the largest are rounding."""
 
 LOGITS = 2.0
 """Root mean square of the logits at W*."""
@@ -64,7 +68,7 @@ class Problem(ABC):
 
     @abstractmethod
     def moment(self) -> Tensor:
-        """``(R, d, d)`` on flattened gradients. Nonsmooth: at least ``E g g^T``. Smooth: at least every Hessian of F."""
+        """``(R, d, d)`` on flattened weights. Nonsmooth: at least ``E g g^T``. Smooth: at least every Hessian of F."""
 
     def covariance(self) -> Tensor | None:
         """Smooth problems: that of the noise in a gradient, ``(R, d, d)``; None where there is none."""
@@ -132,6 +136,8 @@ class Hinge(Problem):
         top = self._scores(i.target[:, None], x)[:, 0].topk(2, dim=1)
         margin, order = (top.values[:, 0] - top.values[:, 1]).sort(dim=1, descending=True)
         kept, scale = order[:, :EXAMPLES], margin[:, EXAMPLES - 1]
+        if not (scale > SMALLEST * margin[:, 0]).all():
+            raise LabError("hinge: W* tells no classes apart with these dials. Pass another --seed, --rank or --tail.")
         self.labels = top.indices[:, 0].gather(1, kept)
         # A hair more than 1, lest rounding make a loss at W* of it.
         self.x = x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2])) / scale[:, None, None] * (1 + 1e-12)
@@ -220,7 +226,11 @@ class Smooth(Problem):
         i, d = self.instance, self.dials.rows * self.dials.columns
         if not self.dials.noise:
             return None
-        unit = torch.eye(d).to(i.target) / d if self.dials.white else i.covariance(i.left @ i.left.mT, i.right @ i.right.mT)
+        unit = (
+            torch.eye(d).to(i.target) / d
+            if self.dials.white
+            else i.covariance(i.left @ i.left.mT, i.right @ i.right.mT)
+        )
         return self.size[:, 0] ** 2 / self.dials.batch * unit
 
 
@@ -241,9 +251,9 @@ class Squares(Smooth):
 
 
 class Logistic(Smooth):
-    """Multiclass logistic regression: cross-entropy of ``softmax(A^T W x)`` with the labels' law at W*, less its entropy.
+    """Multiclass logistic regression: cross-entropy of ``softmax(A^T W x)`` with the labels' law, less its entropy.
 
-    The labels are given as probabilities, those at W*, so that W* is exactly the minimiser.
+    The law is given as probabilities, those at W*, so that W* is exactly the minimiser.
     """
 
     def prepare(self) -> None:

@@ -21,7 +21,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """The result of a job as arrays ``(marks, repeats, steps)``; regret, excess and bounds in units of ``F(0) - F(W*)``.
+    """The result of a job: arrays ``(marks, repeats, steps)``; losses and bounds in units of ``F(0) - F(W*)``.
 
     Args:
         job: what was played.
@@ -53,10 +53,9 @@ class Seen:
         """Regret over its bound: the largest over marks and repeats, for each step size."""
         return _worst(self.values["regret"] / self.values["bound"]).max((0, 1))
 
-    def breaks(self) -> int:
-        """Runs in which the regret was above its bound at some mark."""
-        above = _worst(self.values["regret"]) > self.values["bound"] + ROUNDING * np.abs(self.values["bound"])
-        return int(above.any(0).sum())
+    def above(self) -> np.ndarray:
+        """Where the regret is above its bound, or is not a number."""
+        return ~(self.values["regret"] <= self.values["bound"] * (1 + ROUNDING))
 
     def slope(self, name: str) -> float | None:
         """Of the logarithm of a mean over that of rounds, over the last tenfold, at the best step."""
@@ -118,16 +117,14 @@ def rows_of(seen: Seen) -> list[Row]:
     best, ratio, last = seen.best(), seen.ratio(), {n: seen.values[n][-1].mean(0) for n in ("eta", "distance", "trace")}
     means = {name: seen.mean(name)[-1] for name in ("regret", "excess", "bound", "rate")}
     slopes = {f"{name}_slope": seen.slope(name) for name in ("regret", "bound", "rate")}
+    above = seen.above().any(0).sum(0)
     rows = []
     for k, step in enumerate(seen.job.steps):
-        numbers = {name: float(values[k]) for name, values in {**last, **means}.items()}
-        rate = numbers.pop("rate")
-        above = _worst(seen.values["regret"][..., k]) > seen.values["bound"][..., k] * (1 + ROUNDING)
-        rows.append(Row(
-            problem=seen.job.dials.problem, method=seen.job.method, step=step, best=k == best, **numbers,
-            rate=None if math.isnan(rate) else rate, largest_ratio=float(ratio[k]), breaks=int(above.any(0).sum()),
-            **(slopes if k == best else dict.fromkeys(slopes)),
-        ))  # fmt: skip
+        numbers: dict[str, Any] = {name: float(values[k]) for name, values in {**last, **means}.items()}
+        numbers["rate"] = None if math.isnan(numbers["rate"]) else numbers["rate"]
+        numbers |= slopes if k == best else dict.fromkeys(slopes)
+        where = {"problem": seen.job.dials.problem, "method": seen.job.method, "step": step, "best": k == best}
+        rows.append(Row(**where, **numbers, largest_ratio=float(ratio[k]), breaks=int(above[k])))
     return rows
 
 
@@ -153,7 +150,7 @@ def map_row(seen: Seen) -> dict[str, Any]:
         "step": seen.job.steps[seen.best()],
         "regret": float(_worst(regret).min()),
         "bound": float(_worst(bound).min()),
-        "breaks": seen.breaks(),
+        "breaks": int(seen.above().any(0).sum()),
     }
 
 
@@ -168,19 +165,19 @@ def conclude(plays: Sequence[Play], maps: Sequence[Play], done: Results) -> Find
     points = [map_row(Seen.of(job, done[job.key])) for job in maps]
     rows = [row for each in seen for row in rows_of(each)]
     curves = [line for each in seen for line in curve_rows(each)]
-    first = plays[0]
-    files: dict[str, bytes | Sequence[dict[str, Any]]] = {"curves.csv": curves, "steps.png": draw_steps(rows)}
+    first, table = plays[0], [asdict(row) for row in rows]
+    files: dict[str, bytes | Sequence[dict[str, Any]]] = {"curves.csv": curves, "steps.png": draw_steps(table)}
     if points:
         files |= {"sweep.png": draw_map(points), "sweep.csv": points}
     return Findings(
-        rows=[asdict(row) for row in rows],
+        rows=table,
         head=HEAD,
         cells=[_cells(row, rows) for row in rows if row.best],
         title=f"{first.dials.rows} x {first.dials.columns}, {first.rounds} rounds, {first.dials.repeats} repeats",
         lines=words(rows, points, seen),
         picture=draw_curves(curves),
         note="Regret: mean of f_t(W_t) - f_t(W*) over rounds and repeats, as a share of F(0) - F(W*), at the step size "
-        "(a multiple of the one at which the bound is smallest) where it is smallest. Bound: the same of the regret bound. "
+        "(a multiple of the one at which the bound is smallest) where it is smallest. Bound: of the regret, alike. "
         "Largest regret / bound: over all step sizes, marks and repeats. Slopes: of the logarithms, over the last "
         "tenfold of rounds.",
         files=files,
