@@ -7,12 +7,12 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 from asgo.lab.cli import main
 from asgo.lab.theory import bounds
 from asgo.lab.theory.experiment import TheoryConfig, check, jobs
@@ -339,8 +339,11 @@ def test_what_is_not_a_number_is_a_break_and_never_the_best():
 
 # ---- the command -------------------------------------------------------------------------------------------------
 
-SMALL = "--rows 3 --columns 4 --spread 2 --rounds 20 --repeats 2 --batch 2 --steps 0.25 1 4 --sweep-rounds 5".split()
-SMALL += "--sweep-ranks 1 3 --sweep-spreads 1 3 --sweep-problems squares --processes 1".split()
+FLAGS = (
+    "--rows 3 --columns 4 --spread 2 --rounds 20 --repeats 2 --batch 2 --steps 0.25 1 4 --sweep-rounds 5 "
+    "--sweep-ranks 1 3 --sweep-spreads 1 3 --sweep-problems squares --processes 1"
+)
+SMALL = FLAGS.split()
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
