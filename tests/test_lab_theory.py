@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import oracle
 from asgo.lab.cli import main
-from asgo.lab.theory import bounds
+from asgo.lab.errors import LabError
+from asgo.lab.theory import bounds, problems
 from asgo.lab.theory.experiment import TheoryConfig, check, jobs
 from asgo.lab.theory.instance import Dials
 from asgo.lab.theory.methods import METHODS, Projection
@@ -307,6 +308,13 @@ def test_repeats_do_not_depend_on_their_number():
     few, many = (play(Play(replace(DIALS, problem="hinge", repeats=r), "asgo", 5, (1.0,), (5,))) for r in (1, 3))
     torch.testing.assert_close(few.excess, many.excess[:1])
     assert not torch.equal(many.excess[0], many.excess[1])
+
+
+def test_a_best_matrix_that_tells_nothing_apart(monkeypatch):
+    made = problems.make
+    monkeypatch.setattr(problems, "make", lambda dials: replace(made(dials), target=0 * made(dials).target))
+    with pytest.raises(LabError, match="tells no classes apart with these dials. Pass another --seed"):
+        PROBLEMS["hinge"](replace(DIALS, problem="hinge"))
 
 
 # ---- the report --------------------------------------------------------------------------------------------------
