@@ -19,6 +19,7 @@ FLOORS = [
     {"minimax", "eigen", "powers", "roots"},
     {"adamw"},
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
+    {"ladder"},
     {"buckets", "settings", "state", *(f"distributed.{path.stem}" for path in (ROOT / "distributed").glob("[!_]*.py"))},
     {"optimizer", "sites", "attention", "routing"},
     {

@@ -35,6 +35,10 @@ from asgo.lab.models import PRESETS, shape_of
 from asgo.lab.regret import RegretConfig
 from asgo.lab.specs import parse_spec
 from asgo.lab.summary import HEAD
+from asgo.lab.theory.experiment import TheoryConfig
+from asgo.lab.theory.experiment import check as check_theory
+from asgo.lab.theory.methods import METHODS
+from asgo.lab.theory.problems import PROBLEMS
 from asgo.lab.validation import validate
 from asgo.lab.vision.experiment import VisionConfig
 
@@ -157,6 +161,8 @@ def check_command(words):
         shape_of(parsed.model)
     elif isinstance(parsed, (StepConfig, RootConfig)):
         check_bench(parsed)
+    elif isinstance(parsed, TheoryConfig):
+        check_theory(parsed)
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
@@ -281,9 +287,15 @@ def test_problems_and_contenders():
     assert f"at most {GlmConfig().rows:,} (`--rows`)" in " ".join(text.split())
 
 
+def test_theory_tables():
+    written = [row[0].strip("`") for row in rows(page("theory.md"))]
+    assert [name for name in written if name in PROBLEMS] == list(PROBLEMS)
+    assert [name for name in written if name in METHODS] == list(METHODS)
+
+
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
-    benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig)
+    benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig, TheoryConfig)
     for kind in (TrainConfig, CompareConfig, cli.InspectConfig, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}

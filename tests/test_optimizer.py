@@ -434,19 +434,51 @@ def test_a_resting_matrix_does_not_enlarge_the_others():
     assert not experts[[0, 1, 3]].any()
 
 
-def test_a_failed_root_keeps_the_last_good_one_and_is_counted(monkeypatch):
+def fails_first(A, eps):
+    """A root that fails for the first matrix of a stack of several 8 x 8."""
+    Z, ok = ROOTS["eigh"](A, eps)
+    if A.shape[1] == 8 and A.shape[0] > 1:
+        ok[0], Z[0] = False, float("nan")
+    return Z, ok
+
+
+def test_a_failed_root_is_tried_again_in_float64(monkeypatch):
+    net, x, y = problem()
+    optimizer = ASGO(net.named_parameters())
+    monkeypatch.setitem(ROOTS, "auto", fails_first)
+    train(net, optimizer, x, y, 3)
+    state = optimizer.state[net.b.weight]
+    assert torch.equal(state["root"], ROOTS["eigh64"](state["gram"], 1e-6)[0])
+    assert optimizer.failures() == {}
+
+
+def test_where_flags_travel_the_second_try_comes_one_step_later(monkeypatch):
+    net, x, y = problem()
+    optimizer = ASGO(net.named_parameters(), precondition_frequency=100)
+    train(net, optimizer, x, y, 9)
+    for bucket in optimizer._buckets[0][1]:
+        bucket.ladder.deferred = True
+    monkeypatch.setitem(ROOTS, "auto", fails_first)
+    state = optimizer.state[net.b.weight]
+    kept = state["root"].clone()
+    train(net, optimizer, x, y, 1)  # the last of the warm steps, in which all roots are due
+    assert torch.equal(state["root"], kept)
+    assert optimizer.failures() == {"b.weight": 1}
+    train(net, optimizer, x, y, 1)
+    once = state["root"].clone()
+    assert torch.equal(once, ROOTS["eigh64"](state["gram"], 1e-6)[0])
+    train(net, optimizer, x, y, 1)
+    assert torch.equal(state["root"], once)
+    assert optimizer.failures() == {"b.weight": 1}
+
+
+def test_a_root_that_fails_twice_keeps_the_last_good_one_and_is_counted(monkeypatch):
     net, x, y = problem()
     optimizer = ASGO(net.named_parameters())
     train(net, optimizer, x, y, 3)
     kept = optimizer.state[net.b.weight]["root"].clone()
-
-    def failing(A, eps):
-        Z, ok = ROOTS["eigh"](A, eps)
-        if A.shape[1] == 8 and A.shape[0] > 1:
-            ok[0], Z[0] = False, float("nan")
-        return Z, ok
-
-    monkeypatch.setitem(ROOTS, "auto", failing)
+    monkeypatch.setitem(ROOTS, "auto", fails_first)
+    monkeypatch.setattr("asgo.ladder.eigh64", lambda A, eps: (A, torch.zeros(len(A), dtype=torch.bool)))
     before = net.b.weight.detach().clone()
     train(net, optimizer, x, y, 2)
     assert torch.equal(kept, optimizer.state[net.b.weight]["root"])

@@ -14,7 +14,7 @@ from asgo import ASGO, buckets, eigen, matmul, route
 from asgo.distributed.work import turns, turns_of
 from asgo.masks import choose, holds
 from asgo.roots import ROOTS
-from asgo.views import MATRIX, TRANSPOSED, heads
+from asgo.views import MATRIX, TRANSPOSED, View, heads
 from family import every_preset
 
 torch._dynamo.config.cache_size_limit = 64
@@ -193,6 +193,22 @@ def test_a_compiled_step_is_the_same_and_is_compiled_once_whatever_lr_does():
             lr.mul_(0.5)
     assert counts[0] > 0
     assert len(set(counts)) == 1
+    for p, q in zip(params, same, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("eager_steps", [0, 1])
+def test_a_step_over_split_parameters_can_be_compiled_before_and_after_an_eager_one(eager_steps):
+    torch._dynamo.reset()
+    view = View("m n -> 1 m n", split=(2, 4), split_dim=1)
+    params, same = parameters([(4, 6), (4, 6)]), parameters([(4, 6), (4, 6)])
+    plain, compiled = (ASGO([{"params": p, "view": view}], lr=1e-2) for p in (params, same))
+    for _ in range(eager_steps):
+        plain.step()
+        compiled.step()
+    plain.step()
+    torch.compile(compiled.step, backend="eager")()
     for p, q in zip(params, same, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 

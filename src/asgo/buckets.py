@@ -17,6 +17,7 @@ from torch import Tensor
 from asgo._types import Stack, State
 from asgo.distributed.groups import Wait
 from asgo.distributed.placement import Placement, gradient, keeps, local
+from asgo.ladder import Ladder
 from asgo.state import part_key, state_dtype
 from asgo.structures import Structure
 from asgo.views import View
@@ -73,6 +74,7 @@ class Bucket:
         self.shape = self.view.cut(torch.empty(whole, device="meta"))[self.part].shape  # all have the same
         self.slices = self.view.shapes(whole)[self.part][0]
         self.dtype = state_dtype(first.param)
+        self.ladder = Ladder(deferred=first.param.device.type != "cpu")
         self.state: State = {}
         self._bound: list[tuple[State, str, Tensor]] = []
         kept = [state for m, state in zip(everyone, states, strict=True) if keeps(m.placement, m.owner)]
@@ -118,7 +120,8 @@ class Bucket:
 
     def add(self, update: Stack | None, decay: float | Tensor) -> Wait | None:
         """Multiply the members by `decay`, then add the update to them, in place."""
-        targets = self._parts([local(member.param) for member in self.members])
+        # Detached: a graph that breaks here would meet views of leaves, which it cannot take up again.
+        targets = self._parts([local(member.param.detach()) for member in self.members])
         torch._foreach_mul_(targets, decay)
         torch._foreach_add_(targets, self._pieces(update))
         return None

@@ -23,7 +23,6 @@ from asgo.distributed.state import assign, export
 from asgo.distributed.work import Division, spread, turns_of
 from asgo.masks import blend, choose
 from asgo.matmul import exact_matmul
-from asgo.roots import ROOTS
 from asgo.scaling import SCALINGS
 from asgo.state import follow, init_state
 from asgo.structures import Structure
@@ -150,9 +149,7 @@ class StructuredOptimizer(Optimizer, ABC):
 
         with exact_matmul(grad.device):
             structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
-            for rows in bucket.rows(due):
-                some = {key: tensor[rows] for key, tensor in state.items()}
-                some["failures"] += ~structure.refresh(some, ROOTS[group["root"]], group["eps"])
+            bucket.ladder.refresh(structure, state, bucket.rows(due), group["root"], group["eps"])
         return direction
 
     def _is_due(self, group: dict[str, Any], member: Member) -> bool:

@@ -17,6 +17,10 @@ from asgo.distributed.placement import Box, gradient, local, overlap, part_boxes
 class Shared(Bucket):
     """All ranks hold everything; each refreshes the roots of some members and sends them to the others."""
 
+    def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+        super().__init__(everyone, states, keys)
+        self.ladder.climbs = not self.ladder.deferred
+
     def share(self, due: Callable[[Member], bool], keys: Sequence[str]) -> Wait | None:
         """Start to bring the roots of the members whose turn it is from their owners here: their bytes, once each."""
         found = [(i, member) for i, member in enumerate(self.members) if due(member)]

@@ -27,6 +27,7 @@ from asgo.lab.inspect import InspectConfig, inspect_routing
 from asgo.lab.optimizers import OptimizersConfig, list_optimizers
 from asgo.lab.regret import RegretConfig, regret
 from asgo.lab.signals import Stopped
+from asgo.lab.theory.experiment import TheoryConfig, theory
 from asgo.lab.train import train
 from asgo.lab.vision.experiment import VisionConfig, vision
 
@@ -35,7 +36,7 @@ DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its 
 BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots inside them."
 INTERRUPTED = 130
 
-Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig
+Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig | TheoryConfig
 Command = Resumable | InspectConfig | OptimizersConfig | StepConfig | RootConfig
 
 SAVED: dict[type[Any], str] = {
@@ -44,6 +45,7 @@ SAVED: dict[type[Any], str] = {
     GlmConfig: marker("glm"),
     RegretConfig: marker("regret"),
     VisionConfig: marker("vision"),
+    TheoryConfig: marker("theory"),
 }
 """The file in which a folder keeps the configuration of what can be resumed."""
 
@@ -91,6 +93,8 @@ def run(config: Command) -> int:
         regret(config, console)
     elif isinstance(config, VisionConfig):
         vision(config, console)
+    elif isinstance(config, TheoryConfig):
+        theory(config, console)
     else:
         print(inspect_routing(config))
     return 0
@@ -127,6 +131,7 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("glm", GlmConfig, saved),
         _subcommand("regret", RegretConfig, saved),
         _subcommand("vision", VisionConfig, saved),
+        _subcommand("theory", TheoryConfig, saved),
     ]
     words = io.StringIO()
     try:

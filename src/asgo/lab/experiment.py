@@ -4,7 +4,7 @@
 
     NAME.json          the configuration                    results.json   everything, as data
     environment.json   versions, commit, device, dates      table.md       the table and what it says
-    jobs.jsonl         a line per finished job              table.csv      plot.png
+    jobs.jsonl         a line per finished job              table.csv      plot.png, and further pictures and tables
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Findings:
         data: whatever else belongs into ``results.json``.
         note: what the numbers of the table are, for ``table.md``.
         details: more tables for ``table.md``: title, head and lines.
+        files: further files by name: pictures as PNG, tables as rows with the same keys.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -76,6 +77,7 @@ class Findings:
     data: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     details: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+    files: Mapping[str, bytes | Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 def marker(name: str) -> str:
@@ -159,6 +161,9 @@ def _write(out: Path, findings: Findings, results: Mapping[str, Any]) -> None:
     write_text(out / "table.md", "\n\n".join(filter(None, parts)) + "\n")
     write_text(out / "table.csv", tables.csv_text(findings.rows, list(findings.rows[0])))
     write_bytes(out / "plot.png", findings.picture)
+    for name, content in findings.files.items():
+        text = content if isinstance(content, bytes) else tables.csv_text(content, list(content[0])).encode()
+        write_bytes(out / name, text)
     write_json(out / "results.json", finite(dict(results)))
 
 
@@ -166,5 +171,5 @@ def _show(out: Path, findings: Findings, console: Console) -> None:
     console.print(tables.rich_table(findings.head, findings.cells, findings.title))
     for line in findings.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name in ("table.md", "plot.png", "results.json"):
+    for name in ("table.md", "plot.png", *(name for name in findings.files if name.endswith(".png")), "results.json"):
         console.print(f"{out / name}", highlight=False, soft_wrap=True)

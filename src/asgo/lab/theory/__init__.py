@@ -1,0 +1,1 @@
+"""Convex problems on which every quantity of the regret bounds is computed, and the bounds beside the regret."""
