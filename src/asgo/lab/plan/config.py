@@ -23,8 +23,8 @@ class PlanConfig:
         gpus: how many.
         mesh: how they are arranged: ddp, zero1, fsdp, tp, or sizes that multiply to --gpus, as fsdp=8,tp=8 or
             replicate=16,fsdp=64. Several may be given; none: the sensible ones for that number.
-        replicas: with replicate and fsdp: repeat: every shard group does all of the optimizer's work; share: each
-            matrix has one owner among all ranks, who sends its update to all of them.
+        replicas: with replicate and fsdp: share: each matrix has one owner among all ranks, who sends its update to
+            all of them; repeat: every shard group does all of the optimizer's work.
         intervals: steps between refreshes of the roots (precondition_frequency).
         stagger: which roots are due when. model: every step of an interval refreshes about as much of the whole
             model; rank: every rank spreads its own, and all refresh at the same steps.
@@ -55,7 +55,7 @@ class PlanConfig:
     model: tyro.conf.Positional[str] = "gpt2-124m"
     gpus: int = 8
     mesh: tuple[str, ...] = ()
-    replicas: Literal["repeat", "share"] = "repeat"
+    replicas: Literal["share", "repeat"] = "share"
     intervals: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     stagger: Literal["model", "rank"] = "model"
     per_head: bool = False

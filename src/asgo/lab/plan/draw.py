@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from asgo.lab.plan.estimate import Row, Setting
 from asgo.lab.plot import STYLES, label, png
@@ -30,7 +31,7 @@ def draw(rows: Sequence[Row], target: float, setting: Setting, title: str) -> by
         setting: what all rows share.
         title: of the picture.
     """
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
     curves, bars = figure.subplots(1, 2)
     meshes = list(dict.fromkeys(row.mesh for row in rows))
     for number, mesh in enumerate(meshes):
@@ -45,9 +46,12 @@ def draw(rows: Sequence[Row], target: float, setting: Setting, title: str) -> by
     ticks = sorted({row.interval for row in rows})
     curves.set_xticks(ticks, [str(tick) for tick in ticks])
     curves.set_xticks([], minor=True)
+    curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     curves.yaxis.set_major_formatter("{x:g}")
+    curves.yaxis.set_minor_locator(NullLocator())
     label(curves, "steps between refreshes of a root", "optimizer step (% of forward and backward)")
     curves.set_title(title, loc="left", fontsize=10)
+    _below(curves, 2)
     _bars(bars, [next(row for row in rows if row.mesh == mesh) for mesh in meshes], setting)
     return png(figure)
 
@@ -65,3 +69,9 @@ def _bars(axes: Axes, rows: Sequence[Row], setting: Setting) -> None:
     axes.axvline(room, color="#D55E00", linestyle="--", label=f"room: {room:,.3g} GB")
     axes.set_yticks(range(len(rows)), [str(row.mesh) for row in reversed(rows)])
     label(axes, "memory of the fullest rank (GB), without activations", "")
+    _below(axes, 3)
+
+
+def _below(axes: Axes, columns: int) -> None:
+    """The legend under the panel, where it hides nothing."""
+    axes.legend(frameon=False, handlelength=3.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=9)

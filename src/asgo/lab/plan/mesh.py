@@ -33,7 +33,7 @@ class Mesh:
     fsdp: int = 1
     tp: int = 1
     zero1: bool = False
-    repeats: bool = True
+    repeats: bool = False
 
     @property
     def ranks(self) -> int:
@@ -92,7 +92,7 @@ def parse(text: str, gpus: int) -> Mesh:
 
 
 def _made(sizes: Mapping[str, int]) -> Mesh:
-    return Mesh(*(sizes.get(name, 1) for name in SIZES))
+    return Mesh(sizes.get("replicate", 1), sizes.get("fsdp", 1), sizes.get("tp", 1))
 
 
 def _fitting(sizes: dict[str, int], gpus: int) -> str:
