@@ -103,14 +103,12 @@ def _cost(unit: Placed) -> float:
 def _place(part: Part, mesh: Mesh) -> Placed:
     across = mesh.tp if part.tp_dim is not None else 1
     cuts = _boxes(part.shape, mesh.fsdp, across, part.tp_dim)
-    whole = _region(part)
-    held = tuple(_overlap(box, whole) * math.prod(part.shape[2:]) for box in cuts)
-    return Placed(part, _kind(part, mesh, across, cuts), held, across)
+    return Placed(part, _kind(part, mesh, across, cuts), _held(cuts, _region(part), part.shape[2:]), across)
 
 
 def _kind(part: Part, mesh: Mesh, across: int, cuts: Sequence[Box]) -> Kind:
     if part.view is None:
-        return "rows" if mesh.zero1 and part.shape else "alone"
+        return "rows" if mesh.whole and mesh.zero1 and part.shape else "alone"
     if mesh.ranks == 1:
         return "alone"
     if mesh.whole:
@@ -165,6 +163,12 @@ def _chunk(length: int, count: int) -> list[Range]:
     """Runs of equal length, as `torch.chunk` cuts: the last ones may be shorter or empty."""
     size = -(-length // count)
     return [(min(i * size, length), min((i + 1) * size, length)) for i in range(count)]
+
+
+@lru_cache(maxsize=4096)
+def _held(cuts: tuple[Box, ...], whole: Box, further: tuple[int, ...]) -> tuple[int, ...]:
+    """How many numbers of the part each rank holds."""
+    return tuple(_overlap(box, whole) * math.prod(further) for box in cuts)
 
 
 def _overlap(a: Box, b: Box) -> int:
