@@ -74,4 +74,5 @@ def _bars(axes: Axes, rows: Sequence[Row], setting: Setting) -> None:
 
 def _below(axes: Axes, columns: int) -> None:
     """The legend under the panel, where it hides nothing."""
-    axes.legend(frameon=False, handlelength=3.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, fontsize=9)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+    axes.legend(frameon=False, handlelength=3.5, ncols=columns, fontsize=9, **place)
