@@ -32,7 +32,8 @@ class Part:
         momentum: bytes of the momentum; of both moments for AdamW.
         statistic: bytes of the statistic.
         root: bytes of the root.
-        rest: bytes of all else.
+        rest: bytes of all else that goes with the matrices.
+        counter: bytes of the parameter's count of steps, and for AdamW of failures, which every rank has.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Part:
     statistic: int
     root: int
     rest: int
+    counter: int
 
     @property
     def numel(self) -> int:
@@ -83,16 +85,18 @@ def read(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Par
                 momentum = _bytes(state[part_key("exp_avg", part)])
                 k, (b, m, n) = own["root"].shape[-1], stack
                 costs = b * structure.cost(m, n), b * structure.work(m, n)
-                rest = sum(sizes.values()) + (_bytes(state["step"]) if part == 0 else 0)
+                counter = _bytes(state["step"]) if part == 0 else 0
                 where = (name, tuple(param.shape), view, part, stack, k)
-                found.append(Part(*where, *costs, tp_dim, momentum, statistic, root, rest))
+                found.append(Part(*where, *costs, tp_dim, momentum, statistic, root, sum(sizes.values()), counter))
     return found
 
 
 def _plain(name: str, param: nn.Parameter, state: Mapping[str, Tensor], tp_dim: int | None) -> Part:
     moments = sum(_bytes(state[key]) for key in ("exp_avg", "exp_avg_sq"))
-    rest = sum(map(_bytes, state.values())) - moments
-    return Part(name, tuple(param.shape), None, 0, (1, 1, param.numel()), 0, 0.0, 0.0, tp_dim, moments, 0, 0, rest)
+    counters = sum(map(_bytes, state.values())) - moments
+    return Part(
+        name, tuple(param.shape), None, 0, (1, 1, param.numel()), 0, 0.0, 0.0, tp_dim, moments, 0, 0, 0, counters
+    )
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
@@ -148,8 +148,8 @@ class Memory:
         return self.total - self.params - self.gradients
 
 
-def memory(placed: Sequence[Placed], mesh: Mesh, numbers: Numbers, state_scale: float = 1.0) -> Memory:
-    """What the rank with the most of it keeps; activations and temporaries are not in it.
+def kept(placed: Sequence[Placed], mesh: Mesh, numbers: Numbers, state_scale: float = 1.0) -> dict[str, Grid]:
+    """Bytes that every rank keeps, by the names of `Memory`; activations and temporaries are not in it.
 
     Args:
         placed: all parts.
@@ -157,21 +157,26 @@ def memory(placed: Sequence[Placed], mesh: Mesh, numbers: Numbers, state_scale: 
         numbers: bytes of a number.
         state_scale: bytes of a number of the state over those that the parts were read with.
     """
-    kinds = ("params", "gradients", "momentum", "statistics", "roots", "adamw", "rest")
-    grid = (mesh.replicate, mesh.fsdp, mesh.tp)
-    found = {kind: np.zeros(grid) for kind in kinds}
+    names = [field.name for field in fields(Memory)]
+    found = {name: np.zeros((mesh.replicate, mesh.fsdp, mesh.tp)) for name in names}
     for p in placed:
+        found["rest"] += p.part.counter
         local = everywhere(p, mesh, p.held)
-        for kind in ("params", "gradients"):
-            found[kind] += local * numbers.param
+        for name in ("params", "gradients"):
+            found[name] += local * numbers.param
         if p.part.view is None:
             found["adamw"] += updated(p, mesh) / max(p.part.numel, 1) * p.part.momentum * state_scale
-            found["rest"] += p.part.rest
             continue
         mine = share(p, mesh)
         found["momentum"] += mine * p.part.momentum * state_scale
         found["statistics"] += mine * p.part.statistic * state_scale
         found["roots"] += mine * p.part.root * state_scale
         found["rest"] += mine * p.part.rest
-    fullest = int(sum(found.values()).argmax())  # pyright: ignore[reportAttributeAccessIssue]
-    return Memory(**{kind: int(found[kind].flat[fullest]) for kind in kinds})
+    return {name: grid.round() for name, grid in found.items()}
+
+
+def memory(placed: Sequence[Placed], mesh: Mesh, numbers: Numbers, state_scale: float = 1.0) -> Memory:
+    """What the rank with the most keeps; arguments as of `kept`."""
+    found = kept(placed, mesh, numbers, state_scale)
+    fullest = int(np.sum(list(found.values()), axis=0).argmax())
+    return Memory(**{name: int(grid.flat[fullest]) for name, grid in found.items()})
