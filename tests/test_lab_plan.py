@@ -365,6 +365,7 @@ def test_each_rank_staggering_its_own_roots_makes_the_mean_step_shorter(gpt2):
         ("llama-1b", 1_235_814_400),
         ("llama-8b", 8_030_261_248),
         ("llama-70b", 70_553_706_496),
+        ("olmoe-7b", 6_919_161_856),
     ],
 )
 def test_published_models_have_their_number_of_parameters(name, parameters):

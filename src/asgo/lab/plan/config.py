@@ -18,8 +18,8 @@ class PlanConfig:
     """Memory and time of ASGO's step on many GPUs, on paper: nothing is trained and no weights are read.
 
     Args:
-        model: a preset (gpt2-124m, llama-124m, ...), llama-1b, llama-8b, llama-70b, a folder with config.json, or
-            OWNER/NAME on the Hugging Face Hub.
+        model: a preset (gpt2-124m, llama-124m, ...), llama-1b, llama-8b, llama-70b, olmoe-7b, a folder with
+            config.json, or OWNER/NAME on the Hugging Face Hub.
         gpus: how many.
         mesh: how they are arranged: ddp, zero1, fsdp, tp, or sizes that multiply to --gpus, as fsdp=8,tp=8 or
             replicate=16,fsdp=64. Several may be given; none: the sensible ones for that number.

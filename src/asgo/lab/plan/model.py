@@ -39,12 +39,20 @@ def _llama(layers: int, width: int, inner: int, heads: int, kv_heads: int, tied:
     )
 
 
+def _olmoe() -> Any:
+    """64 experts of width 1,024 in each of 16 layers of width 2,048; what is not named is what transformers takes."""
+    config = _transformers().OlmoeConfig
+    return config(vocab_size=50_304, intermediate_size=1024, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
 PUBLISHED: dict[str, Callable[[], Any]] = {
     "llama-1b": partial(_llama, 16, 2048, 8192, 32, 8, True),
     "llama-8b": partial(_llama, 32, 4096, 14_336, 32, 8, False),
     "llama-70b": partial(_llama, 80, 8192, 28_672, 64, 8, False),
+    "olmoe-7b": _olmoe,
 }
-"""The shapes of Llama 3 as published: "The Llama 3 Herd of Models" (2024), 1B from Llama 3.2."""
+"""Shapes as published: "The Llama 3 Herd of Models" (2024), 1B from Llama 3.2; "OLMoE: Open Mixture-of-Experts Language
+Models" (2024)."""
 
 
 @dataclass(frozen=True)

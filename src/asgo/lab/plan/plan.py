@@ -154,7 +154,8 @@ def _about(
     gpu = setting.machine.gpu
     return (
         f"{config.model}: {_short(subject.parameters)} parameters, {_short(inside)} of them in {matrices:,} matrices;"
-        f" {config.param_dtype} parameters and gradients, {config.state_dtype} state",
+        f" {config.param_dtype} parameters and gradients, {config.state_dtype} state"
+        + ("" if config.state_dtype == "float32" else " (what if: asgo keeps float32)"),
         f"{config.gpus:,} x {config.gpu}, published peaks: {gpu.bf16_tflops:g} bfloat16, {gpu.tf32_tflops:g} TF32 and "
         f"{gpu.fp32_tflops:g} float32 TFLOP/s, {gpu.memory_gb:g} GB at {gpu.memory_gbs:g} GB/s, links of "
         f"{gpu.nvlink_gbs:g} within {config.gpus_per_node} and {gpu.network_gbs:g} GB/s between; "
