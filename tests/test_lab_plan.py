@@ -43,7 +43,7 @@ from asgo.lab.plan.work import (
 )
 
 ONE, FLOAT = Mesh(), Numbers(4, 4)
-TP = {"left": "colwise", "down": "rowwise", "heads": "colwise", "head": "colwise_gather_output"}
+TP = {"left": "colwise", "down": "rowwise", "heads": "colwise", "experts": "packed_colwise", "conv": "rowwise"}
 
 
 class Odd(nn.Module):

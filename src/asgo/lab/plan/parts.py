@@ -106,6 +106,8 @@ def _bytes(tensor: Tensor) -> int:
 def _tp_dim(name: str, param: Tensor, plan: Mapping[str, str]) -> int | None:
     pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
     kind = plan.get(pattern) or plan.get(pattern.rpartition(".")[0]) or ""
-    if "colwise" in kind or kind == "embedding_rowwise":
+    if kind == "embedding_rowwise" or ("colwise" in kind and param.ndim == 1):
         return 0
-    return 1 if "rowwise" in kind and param.ndim > 1 else None
+    if "colwise" in kind:
+        return param.ndim - 2
+    return param.ndim - 1 if "rowwise" in kind and param.ndim > 1 else None

@@ -18,7 +18,7 @@ from asgo.lab.plan.parts import Part
 
 Range: TypeAlias = tuple[int, int]
 Box: TypeAlias = tuple[Range, Range]
-"""Rows and columns of a parameter; what further axes it has are whole."""
+"""Ranges of a parameter's first axis and of one other, see `_second`; the remaining axes are whole."""
 
 Kind: TypeAlias = Literal["alone", "shared", "owned", "aligned", "rows"]
 Stagger: TypeAlias = Literal["model", "rank"]
@@ -102,8 +102,9 @@ def _cost(unit: Placed) -> float:
 @lru_cache(maxsize=65_536)
 def _place(part: Part, mesh: Mesh) -> Placed:
     across = mesh.tp if part.tp_dim is not None else 1
-    cuts = _boxes(part.shape, mesh.fsdp, across, part.tp_dim)
-    return Placed(part, _kind(part, mesh, across, cuts), _held(cuts, _region(part), part.shape[2:]), across)
+    cuts = _boxes(_sides(part), mesh.fsdp, across, part.tp_dim == 0)
+    rest = math.prod(part.shape) // max(1, math.prod(_sides(part)))
+    return Placed(part, _kind(part, mesh, across, cuts), _held(cuts, _region(part), rest), across)
 
 
 def _kind(part: Part, mesh: Mesh, across: int, cuts: Sequence[Box]) -> Kind:
@@ -128,12 +129,12 @@ def _is_aligned(part: Part, dim: int | None, cuts: Sequence[Box]) -> bool:
     if not target[0].strip("()").isidentifier() or source[dim].strip("()").split()[:1] != [target[0].strip("()")]:
         return False
     each = part.shape[dim] // part.stack[0]
-    return all(lo % each == 0 and hi % each == 0 and lo < hi for lo, hi in (box[dim] for box in cuts))
+    return all(lo % each == 0 and hi % each == 0 and lo < hi for lo, hi in (box[min(dim, 1)] for box in cuts))
 
 
 def _region(part: Part) -> Box:
-    """The rows and columns of the parameter that belong to the part."""
-    rows, columns = _sides(part.shape)
+    """What of the parameter belongs to the part."""
+    rows, columns = _sides(part)
     if part.view is None or part.view.split is None:
         return (0, rows), (0, columns)
     start = sum(part.view.split[: part.part])
@@ -141,20 +142,26 @@ def _region(part: Part) -> Box:
     return (own, (0, columns)) if part.view.split_dim % len(part.shape) == 0 else ((0, rows), own)
 
 
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0] if shape else 1, shape[1] if len(shape) > 1 else 1
+def _second(part: Part) -> int:
+    """The axis beside the first one along which something is cut: by tensor parallel, else by a split."""
+    return part.tp_dim or 1
+
+
+def _sides(part: Part) -> tuple[int, int]:
+    shape, second = part.shape, _second(part)
+    return shape[0] if shape else 1, shape[second] if len(shape) > second else 1
 
 
 @lru_cache(maxsize=4096)
-def _boxes(shape: tuple[int, ...], fsdp: int, across: int, tp_dim: int | None) -> tuple[Box, ...]:
+def _boxes(sides: tuple[int, int], fsdp: int, across: int, tp_rows: bool) -> tuple[Box, ...]:
     """What each rank of a shard group holds: tensor parallel cuts first, then the rows of each piece are cut."""
-    rows, columns = _sides(shape)
+    rows, columns = sides
     found: list[Box] = []
     for f in range(fsdp):
         for t in range(across):
-            lo, hi = _chunk(rows, across)[t] if tp_dim == 0 else (0, rows)
+            lo, hi = _chunk(rows, across)[t] if tp_rows else (0, rows)
             first, last = _chunk(hi - lo, fsdp)[f]
-            found.append(((lo + first, lo + last), _chunk(columns, across)[t] if tp_dim == 1 else (0, columns)))
+            found.append(((lo + first, lo + last), (0, columns) if tp_rows else _chunk(columns, across)[t]))
     return tuple(found)
 
 
@@ -166,9 +173,9 @@ def _chunk(length: int, count: int) -> list[Range]:
 
 
 @lru_cache(maxsize=4096)
-def _held(cuts: tuple[Box, ...], whole: Box, further: tuple[int, ...]) -> tuple[int, ...]:
-    """How many numbers of the part each rank holds."""
-    return tuple(_overlap(box, whole) * math.prod(further) for box in cuts)
+def _held(cuts: tuple[Box, ...], whole: Box, rest: int) -> tuple[int, ...]:
+    """How many numbers of the part each rank holds; `rest` for each pair of places on both axes."""
+    return tuple(_overlap(box, whole) * rest for box in cuts)
 
 
 def _overlap(a: Box, b: Box) -> int:
