@@ -478,6 +478,7 @@ def test_sensible_meshes_have_all_gpus(gpus):
         ("--mesh pipeline", "--mesh pipeline is not understood at 'pipeline': pass ddp, zero1, fsdp, tp, or sizes"),
         ("--mesh fsdp=x", "--mesh fsdp=x is not understood at 'fsdp=x'"),
         ("--mesh ddp ddp", "--mesh ddp ddp repeats an entry: pass each once"),
+        ("--mesh fsdp fsdp=8", "--mesh fsdp is given twice under two names: pass each once"),
         (
             "llama-tiny --gpus 4 --mesh tp",
             "tp=4 does not divide the 4 heads and 2 key and value heads of llama-tiny; tp of 1, 2",

@@ -24,10 +24,10 @@ class PlanConfig:
         mesh: how they are arranged: ddp, zero1, fsdp, tp, or sizes that multiply to --gpus, as fsdp=8,tp=8 or
             replicate=16,fsdp=64. Several may be given; none: the sensible ones for that number.
         replicas: with replicate and fsdp: share: each matrix has one owner among all ranks, who sends its update to
-            all of them; repeat: every shard group does all of the optimizer's work.
+            all of them, as asgo does; repeat: what if every shard group did all of the optimizer's work.
         intervals: steps between refreshes of the roots (precondition_frequency).
         stagger: which roots are due when. model: every step of an interval refreshes about as much of the whole
-            model; rank: every rank spreads its own, and all refresh at the same steps.
+            model, as asgo does; rank: what if every rank spread its own, so that all refresh at the same steps.
         per_head: queries and keys as one matrix for each head.
         root: how roots are computed.
         products: matrix products of a root; None: the root's own number.

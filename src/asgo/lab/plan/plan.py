@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +14,7 @@ from asgo.lab import tables
 from asgo.lab.config import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import finite, make_folder, write_bytes, write_json, write_text
+from asgo.lab.plan.cells import MEMORY_HEAD, NOTE, TIME_HEAD, memory_cells, number, record, time_cells
 from asgo.lab.plan.config import PlanConfig, check
 from asgo.lab.plan.draw import draw
 from asgo.lab.plan.estimate import Root, Row, Setting, estimate
@@ -31,20 +31,6 @@ BATCH, LEAST_TOKENS = 2**19, 8192
 """Tokens of a step unless --tokens says otherwise: of all GPUs, and at least of each."""
 
 SIZES = {"float32": 4, "bfloat16": 2}
-MEMORY_HEAD = (
-    *("mesh", "params GB", "gradients GB", "momentum GB", "statistics GB", "roots GB", "AdamW GB", "all GB"),
-    *("of memory %", "fits"),
-)
-TIME_HEAD = (
-    *("mesh", "every", "statistics ms", "roots ms", "application ms", "elements ms", "links ms", "step ms"),
-    *("overhead %", "worst step %", "roots mean", "roots worst", "products mean", "products worst", "sent MB"),
-)
-NOTE = (
-    "Memory: of the fullest rank, in 1e9 bytes, without activations. Times: of the slowest rank, mean over an "
-    "interval; overhead and worst step are shares of forward and backward. Roots: refreshed in a step in the whole "
-    "model; products: matrix products of a step on the busiest rank; sent: by the busiest rank in the mean step, "
-    "without gradients. The first ten steps refresh every root."
-)
 
 
 @dataclass(frozen=True)
@@ -80,8 +66,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> Plan:
     subject = load(config.model, config.block_size)
     meshes = given or sensible(config.gpus, subject.tp_sizes)
     meshes = [replace(mesh, repeats=config.replicas == "repeat") for mesh in meshes]
-    for mesh in meshes:
-        _check_mesh(mesh, subject)
+    _check_meshes(meshes, subject)
     products = _products(config)
     with LiveLine(console, "asgo plan", len(meshes) * len(config.intervals) + 1) as progress:
         progress.begin(0)
@@ -107,20 +92,21 @@ def parts_of(subject: Subject, per_head: bool = False) -> list[Part]:
         return read(ASGO(route(subject.model, per_head=per_head)), subject.tp_plan)
 
 
-def _check_mesh(mesh: Mesh, subject: Subject) -> None:
-    if mesh.tp == 1:
-        return
-    if not subject.tp_plan:
-        raise LabError(
-            f"--mesh {mesh}: transformers has no tensor-parallel plan for {subject.name} "
-            f"({type(subject.model).__name__}); pass fsdp, replicate and fsdp, or ddp."
-        )
-    if mesh.tp not in subject.tp_sizes:
-        sizes = ", ".join(map(str, subject.tp_sizes))
-        raise LabError(
-            f"--mesh {mesh}: tp={mesh.tp} does not divide the {subject.heads} heads and {subject.kv_heads} key and "
-            f"value heads of {subject.name}; tp of {sizes} would."
-        )
+def _check_meshes(meshes: Sequence[Mesh], subject: Subject) -> None:
+    for place, mesh in enumerate(meshes):
+        if mesh in meshes[:place]:
+            raise LabError(f"--mesh {mesh} is given twice under two names: pass each once.")
+        if mesh.tp > 1 and not subject.tp_plan:
+            raise LabError(
+                f"--mesh {mesh}: transformers has no tensor-parallel plan for {subject.name} "
+                f"({type(subject.model).__name__}); pass fsdp, replicate and fsdp, or ddp."
+            )
+        if mesh.tp not in subject.tp_sizes:
+            sizes = ", ".join(map(str, subject.tp_sizes))
+            raise LabError(
+                f"--mesh {mesh}: tp={mesh.tp} does not divide the {subject.heads} heads and {subject.kv_heads} key and "
+                f"value heads of {subject.name}; tp of {sizes} would."
+            )
 
 
 def _products(config: PlanConfig) -> float:
@@ -165,6 +151,10 @@ def _about(
         f"roots by {config.root}, {setting.root.products:g} products each"
         + ("; queries and keys by head" if config.per_head else ""),
     )
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:,.4g}B" if count >= 1e9 else f"{count / 1e6:,.4g}M"
 
 
 def verdict(rows: Sequence[Row], config: PlanConfig, setting: Setting) -> str:
@@ -212,52 +202,6 @@ def _too_large(rows: Sequence[Row], config: PlanConfig, setting: Setting) -> str
 
 
 # ---- what is shown and saved ---------------------------------------------------------------------
-
-
-def number(value: float) -> str:
-    """Three digits, or all of those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _short(count: int) -> str:
-    return f"{count / 1e9:,.4g}B" if count >= 1e9 else f"{count / 1e6:,.4g}M"
-
-
-def memory_cells(rows: Sequence[Row], setting: Setting) -> list[list[str]]:
-    """A line for each mesh."""
-    first = {str(row.mesh): row for row in reversed(rows)}
-    whole, lines = setting.machine.gpu.memory_gb * 1e9, []
-    for name, row in reversed(first.items()):
-        kept = row.memory
-        sizes = (kept.params, kept.gradients, kept.momentum, kept.statistics, kept.roots, kept.adamw, kept.total)
-        share = number(100 * kept.total / whole)
-        lines.append([name, *(number(size / 1e9) for size in sizes), share, "yes" if row.fits else "no"])
-    return lines
-
-
-def time_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """A line for each mesh and interval."""
-    return [
-        [
-            str(row.mesh),
-            str(row.interval),
-            *(
-                number(1e3 * seconds)
-                for seconds in (row.statistics, row.roots, row.application, row.elementwise, row.links, row.step)
-            ),
-            *(number(100 * share) for share in (row.overhead, row.worst_overhead)),
-            *(number(count) for count in (row.roots_mean, row.roots_worst, row.products_mean, row.products_worst)),
-            number(row.bytes_sent / 1e6),
-        ]
-        for row in rows
-    ]
-
-
-def record(row: Row) -> dict[str, Any]:
-    """A row as plain data: times in seconds, sizes in bytes."""
-    plain = {key: value for key, value in vars(row).items() if key not in ("mesh", "memory")}
-    sizes = {f"{key}_bytes": value for key, value in vars(row.memory).items()}
-    return {"mesh": str(row.mesh)} | plain | sizes | {"total_bytes": row.memory.total}
 
 
 def _save(config: PlanConfig, out: Path, found: Plan) -> None:
