@@ -66,11 +66,10 @@ def _bars(axes: Axes, rows: Sequence[Row], setting: Setting) -> None:
             axes.barh(place, size, left=left, label=shown, **box)
             left += size
     room = setting.room / 1e9
-    line = {"color": "#D55E00", "linestyle": "--"}
     if room < 3 * max(row.memory.total for row in rows) / 1e9:
-        axes.axvline(room, label=f"room: {room:,.3g} GB", **line)
+        axes.axvline(room, color="#D55E00", linestyle="--", label=f"room: {room:,.3g} GB")
     else:
-        axes.plot([], [], label=f"room: {room:,.3g} GB, off the scale", **line)
+        axes.plot([], [], color="#D55E00", linestyle="--", label=f"room: {room:,.3g} GB, off the scale")
     axes.set_yticks(range(len(rows)), [str(row.mesh) for row in reversed(rows)])
     label(axes, "memory of the fullest rank (GB), without activations", "")
     _below(axes, 3)
