@@ -32,6 +32,9 @@ from asgo.lab.convex.glm import GlmConfig
 from asgo.lab.convex.problems import SOURCES
 from asgo.lab.corpora import HUB_CORPORA
 from asgo.lab.models import PRESETS, shape_of
+from asgo.lab.plan.config import PlanConfig
+from asgo.lab.plan.config import check as check_plan
+from asgo.lab.plan.mesh import parse as parse_mesh
 from asgo.lab.regret import RegretConfig
 from asgo.lab.specs import parse_spec
 from asgo.lab.summary import HEAD
@@ -163,6 +166,12 @@ def check_command(words):
         check_bench(parsed)
     elif isinstance(parsed, TheoryConfig):
         check_theory(parsed)
+    elif isinstance(parsed, PlanConfig):
+        check_plan(parsed)
+        assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
+    elif isinstance(parsed, PlanConfig):
+        check_plan(parsed)
+        assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
@@ -296,7 +305,7 @@ def test_theory_tables():
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
     benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig, TheoryConfig)
-    for kind in (TrainConfig, CompareConfig, cli.InspectConfig, *benches, *experiments):
+    for kind in (TrainConfig, CompareConfig, cli.InspectConfig, PlanConfig, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}
         known |= {re.sub(r"--([\w-]+\.)", r"--\1no-", flag) for flag in flags}

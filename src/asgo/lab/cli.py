@@ -1,4 +1,4 @@
-"""The command ``asgo``: train, compare, demo, inspect, optimizers, bench, and the experiments of the papers."""
+"""The command ``asgo``: train, compare, demo, inspect, optimizers, plan, bench, and the experiments of the papers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from asgo.lab.experiment import marker
 from asgo.lab.files import read_json
 from asgo.lab.inspect import InspectConfig, inspect_routing
 from asgo.lab.optimizers import OptimizersConfig, list_optimizers
+from asgo.lab.plan.config import PlanConfig
+from asgo.lab.plan.plan import plan
 from asgo.lab.regret import RegretConfig, regret
 from asgo.lab.signals import Stopped
 from asgo.lab.theory.experiment import TheoryConfig, theory
@@ -37,7 +39,7 @@ BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots i
 INTERRUPTED = 130
 
 Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig | TheoryConfig
-Command = Resumable | InspectConfig | OptimizersConfig | StepConfig | RootConfig
+Command = Resumable | InspectConfig | OptimizersConfig | PlanConfig | StepConfig | RootConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
@@ -83,6 +85,8 @@ def run(config: Command) -> int:
         compare(config, console)
     elif isinstance(config, OptimizersConfig):
         print(list_optimizers(config))
+    elif isinstance(config, PlanConfig):
+        plan(config, console)
     elif isinstance(config, StepConfig):
         bench_step(config, console)
     elif isinstance(config, RootConfig):
@@ -124,6 +128,7 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
         _subcommand("inspect", InspectConfig, saved),
         _subcommand("optimizers", OptimizersConfig, saved),
+        _subcommand("plan", PlanConfig, saved),
         Annotated[
             Union[_subcommand("step", StepConfig, saved), _subcommand("root", RootConfig, saved)],  # noqa: UP007
             tyro.conf.subcommand("bench", description=BENCH_HELP),

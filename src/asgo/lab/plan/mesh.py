@@ -1,0 +1,120 @@
+"""How GPUs are arranged: data parallel, sharded, tensor parallel, and products of these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from asgo.lab.errors import LabError
+
+SIZES = ("replicate", "fsdp", "tp")
+NODE, POD = 8, 64
+"""Sizes of shard groups that are compared when no mesh is given: a node, and eight of them."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """An arrangement of ``replicate x fsdp x tp`` ranks.
+
+    Parameters are cut over ``fsdp x tp`` ranks, the shard group; `replicate` groups hold the same. With nothing cut
+    all ranks are copies: plain data parallel.
+
+    Args:
+        replicate: copies of the shard group.
+        fsdp: ranks over which rows are cut (``fully_shard``).
+        tp: ranks over which the rows or columns of a Linear are cut before (tensor parallel).
+        zero1: of plain data parallel: the owner alone keeps momentum, statistic and root.
+        repeats: with copies of a shard group, whether each of them does all of the optimizer's work, so that nothing
+            travels between them, or every matrix has one owner among all ranks.
+    """
+
+    replicate: int = 1
+    fsdp: int = 1
+    tp: int = 1
+    zero1: bool = False
+    repeats: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.replicate * self.fsdp * self.tp
+
+    @property
+    def group(self) -> int:
+        """Ranks over which a parameter is cut."""
+        return self.fsdp * self.tp
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds whole parameters: plain data parallel."""
+        return self.group == 1
+
+    @property
+    def sharing(self) -> int:
+        """How many of the copies share the optimizer's work: all, or one."""
+        return self.replicate if self.whole or not self.repeats else 1
+
+    @property
+    def team(self) -> int:
+        """Ranks that share the work of the optimizer; the others repeat it."""
+        return self.sharing * self.group
+
+    def __str__(self) -> str:
+        if self.whole:
+            return "zero1" if self.zero1 else "ddp"
+        sizes = [(name, getattr(self, name)) for name in SIZES if getattr(self, name) > 1]
+        return sizes[0][0] if len(sizes) == 1 else ",".join(f"{name}={size}" for name, size in sizes)
+
+
+def parse(text: str, gpus: int) -> Mesh:
+    """The mesh that a word such as ``ddp``, ``zero1``, ``fsdp`` or ``replicate=2,fsdp=8,tp=4`` stands for.
+
+    Raises:
+        LabError: for what is not a mesh, or one that does not multiply to `gpus`.
+    """
+    if text in ("ddp", "zero1"):
+        return Mesh(replicate=gpus, zero1=text == "zero1")
+    if text in SIZES:
+        return _made({text: gpus})
+    sizes: dict[str, int] = {}
+    for entry in text.split(","):
+        name, _, size = entry.partition("=")
+        if name not in SIZES or name in sizes or not size.isdigit() or int(size) < 1:
+            raise LabError(
+                f"--mesh {text} is not understood at {entry!r}: pass ddp, zero1, fsdp, tp, or sizes such as "
+                "replicate=16,fsdp=64 or fsdp=8,tp=8."
+            )
+        sizes[name] = int(size)
+    if math.prod(sizes.values()) != gpus:
+        raise LabError(f"--mesh {text} has {math.prod(sizes.values())} ranks, --gpus {gpus}: {_fitting(sizes, gpus)}.")
+    return _made(sizes)
+
+
+def _made(sizes: Mapping[str, int]) -> Mesh:
+    return Mesh(sizes.get("replicate", 1), sizes.get("fsdp", 1), sizes.get("tp", 1))
+
+
+def _fitting(sizes: dict[str, int], gpus: int) -> str:
+    product = math.prod(sizes.values())
+    free = next((name for name in SIZES if name not in sizes), None)
+    if free is None or gpus % product:
+        return f"pass sizes that multiply to {gpus}"
+    both = {name: {**sizes, free: gpus // product}.get(name) for name in SIZES}
+    fits = ",".join(f"{name}={size}" for name, size in both.items() if size)
+    return f"pass --gpus {product} or --mesh {fits}"
+
+
+def sensible(gpus: int, tp: Sequence[int]) -> list[Mesh]:
+    """What is worth comparing for a number of GPUs.
+
+    Args:
+        gpus: how many.
+        tp: sizes of tensor parallel that fit the model.
+    """
+    if gpus == 1:
+        return [Mesh()]
+    found = [Mesh(gpus), Mesh(gpus, zero1=True), Mesh(fsdp=gpus)]
+    found += [Mesh(gpus // group, group) for group in (NODE, POD) if gpus % group == 0 and gpus > group]
+    inside = [size for size in tp if 1 < size <= NODE and gpus % size == 0 and gpus > size]
+    return found + [Mesh(fsdp=gpus // size, tp=size) for size in inside[-1:]]

@@ -1,0 +1,113 @@
+"""What an optimizer keeps and does for each matrix of a model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from asgo.buckets import part_key
+from asgo.optimizer import StructuredOptimizer
+from asgo.settings import names_of
+from asgo.views import View
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stack of matrices of a parameter, or with `view` None a parameter of AdamW's.
+
+    Args:
+        name: of the parameter.
+        shape: of the parameter.
+        view: how it is read.
+        part: its number among the parts of a split.
+        stack: ``(b, m, n)``.
+        k: size of its statistic.
+        cost: multiplications of its roots, up to their number of products.
+        work: multiplications of its statistic and application.
+        tp_dim: the axis that tensor parallel cuts; None: every rank has all of it.
+        momentum: bytes of the momentum; of both moments for AdamW.
+        statistic: bytes of the statistic.
+        root: bytes of the root.
+        rest: bytes of all else that goes with the matrices.
+        counter: bytes of the parameter's count of steps, and for AdamW of failures, which every rank has.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    view: View | None
+    part: int
+    stack: tuple[int, int, int]
+    k: int
+    cost: float
+    work: float
+    tp_dim: int | None
+    momentum: int
+    statistic: int
+    root: int
+    rest: int
+    counter: int
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.stack)
+
+
+def read(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Part]:
+    """Every part of every parameter of an optimizer (on the meta device), in its order.
+
+    Args:
+        optimizer: any with structures that have a root.
+        tp_plan: how tensor parallel cuts modules, as transformers tells.
+    """
+    found: list[Part] = []
+    names = names_of(optimizer)
+    for group in optimizer.param_groups:
+        view = View.of(group["view"])
+        for param in group["params"]:
+            name, state = names[param], optimizer.state[param]
+            tp_dim = _tp_dim(name, param, tp_plan)
+            if view is None:
+                found.append(_plain(name, param, state, tp_dim))
+                continue
+            structure = optimizer.structure(group)
+            for part, stack in enumerate(view.shapes(param.shape)):
+                own = {
+                    key: state[part_key(key, part)]
+                    for key in (*structure.init(state[part_key("exp_avg", part)]), "failures")
+                }
+                sizes = {key: _bytes(tensor) for key, tensor in own.items()}
+                statistic, root = sizes.pop("gram"), sizes.pop("root")
+                momentum = _bytes(state[part_key("exp_avg", part)])
+                k, (b, m, n) = own["root"].shape[-1], stack
+                costs = b * structure.cost(m, n), b * structure.work(m, n)
+                counter = _bytes(state["step"]) if part == 0 else 0
+                where = (name, tuple(param.shape), view, part, stack, k)
+                found.append(Part(*where, *costs, tp_dim, momentum, statistic, root, sum(sizes.values()), counter))
+    return found
+
+
+def _plain(name: str, param: nn.Parameter, state: Mapping[str, Tensor], tp_dim: int | None) -> Part:
+    moments = sum(_bytes(state[key]) for key in ("exp_avg", "exp_avg_sq"))
+    counters = sum(map(_bytes, state.values())) - moments
+    return Part(
+        name, tuple(param.shape), None, 0, (1, 1, param.numel()), 0, 0.0, 0.0, tp_dim, moments, 0, 0, 0, counters
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tp_dim(name: str, param: Tensor, plan: Mapping[str, str]) -> int | None:
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    kind = plan.get(pattern) or plan.get(pattern.rpartition(".")[0]) or ""
+    if kind == "embedding_rowwise" or ("colwise" in kind and param.ndim == 1):
+        return 0
+    if "colwise" in kind:
+        return param.ndim - 2
+    return param.ndim - 1 if "rowwise" in kind and param.ndim > 1 else None

@@ -1,0 +1,155 @@
+"""``asgo plan`` against processes: what each rank keeps and sends, to the byte."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+pytest.importorskip("asgo.lab.cli")
+pytest.importorskip("asgo.distributed.groups")
+pytest.importorskip("worlds")
+
+from worlds import World
+
+from asgo import ASGO, View
+from asgo.lab.plan import traffic
+from asgo.lab.plan.mesh import Mesh
+from asgo.lab.plan.parts import read
+from asgo.lab.plan.placing import place
+from asgo.lab.plan.work import Numbers, kept
+
+
+class Net(nn.Module):
+    """Matrices that shards cut evenly, unevenly, between heads and not at all; experts, vectors, an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(6, 12)
+        self.query = nn.Linear(12, 16, bias=False)  # four heads of four
+        self.out = nn.Linear(16, 12)
+        self.fused = nn.Linear(12, 22, bias=False)  # query 8, key 8, value 6
+        self.tall = nn.Linear(22, 32)
+        self.wide = nn.Linear(32, 4, bias=False)
+        self.experts = nn.Parameter(torch.ones(4, 3, 5))
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+VIEWS = {
+    "query.weight": View("(h d) n -> h d n", {"h": 4}),
+    "out.weight": View("m (h d) -> h m d", {"h": 4}),
+    "fused.weight": View(("(h d) n -> h d n", "(h d) n -> h d n", "m n -> 1 m n"), {"d": 4}, (8, 8, 6)),
+    "tall.weight": View("m n -> 1 m n"),
+    "wide.weight": View("m n -> 1 m n"),
+    "experts": View("e m n -> e m n"),
+}
+TP = {"query": ColwiseParallel(), "out": RowwiseParallel(), "tall": ColwiseParallel(), "wide": RowwiseParallel()}
+PLAN = {"query": "colwise", "out": "rowwise", "tall": "colwise", "wide": "rowwise"}
+
+
+def groups_of(model):
+    kinds = {}
+    for name, param in model.named_parameters():
+        if param.ndim or not isinstance(param, DTensor):
+            kinds.setdefault(VIEWS.get(name), []).append((name, param))
+    return [{"params": params, "view": view} for view, params in kinds.items()]
+
+
+def arrange(model, mesh):
+    """The model as `torch` arranges it on a mesh. A scalar cannot be sharded: it is given to nobody then."""
+    if mesh.whole:
+        return
+    del model.scale
+    names = ("replicate", "fsdp", "tp")
+    sizes = [(name, size) for name, size in zip(names, (mesh.replicate, mesh.fsdp, mesh.tp), strict=True) if size > 1]
+    found = init_device_mesh("cpu", tuple(s for _, s in sizes), mesh_dim_names=tuple(n for n, _ in sizes))
+    if mesh.tp > 1:
+        parallelize_module(model, found["tp"] if len(sizes) > 1 else found, TP)
+    if mesh.fsdp > 1:
+        dims = tuple(name for name, _ in sizes if name != "tp")
+        fully_shard(model, mesh=found[dims] if mesh.tp > 1 else found)
+
+
+def one_step(mesh, dtype, interval, step):
+    """The bytes that this rank sends and receives in that step, and those of its state."""
+    torch.manual_seed(0)
+    model = Net().to(dtype)
+    arrange(model, mesh)
+    optimizer = ASGO(groups_of(model), precondition_frequency=interval, root="minimax")
+    if mesh.whole:
+        optimizer.distribute(shard_state=mesh.zero1)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for number in (1, step):
+        for param in params:
+            param.grad = torch.ones_like(param)
+            optimizer.state[param]["step"].fill_(number - 1)
+        with Counted() as counted:
+            optimizer.step()
+    state = sum(t.nbytes for param in params for t in optimizer.state[param].values())
+    held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in params)
+    return counted.sent, counted.received, state, held
+
+
+class Counted:
+    """Counts the bytes that collectives are given for other ranks; reductions of single flags are left out."""
+
+    sent = received = 0
+
+    def __enter__(self):
+        self.originals = dist.all_to_all_single, dist.all_gather
+        dist.all_to_all_single, dist.all_gather = self.all_to_all, self.all_gather
+        return self
+
+    def __exit__(self, *error):
+        dist.all_to_all_single, dist.all_gather = self.originals
+
+    def all_to_all(self, output, input, output_splits, input_splits, **how):
+        me = dist.get_group_rank(how["group"], dist.get_rank())
+        self.sent += (sum(input_splits) - input_splits[me]) * input.itemsize
+        self.received += (sum(output_splits) - output_splits[me]) * output.itemsize
+        return self.originals[0](output, input, output_splits, input_splits, **how)
+
+    def all_gather(self, outputs, input, **how):
+        self.sent += input.nbytes * (len(outputs) - 1)
+        self.received += input.nbytes * (len(outputs) - 1)
+        return self.originals[1](outputs, input, **how)
+
+
+@pytest.fixture(scope="module")
+def world():
+    made = {}
+
+    def of(size):
+        if size not in made:
+            made[size] = World(size)
+        return made[size]
+
+    yield of
+    for each in made.values():
+        each.end()
+
+
+MESHES = [Mesh(2), Mesh(2, zero1=True), Mesh(fsdp=2), Mesh(tp=2)]
+MESHES += [Mesh(4), Mesh(4, zero1=True), Mesh(fsdp=4), Mesh(2, 2), Mesh(fsdp=2, tp=2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh}-{mesh.ranks}")
+@pytest.mark.parametrize("interval", [1, 3])
+def test_every_rank_keeps_and_sends_what_the_plan_says(world, mesh, interval):
+    dtype = torch.bfloat16 if interval == 1 else torch.float32
+    model = Net().to(dtype)
+    if not mesh.whole:
+        del model.scale
+    placed = place(read(ASGO(groups_of(model)), PLAN), mesh, interval)
+    numbers, step = Numbers(dtype.itemsize, 4), 500
+    flow = traffic.step(placed, mesh, step % interval, numbers.param)
+    sizes = kept(placed, mesh, numbers)
+    params = sizes.pop("params")
+    del sizes["gradients"]
+    state = sum(sizes.values())
+    found = world(mesh.ranks)(one_step, mesh, dtype, interval, step)
+    said = zip(flow.sent.flat, flow.received.flat, state.flat, params.flat, strict=True)
+    assert found == [tuple(int(value) for value in rank) for rank in said]
