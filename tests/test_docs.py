@@ -31,6 +31,7 @@ from asgo.lab.convex import glm
 from asgo.lab.convex.glm import GlmConfig
 from asgo.lab.convex.problems import SOURCES
 from asgo.lab.corpora import HUB_CORPORA
+from asgo.lab.inspect import RoutingConfig
 from asgo.lab.models import PRESETS, shape_of
 from asgo.lab.regret import RegretConfig
 from asgo.lab.specs import parse_spec
@@ -284,7 +285,7 @@ def test_problems_and_contenders():
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
     benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig)
-    for kind in (TrainConfig, CompareConfig, cli.InspectConfig, *benches, *experiments):
+    for kind in (TrainConfig, CompareConfig, RoutingConfig, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}
         known |= {re.sub(r"--([\w-]+\.)", r"--\1no-", flag) for flag in flags}

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, Union
 
@@ -23,7 +23,7 @@ from asgo.lab.convex.glm import GlmConfig, glm
 from asgo.lab.errors import LabError
 from asgo.lab.experiment import marker
 from asgo.lab.files import read_json
-from asgo.lab.inspect import InspectConfig, inspect_routing
+from asgo.lab.inspect import RoutingConfig, inspect_routing
 from asgo.lab.optimizers import OptimizersConfig, list_optimizers
 from asgo.lab.regret import RegretConfig, regret
 from asgo.lab.signals import Stopped
@@ -33,10 +33,11 @@ from asgo.lab.vision.experiment import VisionConfig, vision
 DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
 BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots inside them."
+INSPECT_HELP = "Look at a model as an optimizer sees it."
 INTERRUPTED = 130
 
 Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig
-Command = Resumable | InspectConfig | OptimizersConfig | StepConfig | RootConfig
+Command = Resumable | RoutingConfig | OptimizersConfig | StepConfig | RootConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
@@ -46,6 +47,19 @@ SAVED: dict[type[Any], str] = {
     VisionConfig: marker("vision"),
 }
 """The file in which a folder keeps the configuration of what can be resumed."""
+
+TEXTS: dict[type[Any], Callable[[Any], str]] = {RoutingConfig: inspect_routing, OptimizersConfig: list_optimizers}
+"""Commands whose result is a text."""
+
+EXPERIMENTS: dict[type[Any], Callable[[Any, Console], Any]] = {
+    CompareConfig: compare,
+    StepConfig: bench_step,
+    RootConfig: bench_root,
+    GlmConfig: glm,
+    RegretConfig: regret,
+    VisionConfig: vision,
+}
+"""Commands that show their progress and leave a folder of results."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -77,22 +91,10 @@ def run(config: Command) -> int:
         if os.environ.get("RANK", "0") == "0":
             text = f"validation loss {result['val_loss']:.4f} after {result['steps']} steps; {config.out}"
             console.print(text, highlight=False, soft_wrap=True)
-    elif isinstance(config, CompareConfig):
-        compare(config, console)
-    elif isinstance(config, OptimizersConfig):
-        print(list_optimizers(config))
-    elif isinstance(config, StepConfig):
-        bench_step(config, console)
-    elif isinstance(config, RootConfig):
-        bench_root(config, console)
-    elif isinstance(config, GlmConfig):
-        glm(config, console)
-    elif isinstance(config, RegretConfig):
-        regret(config, console)
-    elif isinstance(config, VisionConfig):
-        vision(config, console)
+    elif type(config) in TEXTS:
+        print(TEXTS[type(config)](config))
     else:
-        print(inspect_routing(config))
+        EXPERIMENTS[type(config)](config, console)
     return 0
 
 
@@ -118,7 +120,10 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("train", TrainConfig, saved),
         _subcommand("compare", CompareConfig, saved),
         Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
-        _subcommand("inspect", InspectConfig, saved),
+        Annotated[
+            Union[_subcommand("routing", RoutingConfig, saved),],  # noqa: UP007
+            tyro.conf.subcommand("inspect", description=INSPECT_HELP),
+        ],
         _subcommand("optimizers", OptimizersConfig, saved),
         Annotated[
             Union[_subcommand("step", StepConfig, saved), _subcommand("root", RootConfig, saved)],  # noqa: UP007
