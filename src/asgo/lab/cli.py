@@ -23,6 +23,8 @@ from asgo.lab.convex.glm import GlmConfig, glm
 from asgo.lab.errors import LabError
 from asgo.lab.experiment import marker
 from asgo.lab.files import read_json
+from asgo.lab.hessian.config import HessianConfig
+from asgo.lab.hessian.experiment import inspect_hessian
 from asgo.lab.inspect import RoutingConfig, inspect_routing
 from asgo.lab.optimizers import OptimizersConfig, list_optimizers
 from asgo.lab.regret import RegretConfig, regret
@@ -36,12 +38,13 @@ BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots i
 INSPECT_HELP = "Look at a model as an optimizer sees it."
 INTERRUPTED = 130
 
-Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig
+Resumable = TrainConfig | CompareConfig | HessianConfig | GlmConfig | RegretConfig | VisionConfig
 Command = Resumable | RoutingConfig | OptimizersConfig | StepConfig | RootConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
     CompareConfig: "comparison.json",
+    HessianConfig: marker("hessian"),
     GlmConfig: marker("glm"),
     RegretConfig: marker("regret"),
     VisionConfig: marker("vision"),
@@ -53,6 +56,7 @@ TEXTS: dict[type[Any], Callable[[Any], str]] = {RoutingConfig: inspect_routing, 
 
 EXPERIMENTS: dict[type[Any], Callable[[Any, Console], Any]] = {
     CompareConfig: compare,
+    HessianConfig: inspect_hessian,
     StepConfig: bench_step,
     RootConfig: bench_root,
     GlmConfig: glm,
@@ -121,7 +125,10 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("compare", CompareConfig, saved),
         Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
         Annotated[
-            Union[_subcommand("routing", RoutingConfig, saved),],  # noqa: UP007
+            Union[  # noqa: UP007
+                _subcommand("routing", RoutingConfig, saved),
+                _subcommand("hessian", HessianConfig, saved),
+            ],
             tyro.conf.subcommand("inspect", description=INSPECT_HELP),
         ],
         _subcommand("optimizers", OptimizersConfig, saved),

@@ -65,6 +65,7 @@ class Findings:
         data: whatever else belongs into ``results.json``.
         note: what the numbers of the table are, for ``table.md``.
         details: more tables for ``table.md``: title, head and lines.
+        files: more files of the folder, by name.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -76,11 +77,12 @@ class Findings:
     data: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     details: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def marker(name: str) -> str:
     """The file that holds the configuration of the experiment `name`."""
-    return f"{name}.json"
+    return f"{name.rsplit(maxsplit=1)[-1]}.json"
 
 
 def run_experiment(
@@ -158,7 +160,8 @@ def _write(out: Path, findings: Findings, results: Mapping[str, Any]) -> None:
     parts += [f"{title}\n\n{tables.markdown(head, cells)}" for title, head, cells in findings.details]
     write_text(out / "table.md", "\n\n".join(filter(None, parts)) + "\n")
     write_text(out / "table.csv", tables.csv_text(findings.rows, list(findings.rows[0])))
-    write_bytes(out / "plot.png", findings.picture)
+    for file, content in {"plot.png": findings.picture, **findings.files}.items():
+        write_bytes(out / file, content)
     write_json(out / "results.json", finite(dict(results)))
 
 
@@ -166,5 +169,5 @@ def _show(out: Path, findings: Findings, console: Console) -> None:
     console.print(tables.rich_table(findings.head, findings.cells, findings.title))
     for line in findings.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name in ("table.md", "plot.png", "results.json"):
+    for name in ("table.md", "plot.png", *findings.files, "results.json"):
         console.print(f"{out / name}", highlight=False, soft_wrap=True)
