@@ -117,8 +117,8 @@ def check_loss(model: nn.Module, loss: nn.Module, batches: Sequence[tuple[Tensor
                 raise LabError(f"the loss has shape {shape}, a Hessian needs one number: use a mean or a sum.")
             if not found.isfinite():
                 raise LabError(
-                    f"the loss of batch {number} is {float(found)}, so there is no Hessian: look for NaN in the weights "
-                    "or the batch."
+                    f"the loss of batch {number} is {float(found)}, so there is no Hessian: look for NaN in the "
+                    "weights or the batch."
                 )
             total += float(found) / len(batches)
     return total

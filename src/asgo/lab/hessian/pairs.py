@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from asgo.diagnostics.hessian import Estimate
 from asgo.lab.hessian.config import Curvature
 from asgo.lab.hessian.matrices import Matrix, layers
@@ -55,6 +57,19 @@ class Pairs:
         weights = ((block, 0.5), (first, 0.25), (second, 0.25))
         relative = math.sqrt(sum((w * e.error / e.value) ** 2 for e, w in weights if e.value > 0))
         return Estimate(value, value * relative)
+
+    def matrix(self) -> np.ndarray:
+        """`normalized` of all pairs, NaN where it could not be measured."""
+        every = range(len(self.labels))
+        found = [[self.normalized(i, j) for j in every] for i in every]
+        return np.array([[math.nan if each is None else each.value for each in row] for row in found])
+
+    @property
+    def largest_error(self) -> float:
+        """The largest standard error of `normalized`, as a share of it."""
+        every = range(len(self.labels))
+        found = [each for i in every for j in every if (each := self.normalized(i, j)) is not None]
+        return max((each.error / each.value for each in found if each.value > 0), default=0.0)
 
     def share(self, names: Sequence[object]) -> tuple[float, float] | None:
         """Share of the squared norm of all blocks between matrices of equal names, and a structureless matrix's.

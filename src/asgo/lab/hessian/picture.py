@@ -16,29 +16,46 @@ from asgo.lab.plot import STYLES, label, png
 FAINTEST = 1e-3
 """The smallest normalised norm that has a shade of its own."""
 
+NUMBERED = 16
+"""Most matrices for which every block has its number written in."""
+
 
 def draw_pairs(pairs: Sequence[Pairs]) -> bytes:
     """A heat map of the normalised norms of all blocks, for every step (down) and curvature (across)."""
     steps, kinds = _axes_of(pairs)
-    count = len(pairs[0].labels)
-    size = max(4.0, 0.32 * count + 1.6)
+    size = max(4.0, 0.4 * len(pairs[0].labels) + 1.6)
     figure = Figure(figsize=(size * len(kinds) + 1, size * len(steps)), layout="constrained")
     panels = figure.subplots(len(steps), len(kinds), squeeze=False)
-    image = None
-    for each in pairs:
+    values = [each.matrix() for each in pairs]
+    known = np.concatenate([part[np.isfinite(part)] for part in values] + [np.ones(1)])
+    shades = LogNorm(max(FAINTEST, known.min() / 1.1), known.max() * 1.1)
+    for each, own in zip(pairs, values, strict=True):
         axes = panels[steps.index(each.step)][kinds.index(each.curvature)]
-        found = [[each.normalized(i, j) for j in range(count)] for i in range(count)]
-        values = np.array([[np.nan if e is None else max(e.value, FAINTEST) for e in row] for row in found])
-        image = axes.imshow(values, cmap="Greys", norm=LogNorm(FAINTEST, 1))
-        axes.set_xticks(range(count), each.labels, rotation=90, fontsize=8)
-        axes.set_yticks(range(count), each.labels, fontsize=8)
-        most = max((e.error for row in found for e in row if e is not None), default=0.0)
-        note = f", standard errors up to {most:.2g}" if most else ""
-        axes.set_title(f"{each.curvature}, step {each.step}{note}", fontsize=10)
-    if image is not None:
-        text = "||H_ij|| / sqrt(||H_ii|| ||H_jj||), Frobenius norms"
-        figure.colorbar(image, ax=panels, label=text, shrink=0.7, extend="min")
+        image = axes.imshow(own, cmap="Greys", norm=shades)
+        _inscribe(axes, each, own, shades)
+        if each is pairs[-1]:
+            text = "||H_ij|| / sqrt(||H_ii|| ||H_jj||), Frobenius norms"
+            figure.colorbar(image, ax=panels, label=text, shrink=0.7)
     return png(figure)
+
+
+def _inscribe(axes: Axes, pairs: Pairs, values: np.ndarray, shades: LogNorm) -> None:
+    """Names, numbers, lines between layers, and the largest standard error."""
+    count = len(pairs.labels)
+    axes.set_xticks(range(count), pairs.labels, rotation=90, fontsize=8)
+    axes.set_yticks(range(count), pairs.labels, fontsize=8)
+    for i, j in np.argwhere(np.isfinite(values)) if count <= NUMBERED else ():
+        color = "white" if shades(values[i, j]) > 0.5 else "black"
+        axes.text(j, i, _short(values[i, j]), ha="center", va="center", fontsize=6, color=color)
+    for edge in (i - 0.5 for i in range(1, count) if pairs.layers[i] != pairs.layers[i - 1]):
+        axes.axhline(edge, color="#D55E00", linewidth=1)
+        axes.axvline(edge, color="#D55E00", linewidth=1)
+    note = f", standard errors up to {100 * pairs.largest_error:.0f} %" if pairs.largest_error else ""
+    axes.set_title(f"{pairs.curvature}, step {pairs.step}{note}", fontsize=10)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def draw_blocks(rows: Sequence[Row]) -> bytes:
@@ -51,7 +68,7 @@ def draw_blocks(rows: Sequence[Row]) -> bytes:
             own = [row for row in rows if row.step == step]
             _dots(panels[line][column], own, [name], "" if column else f"share of squared norm {what}")
             panels[line][column].set_title(f"{what}, step {step}", fontsize=10)
-    panels[0][0].set_ylim(-0.03, 1.03)
+    _limit(panels[0][0], rows, ["groups", "rows"])
     return png(figure)
 
 
@@ -65,8 +82,14 @@ def draw_sides(rows: Sequence[Row]) -> bytes:
             own = [row for row in rows if (row.step, row.curvature) == (step, kind)]
             _dots(panels[line][column], own, ["left", "right"], "" if column else "relative norm of projection")
             panels[line][column].set_title(f"{kind}, step {step}", fontsize=10)
-    panels[0][0].set_ylim(-0.03, 1.03)
+    _limit(panels[0][0], rows, ["left", "right"])
     return png(figure)
+
+
+def _limit(axes: Axes, rows: Sequence[Row], shares: Sequence[str]) -> None:
+    """From 0 to 1, or to the largest estimate beyond."""
+    found = [row.shares[name].value for row in rows for name in shares if name in row.shares]
+    axes.set_ylim(-0.03, max([1.0, *found]) + 0.03)
 
 
 def _axes_of(found: Sequence[Pairs] | Sequence[Row]) -> tuple[list[int], list[str]]:
