@@ -57,9 +57,9 @@ class Products:
         Raises:
             NotMeasurable: if the model has no such products, or they are not finite.
         """
-        k, own = len(probes), self.matrices[column]
-        inputs = [torch.zeros(shape.numel(), k) for shape in self.shapes]
-        inputs[self.names.index(own.parameter)][own.places.flatten()] = probes.flatten(1).T
+        k, own, dtype = len(probes), self.matrices[column], self.operator.dtype
+        inputs = [torch.zeros(shape.numel(), k, dtype=dtype) for shape in self.shapes]
+        inputs[self.names.index(own.parameter)][own.places.flatten()] = probes.flatten(1).T.to(dtype)
         try:
             outputs = self.operator @ [flat.reshape(*s, k) for flat, s in zip(inputs, self.shapes, strict=True)]
         except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -91,7 +91,7 @@ class Logits(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The logits of every token, those of one block after those of the other."""
-        return self.model(input_ids=inputs).logits.flatten(0, 1).float()
+        return self.model(input_ids=inputs).logits.flatten(0, 1)
 
 
 class Swish(nn.Module):
