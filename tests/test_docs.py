@@ -31,6 +31,9 @@ from asgo.lab.convex import glm
 from asgo.lab.convex.glm import GlmConfig
 from asgo.lab.convex.problems import SOURCES
 from asgo.lab.corpora import HUB_CORPORA
+from asgo.lab.hessian import states
+from asgo.lab.hessian.config import HessianConfig
+from asgo.lab.hessian.config import check as check_hessian
 from asgo.lab.inspect import RoutingConfig
 from asgo.lab.models import PRESETS, shape_of
 from asgo.lab.regret import RegretConfig
@@ -158,6 +161,10 @@ def check_command(words):
         shape_of(parsed.model)
     elif isinstance(parsed, (StepConfig, RootConfig)):
         check_bench(parsed)
+    elif isinstance(parsed, HessianConfig):
+        check_hessian(parsed)
+        if parsed.run is None:
+            states.find_states(parsed)
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
@@ -284,7 +291,7 @@ def test_problems_and_contenders():
 
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
-    benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig)
+    benches, experiments = (StepConfig, RootConfig), (HessianConfig, GlmConfig, RegretConfig, VisionConfig)
     for kind in (TrainConfig, CompareConfig, RoutingConfig, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}

@@ -267,15 +267,17 @@ def test_what_is_said_follows_from_the_numbers():
     ]
     rows = [Row.of(3, "ggn", *pair) for pair in zip(matrices, results, strict=True)]
     said = "\n".join(says(rows, Pairs.of(3, "ggn", matrices, results)))
-    assert '"query and key are block-diagonal by head" holds: by head query 1.00±0.01, key 0.80±0.02' in said
-    assert '"value and output are whole" holds: by head value 0.20±0.02, output 0.07±0.01' in said
-    assert '"MLP matrices are whole" holds: by output neuron gate_proj 0.09±0.01, up_proj 0.09±0.01' in said
+    assert "query and key block-diagonal by head, as the paper has them: yes, by head query 1.00±0.01, key 0.80" in said
+    assert "value and output whole, as the paper has them: yes, by head value 0.20±0.02, output 0.07±0.01 (" in said
+    assert "MLP whole, as the paper has it: yes, by output neuron gate_proj 0.09±0.01, up_proj 0.09±0.01 (" in said
     assert "left: 0 gate_proj, 0 up_proj; right: 0 query, 0 key, 0 value; neither: 0 output" in said
     assert "0 down_proj is not measurable: the block is zero" in said
     assert all(line.startswith("step 3, ggn: ") for line in said.splitlines())
     worse = [replaced(result, groups=0.4) for result in results[:2]] + results[2:]
     rows = [Row.of(3, "ggn", *pair) for pair in zip(matrices, worse, strict=True)]
-    assert 'block-diagonal by head" does not hold' in "\n".join(says(rows, Pairs.of(3, "ggn", matrices, worse)))
+    assert "block-diagonal by head, as the paper has them: no" in "\n".join(
+        says(rows, Pairs.of(3, "ggn", matrices, worse))
+    )
 
 
 def replaced(result, **values):
@@ -328,7 +330,7 @@ def words(corpus, tmp_path):
 def test_the_command(words, tmp_path, capsys, monkeypatch):
     assert main([*words, "--exact-up-to", "16", "--probes", "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert '"query and key are block-diagonal by head"' in shown
+    assert "query and key block-diagonal by head, as the paper has them: " in shown
     out = tmp_path / "out"
     for name in ("plot.png", "pairs.png", "sides.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")

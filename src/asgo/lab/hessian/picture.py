@@ -46,7 +46,7 @@ def _inscribe(axes: Axes, pairs: Pairs, values: np.ndarray, shades: LogNorm) -> 
     axes.set_yticks(range(count), pairs.labels, fontsize=8)
     for i, j in np.argwhere(np.isfinite(values)) if count <= NUMBERED else ():
         color = "white" if shades(values[i, j]) > 0.5 else "black"
-        axes.text(j, i, _short(values[i, j]), ha="center", va="center", fontsize=6, color=color)
+        axes.text(j, i, _short(float(values[i, j])), ha="center", va="center", fontsize=6, color=color)
     for edge in (i - 0.5 for i in range(1, count) if pairs.layers[i] != pairs.layers[i - 1]):
         axes.axhline(edge, color="#D55E00", linewidth=1)
         axes.axvline(edge, color="#D55E00", linewidth=1)

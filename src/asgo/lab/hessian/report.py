@@ -169,13 +169,12 @@ def _whole(pairs: Pairs) -> str:
 
 def _by_head(rows: Sequence[Row], roles: Sequence[str], expected: bool) -> str:
     """Whether matrices are block-diagonal by head, as the paper has it of some and not of others."""
-    claim = f'"{" and ".join(roles)} are {"block-diagonal by head" if expected else "whole"}"'
+    claim = f"{' and '.join(roles)} {'block-diagonal by head' if expected else 'whole'}, as the paper has them"
     found = {role: excess for role in roles if (excess := _mean_excess(rows, role, "groups")) is not None}
     if not found:
         return f"{claim}: cannot be judged, there is none with several heads"
     holds = all((excess.value >= HALF) == expected for excess in found.values())
-    numbers = ", ".join(f"{role} {_text(excess)}" for role, excess in found.items())
-    return f"{claim} {_verdict(holds)}: by head {numbers}, where 0 is structureless and 1 block-diagonal"
+    return f"{claim}: {_verdict(holds)}, by head {_list(found)}"
 
 
 def _mlp(rows: Sequence[Row]) -> str:
@@ -187,12 +186,16 @@ def _mlp(rows: Sequence[Row]) -> str:
     if not known:
         return ""
     holds = all(excess.value < HALF for excess in known.values())
-    numbers = ", ".join(f"{kind} {_text(excess)}" for kind, excess in known.items())
-    return f'"MLP matrices are whole" {_verdict(holds)}: by output neuron {numbers}'
+    return f"MLP whole, as the paper has it: {_verdict(holds)}, by output neuron {_list(known)}"
+
+
+def _list(found: Mapping[str, Estimate]) -> str:
+    numbers = ", ".join(f"{name} {_text(excess)}" for name, excess in found.items())
+    return f"{numbers} (0 is structureless, 1 block-diagonal)"
 
 
 def _verdict(holds: bool) -> str:
-    return "holds" if holds else "does not hold"
+    return "yes" if holds else "no"
 
 
 def _mean_excess(rows: Sequence[Row], role: str, name: str) -> Estimate | None:
