@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from asgo.diagnostics.hessian import (
     Exact,
@@ -87,6 +89,19 @@ def test_exact_shares_are_those_of_the_dense_matrix(m, n):
     assert exact(H, m, n) == pytest.approx(reference(H, m, n), rel=1e-9)
 
 
+@given(m=st.integers(1, 4), n=st.integers(1, 4), seed=st.integers(0, 100), scale=st.sampled_from([1e-12, 1.0, 1e9]))
+@settings(max_examples=30, deadline=None)
+def test_shares_have_no_scale_and_turn_with_the_matrix(m, n, seed, scale):
+    H = symmetric(m * n, seed)
+    swap = np.arange(m * n).reshape(m, n).T.flatten()
+    plain, turned = exact(scale * H, m, n), exact(H[swap][:, swap], n, m)
+    assert plain["norm"] == pytest.approx(scale * turned["norm"])
+    pairs = {"left": "right", "right": "left", "scalar": "scalar"}
+    assert [plain[a] for a in pairs] == pytest.approx([turned[b] for b in pairs.values()], abs=1e-9)
+    assert plain["scalar"] <= min(plain["left"], plain["right"]) + 1e-9
+    assert max(plain[name] for name in ("rows", "left", "right")) <= 1 + 1e-9
+
+
 @pytest.mark.parametrize("groups", [by_rows(4, 6, 2), by_columns(4, 6, 3), by_columns(4, 6, 2)])
 def test_exact_shares_by_group(groups):
     H = symmetric(24)
@@ -126,11 +141,11 @@ def test_a_structureless_matrix_has_what_the_docstring_says():
 def test_probed_shares_agree_within_their_errors(groups, seed):
     H = symmetric(24, seed)
     expected = reference(H, 4, 6, groups)
-    shares = probed(H, 4, 6, groups, 400, seed)
+    shares = probed(H, 4, 6, groups, 150, seed)
     assert set(shares) == set(expected)
     for name, share in shares.items():
         assert abs(share.value - expected[name]) < 4 * share.error, name
-        assert share.error < 0.1 * max(share.value, expected["norm"] if name == "norm" else 1), name
+        assert share.error < 0.15 * max(share.value, expected["norm"] if name == "norm" else 1), name
 
 
 def test_standard_errors_are_the_spread_of_repetitions():

@@ -225,7 +225,7 @@ def test_a_product_that_is_not_finite_and_a_block_that_is_zero():
 def test_losses_that_have_no_hessian():
     model, inputs, targets = nn.Linear(3, 2), torch.randn(5, 3), torch.randn(5, 2)
     assert check_loss(model, nn.MSELoss(), [(inputs, targets)]) == pytest.approx(
-        float(F.mse_loss(model(inputs), targets))
+        F.mse_loss(model(inputs), targets).item()
     )
     with pytest.raises(LabError, match=r"the loss has shape \(5, 2\), a Hessian needs one number"):
         check_loss(model, nn.MSELoss(reduction="none"), [(inputs, targets)])
@@ -427,6 +427,6 @@ def test_what_cannot_be_done_is_one_line(words, tmp_path, capsys, more, message)
 def test_without_curvlinops_the_command_says_what_to_install(words, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "curvlinops", None)
     assert main(words) == 2
-    assert "asgo inspect hessian needs curvlinops, which is not installed: pip install 'asgo[hessian]'." in (
+    assert "asgo inspect hessian needs curvlinops, which is not installed: pip install 'asgo[hessian]', then" in (
         capsys.readouterr().err
     )

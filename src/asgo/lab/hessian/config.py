@@ -35,7 +35,7 @@ class HessianConfig:
         exact_up_to: largest matrix, in entries, whose block is measured exactly, column by column; larger ones by
             probing.
         probes: sets of random signs for each matrix that is probed, of 4 products each and one for each head.
-        chunk: products at once; fewer need less memory.
+        chunk: most products at once; of large models fewer are taken, to save memory.
         seed: of the initial weights, the batches and the signs.
         processes: matrices at once, each with one thread; None: one per processor.
         out: folder to write; must be new or empty, or an experiment to --resume.

@@ -15,7 +15,7 @@ from asgo.lab.hessian.matrices import Matrix
 from asgo.lab.packages import need
 
 OPERATORS: dict[Curvature, str] = {"hessian": "HessianLinearOperator", "ggn": "GGNLinearOperator"}
-NAMES: dict[Curvature, str] = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}
+INSTALL = "pip install 'asgo[hessian]', then pip install --no-deps curvlinops-for-pytorch"
 
 
 class NotMeasurable(Exception):
@@ -43,7 +43,7 @@ class Products:
         matrices: Sequence[Matrix],
         batches: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
-        library = need("curvlinops", "asgo inspect hessian", "pip install 'asgo[hessian]'")
+        library = need("curvlinops", "asgo inspect hessian", INSTALL)
         self.matrices = matrices
         self.names = list(dict.fromkeys(matrix.parameter for matrix in matrices))
         self.shapes = [params[name].shape for name in self.names]

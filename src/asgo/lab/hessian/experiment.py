@@ -12,6 +12,7 @@ from rich.console import Console
 from asgo.lab.experiment import Findings, run_experiment
 from asgo.lab.hessian import picture
 from asgo.lab.hessian.config import Curvature, HessianConfig, check
+from asgo.lab.hessian.curvature import INSTALL
 from asgo.lab.hessian.matrices import Matrix
 from asgo.lab.hessian.measure import Measure, Training, build, do
 from asgo.lab.hessian.pairs import Pairs
@@ -34,7 +35,7 @@ def inspect_hessian(config: HessianConfig, console: Console | None = None) -> di
         Stopped: after SIGINT or SIGTERM; finished jobs are kept.
     """
     check(config)
-    need("curvlinops", f"asgo {NAME}", "pip install 'asgo[hessian]'")
+    need("curvlinops", f"asgo {NAME}", INSTALL)
     states = find_states(config)
     for state in states:
         if state.training is None:

@@ -29,6 +29,9 @@ WEIGHTS: dict[Curvature, float] = {"hessian": 3.0, "ggn": 1.0}
 """About what a product costs; a training step costs as much as `STEP`."""
 STEP = 5.0
 
+ENTRIES = 2**25
+"""Most entries of the vectors of all products at once: 128 MB each for vectors and products, more in between."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -210,7 +213,7 @@ def blocks(products: Products, column: int, exact_up_to: int, sets: int, chunk: 
         column: the number of the matrix whose columns they are.
         exact_up_to: a matrix of more entries is probed.
         sets: how often.
-        chunk: products at once.
+        chunk: most products at once.
         seed: of the signs.
 
     Returns:
@@ -221,6 +224,7 @@ def blocks(products: Products, column: int, exact_up_to: int, sets: int, chunk: 
     """
     m, n = products.matrices[column].shape
     exact = m * n <= exact_up_to
+    chunk = max(1, min(chunk, ENTRIES // sum(matrix.places.numel() for matrix in products.matrices)))
     squares, shares = _exact(products, column, chunk) if exact else _probed(products, column, sets, chunk, seed)
     if not shares["norm"].value > 0:
         raise NotMeasurable("the block is zero")
@@ -251,11 +255,13 @@ def _probed(
 ) -> tuple[list[Estimate], dict[str, Estimate]]:
     matrix = products.matrices[column]
     block = Probed(*matrix.shape, matrix.groups, torch.Generator().manual_seed(seed))
-    squares = []
-    for _ in range(sets):
-        probes = block.draw()
-        parts = [products(column, part) for part in probes.split(chunk)]
-        block.add(probes, torch.cat([part[column] for part in parts]))
-        whole = [torch.cat([part[i] for part in parts])[: block.variants] for i in range(len(products.matrices))]
-        squares.append(torch.stack([found.double().square().sum() / block.variants for found in whole]))
-    return [mean(own) for own in torch.stack(squares).T], block.shares()
+    squares = torch.zeros(sets, len(products.matrices), dtype=torch.float64)
+    for number in range(sets):
+        probes, own = block.draw(), []
+        for start in range(0, len(probes), chunk):
+            found = products(column, probes[start : start + chunk])
+            own.append(found[column])
+            whole = max(block.variants - start, 0)  # the others are of one group only
+            squares[number] += torch.stack([part[:whole].double().square().sum() for part in found]) / block.variants
+        block.add(probes, torch.cat(own))
+    return [mean(samples) for samples in squares.T], block.shares()
