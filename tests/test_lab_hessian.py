@@ -27,6 +27,7 @@ from asgo.lab.hessian.measure import Measure, Point, Training, blocks, build
 from asgo.lab.hessian.pairs import Pairs
 from asgo.lab.hessian.report import Row, by_parameter, says
 from asgo.lab.models import build_model
+from asgo.lab.signals import Stopped
 from test_hessian import reference
 
 
@@ -370,6 +371,35 @@ def test_a_training_that_diverges_leaves_the_rest(words, tmp_path, capsys):
     assert "step 2, ggn: not measurable: the training loss is" in " ".join(capsys.readouterr().out.split())
     table = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert [bool(row["reason"]) for row in table] == [False] * 6 + [True] * 6
+
+
+def test_what_is_done_survives_an_interruption(words, tmp_path, capsys, monkeypatch):
+    """Ctrl-C while training, then in the middle of the blocks; the rest is done by --resume."""
+    more, out = ["--probes", "3", "--exact-up-to", "0", "--curvatures", "ggn"], tmp_path / "out"
+
+    def stopped(config):
+        raise Stopped("stopped after step 1 of 2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "train", stopped)
+        assert main([*words, *more]) == 130
+    told = f"stopped while training; its checkpoint is kept. Continue with: asgo inspect hessian --out {out} --resume"
+    assert told in capsys.readouterr().err
+    work, began = Measure.run, []
+
+    def interrupted(job):
+        began.append(job.key)
+        if len(began) == 4:
+            raise KeyboardInterrupt
+        return work(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Measure, "run", interrupted)
+        assert main(["inspect", "hessian", "--out", str(out), "--resume"]) == 130
+    kept = [json.loads(line)["job"] for line in (out / "jobs.jsonl").read_text().splitlines()]
+    assert kept == ["training 2", *began[:3]]
+    assert main(["inspect", "hessian", "--out", str(out), "--resume"]) == 0
+    assert len((out / "jobs.jsonl").read_text().splitlines()) == 1 + 2 * 6
 
 
 def test_a_run_folder(corpus, tmp_path, capsys):
