@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# Without dependencies, which would bring torchvision and with it another torch; the extra hessian has what it needs.
+CURVLINOPS ?= "curvlinops-for-pytorch>=3,<4"
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint docs clean
@@ -33,6 +35,7 @@ $(VENV)/.lab: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps $(CURVLINOPS)
 	touch $@
 
 clean:

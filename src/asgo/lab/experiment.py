@@ -82,7 +82,7 @@ class Findings:
 
 def marker(name: str) -> str:
     """The file that holds the configuration of the experiment `name`."""
-    return f"{name}.json"
+    return f"{name.rsplit(maxsplit=1)[-1]}.json"
 
 
 def run_experiment(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-import tyro
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,25 +20,23 @@ from asgo.report import report
 
 
 @dataclass(frozen=True)
-class InspectConfig:
-    """Look at a model as an optimizer sees it.
+class RoutingConfig:
+    """Every parameter's shape, view, structure, state bytes and root cost.
 
     Args:
-        what: routing: every parameter's shape, view, structure, state bytes and root cost.
         model: the language model.
         optimizer: which optimizer, with which hyperparameters.
         vocab_size: number of tokens; 84 are the characters of Shakespeare.
         block_size: longest sequence, in tokens.
     """
 
-    what: tyro.conf.Positional[Literal["routing"]] = "routing"
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     vocab_size: int = 84
     block_size: int = 128
 
 
-def inspect_routing(config: InspectConfig) -> str:
+def inspect_routing(config: RoutingConfig) -> str:
     """The routing of a model as text. No memory is needed for the model: its tensors are on the meta device.
 
     Raises:

@@ -1,0 +1,1 @@
+"""What gradients and curvature of a model look like."""
