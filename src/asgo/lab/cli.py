@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union
 import tyro
 from rich.console import Console
 
+from asgo.lab.advice import AdviceConfig, inspect_advise
 from asgo.lab.bench.config import RootConfig, StepConfig
 from asgo.lab.bench.root import bench_root
 from asgo.lab.bench.step import bench_step
@@ -23,6 +24,7 @@ from asgo.lab.convex.glm import GlmConfig, glm
 from asgo.lab.errors import LabError
 from asgo.lab.experiment import marker
 from asgo.lab.files import read_json
+from asgo.lab.gradients import MARKER, GradientsConfig, inspect_gradients
 from asgo.lab.inspect import RoutingConfig, inspect_routing
 from asgo.lab.optimizers import OptimizersConfig, list_optimizers
 from asgo.lab.regret import RegretConfig, regret
@@ -36,12 +38,13 @@ BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots i
 INSPECT_HELP = "Look at a model as an optimizer sees it."
 INTERRUPTED = 130
 
-Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig
-Command = Resumable | RoutingConfig | OptimizersConfig | StepConfig | RootConfig
+Resumable = TrainConfig | CompareConfig | GradientsConfig | GlmConfig | RegretConfig | VisionConfig
+Command = Resumable | RoutingConfig | AdviceConfig | OptimizersConfig | StepConfig | RootConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
     CompareConfig: "comparison.json",
+    GradientsConfig: MARKER,
     GlmConfig: marker("glm"),
     RegretConfig: marker("regret"),
     VisionConfig: marker("vision"),
@@ -53,6 +56,8 @@ TEXTS: dict[type[Any], Callable[[Any], str]] = {RoutingConfig: inspect_routing, 
 
 EXPERIMENTS: dict[type[Any], Callable[[Any, Console], Any]] = {
     CompareConfig: compare,
+    GradientsConfig: inspect_gradients,
+    AdviceConfig: inspect_advise,
     StepConfig: bench_step,
     RootConfig: bench_root,
     GlmConfig: glm,
@@ -121,7 +126,11 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("compare", CompareConfig, saved),
         Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
         Annotated[
-            Union[_subcommand("routing", RoutingConfig, saved),],  # noqa: UP007
+            Union[  # noqa: UP007
+                _subcommand("routing", RoutingConfig, saved),
+                _subcommand("gradients", GradientsConfig, saved),
+                _subcommand("advise", AdviceConfig, saved),
+            ],
             tyro.conf.subcommand("inspect", description=INSPECT_HELP),
         ],
         _subcommand("optimizers", OptimizersConfig, saved),

@@ -105,7 +105,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         tokens = 0
         for part in range(parts):
-            inputs, targets = self._to_device(self.data.batches.batch(self.step * parts + part))
+            inputs, targets = self._batch(self.step * parts + part)
             with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.model):
                 loss = token_loss(self.model, inputs, targets) / parts
                 self.accelerator.backward(loss)
@@ -123,6 +123,9 @@ class Trainer:
     def _clip(self) -> Tensor:
         limit = self.config.clip or math.inf
         return self.accelerator.clip_grad_norm_(self.model.parameters(), limit)  # pyright: ignore[reportReturnType]
+
+    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
+        return self._to_device(self.data.batches.batch(number))
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch
