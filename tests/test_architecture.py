@@ -22,6 +22,7 @@ FLOORS = [
     {"buckets", "settings"},
     {"optimizer", "sites", "attention", "routing"},
     {"presets", *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")), "report", "checkpoint"},
+    {"diagnostics", *(f"diagnostics.{path.stem}" for path in (ROOT / "diagnostics").glob("[!_]*.py")), "advise"},
     {""},
 ]
 """From the ground up. A module imports only from floors below, or from its own floor."""

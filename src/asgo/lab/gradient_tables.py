@@ -158,8 +158,10 @@ class Series:
         return self._panels("optimizer steps", lambda sample: sample.step)
 
     def by_layer(self) -> bytes:
-        """Every metric against layers: mean over samples and heads, band from least to most."""
-        return self._panels("layer", lambda sample: kind_of(sample)[1])
+        """Every metric against layers at the last sampled step: mean over heads, band from least to most."""
+        last = max(sample.step for own in self.kinds.values() for sample in own)
+        kinds = {kind: [sample for sample in own if sample.step == last] for kind, own in self.kinds.items()}
+        return Series(kinds, self.left_out)._panels(f"layer (step {last})", lambda sample: kind_of(sample)[1])
 
     def _panels(self, title: str, place: Callable[[Sample], int]) -> bytes:
         figure = Figure(figsize=(15, 7), layout="constrained")

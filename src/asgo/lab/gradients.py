@@ -57,7 +57,7 @@ class GradientsConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 0
     sample_every: int = 50
-    microbatches: int = 4
+    microbatches: int = 8
     out: Path = Path("runs/gradients")
     resume: bool = False
 
