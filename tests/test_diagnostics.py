@@ -6,7 +6,6 @@ import math
 from dataclasses import fields
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import asgo
+import oracle
 from asgo import ASGO, BAG, SPAM, Rule, Shampoo, View, route
 from asgo.diagnostics import GradientProbe, Moments, spectra
 from asgo.diagnostics.statistic import condition, damped, residual
@@ -334,15 +334,15 @@ def test_what_cannot_be_measured_is_marked_and_the_rest_is_measured():
     ("make", "has_root"),
     [
         (lambda groups: ASGO.theory(groups, lr=1e-2), True),
-        (lambda groups: ASGO.paper(groups), True),
+        (ASGO.paper, True),
         (lambda groups: asgo.OneSidedShampoo(groups, lr=1e-2), True),
         (lambda groups: Shampoo(groups, lr=1e-2), True),
         (lambda groups: Shampoo(groups, lr=1e-2, max_size=6), True),
-        (lambda groups: asgo.DASGO(groups), False),
+        (asgo.DASGO, False),
         (lambda groups: BAG(groups, lr=1e-2), False),
-        (lambda groups: asgo.AdaBlock(groups), False),
-        (lambda groups: asgo.AdaGram(groups), False),
-        (lambda groups: asgo.AGD(groups), False),
+        (asgo.AdaBlock, False),
+        (asgo.AdaGram, False),
+        (asgo.AGD, False),
     ],
 )
 def test_any_optimizer_of_the_library(make, has_root):
