@@ -119,7 +119,7 @@ def _prepare(config: AdviceConfig) -> tuple[Pupil, dict[str, Any]]:
         raise LabError(f"--after {config.after} is more than --steps {config.steps}: look earlier, or train longer.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("asgo inspect advise runs in one process: start it without torchrun.")
-    check_folder(config.out, False, "advice.json", "advice")
+    check_folder(config.out, False, "advice.json", "piece of advice")
     return Pupil(run), _read_curvature(config.curvature)
 
 

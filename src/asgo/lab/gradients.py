@@ -107,7 +107,7 @@ def _check(config: GradientsConfig) -> TrainConfig:
             f"--microbatches {config.microbatches} does not divide --batch-size {config.data.batch_size}: pass a "
             "divisor, or 1 to measure no noise."
         )
-    check_folder(config.out, config.resume, MARKER, "inspection of gradients")
+    check_folder(config.out, config.resume, MARKER, "set of samples")
     if (config.out / MARKER).exists():
         check_same(from_json(GradientsConfig, read_json(config.out / MARKER)), config, config.out)
     return run
