@@ -165,15 +165,28 @@ def test_the_interval_is_as_long_as_the_root_keeps(count, interval):
     line = only(advise(Given(w=(4, 6)), [{"w": steady}] * count, inner))
     assert line.interval == interval
     assert line.statistic == "gradient"  # no noise at all
-    assert only(advise(Given(w=(4, 6)), [{"w": G} for G in draw((4, 6), 12)], inner)).interval == 1
+    changing = draw((4, 1), 12) @ draw((1, 6), 12, 1)
+    assert only(advise(Given(w=(4, 6)), [{"w": G} for G in changing], inner)).interval == 1
 
 
-@pytest.mark.parametrize(("noise", "statistic"), [(0.5, "gradient"), (2.0, "momentum")])
+@pytest.mark.parametrize(("noise", "statistic"), [(0.2, "gradient"), (0.5, "momentum"), (2.0, "momentum")])
 def test_the_statistic_is_averaged_where_noise_rules(noise, statistic):
     batches = [{"w": 1 + noise * G} for G in draw((5, 7), 40)]
     line = only(advise(Given(w=(5, 7)), batches, inner))
     assert line.statistic == statistic
     assert line.evidence.noise_share == pytest.approx(noise**2 / (1 + noise**2), rel=0.1)
+
+
+def test_the_opposite_has_the_worst_bound_that_costs_no_more():
+    model = Given(w=(6, 6), v=(4, 9))
+    batches = [batch | {"v": G} for batch, G in zip(one_sided(False), draw((4, 9), 12), strict=True)]
+    w, v = advise(model, batches, inner).against
+    assert w.options == {"side": "left"}
+    assert v.options == {}  # the longer side is dearer
+    assert route(model, [w, v])[0]["side"] == "left"
+    query, _ = advise(Heads(), [{"q_proj.weight": G, "k_proj.weight": G} for G in draw((8, 6), 12)], inner).lines
+    worst = max((c for c, cost in query.evidence.cost.items() if cost <= 6**3), key=query.evidence.bound.get)
+    assert worst == ("heads", "auto")
 
 
 def test_advice_can_be_followed(tmp_path):

@@ -246,7 +246,7 @@ def test_advice_is_written_and_can_be_compared(shared, tmp_path, capsys, drawn):
     advice = inspect_advise(config, Console(width=200))
     shown = capsys.readouterr().out
     assert {p.name for p in config.out.iterdir()} == {
-        *("advice.json", "rules.json", "table.md", "table.csv", "results.json", "plot.png"),
+        *("advice.json", "rules.json", "against.json", "table.md", "table.csv", "results.json", "plot.png"),
     }
     assert len(advice.lines) == 8
     assert "statistic: " in shown
@@ -256,7 +256,7 @@ def test_advice_is_written_and_can_be_compared(shared, tmp_path, capsys, drawn):
         assert (row["name"], row["view"], row["side"]) == (line.name, line.word, line.side)
         assert float(row["bound_whole_left"]) == line.evidence.bound["whole", "left"]
         assert float(row["noise_share"]) == line.evidence.noise_share
-    with pytest.raises(LabError, match="already holds a piece of advice: pass --resume to continue it, or another --out"):
+    with pytest.raises(LabError, match="is not empty: pass another folder"):
         inspect_advise(config)
 
     spec = f"asgo:rules={config.out / 'rules.json'}"

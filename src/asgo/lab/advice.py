@@ -2,8 +2,9 @@
 
 ::
 
-    advice.json     the configuration              rules.json   for asgo compare --optimizers asgo asgo:rules=...
-    table.md        the advice and its evidence    table.csv    results.json    plot.png
+    advice.json   the configuration              rules.json     for asgo compare --optimizers asgo asgo:rules=...
+    table.md      the advice and its evidence    against.json   the opposite, to test the evidence by
+    table.csv     results.json                   plot.png
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from asgo.lab.peers import resolve
 from asgo.lab.plot import STYLES, label, png
 from asgo.lab.progress import LiveLine
 from asgo.lab.rules import write_rules
-from asgo.lab.runs import check_folder
 from asgo.lab.train import Diverged, Trainer
 from asgo.lab.validation import validate
 
@@ -96,6 +96,7 @@ def inspect_advise(config: AdviceConfig, console: Console | None = None) -> Advi
     make_folder(config.out)
     write_json(config.out / "advice.json", to_json(config))
     write_rules(config.out / "rules.json", advice.rules)
+    write_rules(config.out / "against.json", advice.against)
     rows = [row(line) for line in advice.lines]
     words, says = command("inspect advise", config), summary(advice)
     write_text(config.out / "table.md", f"`{words}`\n\n```text\n{advice}\n```\n\n- " + "\n- ".join(says) + "\n")
@@ -119,7 +120,8 @@ def _prepare(config: AdviceConfig) -> tuple[Pupil, dict[str, Any]]:
         raise LabError(f"--after {config.after} is more than --steps {config.steps}: look earlier, or train longer.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("asgo inspect advise runs in one process: start it without torchrun.")
-    check_folder(config.out, False, "advice.json", "piece of advice")
+    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise LabError(f"--out {config.out} is not empty: pass another folder.")
     return Pupil(run), _read_curvature(config.curvature)
 
 
