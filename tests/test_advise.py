@@ -131,9 +131,9 @@ def test_a_longer_side_must_pay():
 @pytest.mark.parametrize(
     ("curvature", "side"),
     [
-        ({"left": 1.0, "right": 2.0}, "left"),
-        ({"left": 2.0, "right": 1.0}, "auto"),
-        ({"left": 1.04, "right": 1.0}, "left"),
+        ({"left": 0.4, "right": 0.2}, "left"),
+        ({"left": 0.2, "right": 0.4}, "auto"),
+        ({"left": 0.4, "right": 0.41}, "left"),
         ({"left": 0, "right": 0}, "left"),
     ],
 )

@@ -128,8 +128,8 @@ def advise(
         batches: two or more equal ones, each what `loss` takes, of the size that one step will have; 20 or more let
             the momentum settle.
         loss: ``(model, batch)`` to the mean loss, a tensor of one number.
-        curvature: by name of a parameter, ``left`` and ``right``: what curvature the bound for smooth problems,
-            ``D_op^2 tr(L) / T``, charges that side with. The smaller is favoured. Names may be missing.
+        curvature: by name of a parameter, ``left`` and ``right``: how much of its Hessian block lies in the algebra of
+            each side, as ``asgo inspect hessian`` writes it. The larger is favoured. Names may be missing.
 
     Returns:
         The advice. A parameter without a gradient, or with one that is not finite, has a line that says so and no rule.
@@ -263,13 +263,13 @@ def _worst(line: Line) -> Line:
 
 
 def _favoured(curvature: Mapping[str, float]) -> str:
-    """The side with less curvature, if the difference is more than `SLACK`."""
+    """The side whose algebra holds more of the curvature, if the difference is more than `SLACK`."""
     if not curvature:
         return ""
     left, right = curvature["left"], curvature["right"]
     if max(left, right) <= (1 + SLACK) * min(left, right):
         return ""
-    return "left" if left < right else "right"
+    return "left" if left > right else "right"
 
 
 def _check_curvature(curvature: Mapping[str, Mapping[str, float]], views: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ class AdviceConfig(RunConfig):
         seed: seed of the initial weights and the order of the data; keep it out of what is compared later.
         after: steps of training before the gradients are looked at.
         batches: batches whose gradients are looked at, each of one step's size.
-        curvature: a JSON file with left and right curvature by parameter, {"NAME": {"left": 1.0, "right": 2.0}}.
+        curvature: sides.json of asgo inspect hessian: {"NAME": {"left": 0.4, "right": 0.3}}, the larger is favoured.
         out: folder to write; must be new or empty.
     """
 
@@ -133,7 +133,7 @@ def _read_curvature(path: Path | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise LabError(f"--curvature {path} cannot be read: {error}. Pass a JSON file, or leave it out.") from error
     if not isinstance(found, dict):
-        raise LabError(f'--curvature {path} holds no object: write it as {{"NAME": {{"left": 1.0, "right": 2.0}}}}.')
+        raise LabError(f'--curvature {path} holds no object: write it as {{"NAME": {{"left": 0.4, "right": 0.3}}}}.')
     return found
 
 
