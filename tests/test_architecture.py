@@ -29,6 +29,7 @@ FLOORS = [
         "checkpoint",
         "folders",
     },
+    {"diagnostics", *(f"diagnostics.{path.stem}" for path in (ROOT / "diagnostics").glob("[!_]*.py")), "advise"},
     {""},
 ]
 """From the ground up. A module imports only from floors below, or from its own floor."""

@@ -20,6 +20,7 @@ from asgo.routing import DEFAULT
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 
 from asgo.lab import cli, peers
+from asgo.lab.advice import AdviceConfig
 from asgo.lab.bench.config import RootConfig, StepConfig
 from asgo.lab.bench.config import check as check_bench
 from asgo.lab.bench.contenders import CONTENDERS
@@ -31,6 +32,7 @@ from asgo.lab.convex import glm
 from asgo.lab.convex.glm import GlmConfig
 from asgo.lab.convex.problems import SOURCES
 from asgo.lab.corpora import HUB_CORPORA
+from asgo.lab.gradients import GradientsConfig
 from asgo.lab.hessian import states
 from asgo.lab.hessian.config import HessianConfig
 from asgo.lab.hessian.config import check as check_hessian
@@ -215,6 +217,7 @@ SIGNATURES = {
     "`route`": route,
     "`Rule`": Rule,
     "`View`": View,
+    "`advise`": asgo.advise,
 }
 
 
@@ -237,7 +240,13 @@ def test_signatures(title):
 def test_names():
     text = section(page("api.md"), "API")
     assert set(re.findall(r"`(\w+)`", text.split("Public names of", 1)[1])) == {"asgo", *asgo.__all__}
-    places = {"Methods": [ASGO], "`View`": [View, views], "Checkpoints": [checkpoint], "Roots": [roots]}
+    places = {
+        "Methods": [ASGO],
+        "`View`": [View, views],
+        "Checkpoints": [checkpoint],
+        "Roots": [roots],
+        "Diagnostics": [asgo.diagnostics, asgo.diagnostics.GradientProbe, asgo.diagnostics.Moments],
+    }
     for title, owners in places.items():
         names = re.findall(r"`(?:View\.)?(\w+)\(|`([A-Z]{2,})`", section(page("api.md"), title))
         for name in filter(None, sum(names, ())):
@@ -313,7 +322,8 @@ def test_flags_exist():
         (StepConfig, RootConfig),
         (HessianConfig, GlmConfig, RegretConfig, VisionConfig, TheoryConfig),
     )
-    for kind in (TrainConfig, CompareConfig, RoutingConfig, PlanConfig, *benches, *experiments):
+    looks = (RoutingConfig, GradientsConfig, AdviceConfig)
+    for kind in (TrainConfig, CompareConfig, PlanConfig, *looks, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}
         known |= {re.sub(r"--([\w-]+\.)", r"--\1no-", flag) for flag in flags}

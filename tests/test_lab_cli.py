@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from asgo import checkpoint
+from asgo.lab.advice import AdviceConfig
 from asgo.lab.batches import DataConfig
 from asgo.lab.cli import main, parse
 from asgo.lab.config import DEMO, CompareConfig, ModelConfig, OptimizerConfig, TrainConfig, command
 from asgo.lab.corpora import CorpusConfig
+from asgo.lab.gradients import GradientsConfig
 from asgo.lab.models import build_model
 from asgo.lab.optimizers import METHODS, OptimizersConfig, held_bytes
 from asgo.lab.peers import PEERS, build_optimizer, state_bytes
@@ -282,6 +284,8 @@ def test_inspect_routing_of_a_large_model_needs_no_memory(capsys):
     [
         ("train", TrainConfig()),
         ("compare", DEMO),
+        ("inspect gradients", GradientsConfig(microbatches=2, model=ModelConfig(config=Path("a folder")))),
+        ("inspect advise", AdviceConfig(after=3, curvature=Path("c.json"))),
         (
             "train",
             replace(

@@ -13,14 +13,13 @@ pytest.importorskip("asgo.lab.cli")
 pytest.importorskip("asgo.distributed.groups")
 pytest.importorskip("worlds")
 
-from worlds import World
-
 from asgo import ASGO, View
 from asgo.lab.plan import traffic
 from asgo.lab.plan.mesh import Mesh
 from asgo.lab.plan.parts import read
 from asgo.lab.plan.placing import place
 from asgo.lab.plan.work import Numbers, kept
+from worlds import World
 
 
 class Net(nn.Module):

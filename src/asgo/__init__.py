@@ -4,7 +4,8 @@
 >>> optimizer = ASGO(route(model), lr=1e-2)   # doctest: +SKIP
 """
 
-from asgo import checkpoint, folders
+from asgo import checkpoint, diagnostics, folders
+from asgo.advise import Advice, advise
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.report import Report, report, state_bytes
@@ -21,13 +22,16 @@ __all__ = [
     "AdaBlock",
     "AdaGram",
     "AdamMini",
+    "Advice",
     "OneSidedShampoo",
     "Report",
     "Rule",
     "Shampoo",
     "StructuredOptimizer",
     "View",
+    "advise",
     "checkpoint",
+    "diagnostics",
     "folders",
     "report",
     "route",

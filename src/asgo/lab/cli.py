@@ -14,6 +14,7 @@ from typing import Annotated, Any, Union
 import tyro
 from rich.console import Console
 
+from asgo.lab.advice import AdviceConfig, inspect_advise
 from asgo.lab.bench.config import RootConfig, StepConfig
 from asgo.lab.bench.root import bench_root
 from asgo.lab.bench.step import bench_step
@@ -23,6 +24,7 @@ from asgo.lab.convex.glm import GlmConfig, glm
 from asgo.lab.errors import LabError
 from asgo.lab.experiment import marker
 from asgo.lab.files import read_json
+from asgo.lab.gradients import MARKER, GradientsConfig, inspect_gradients
 from asgo.lab.hessian.config import HessianConfig
 from asgo.lab.hessian.experiment import inspect_hessian
 from asgo.lab.inspect import RoutingConfig, inspect_routing
@@ -41,12 +43,22 @@ BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots i
 INSPECT_HELP = "Look at a model as an optimizer sees it."
 INTERRUPTED = 130
 
-Resumable = TrainConfig | CompareConfig | HessianConfig | GlmConfig | RegretConfig | VisionConfig | TheoryConfig
-Command = Resumable | RoutingConfig | OptimizersConfig | PlanConfig | StepConfig | RootConfig
+Resumable = (
+    TrainConfig
+    | CompareConfig
+    | GradientsConfig
+    | HessianConfig
+    | GlmConfig
+    | RegretConfig
+    | VisionConfig
+    | TheoryConfig
+)
+Command = Resumable | RoutingConfig | AdviceConfig | OptimizersConfig | PlanConfig | StepConfig | RootConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
     CompareConfig: "comparison.json",
+    GradientsConfig: MARKER,
     HessianConfig: marker("hessian"),
     GlmConfig: marker("glm"),
     RegretConfig: marker("regret"),
@@ -60,6 +72,8 @@ TEXTS: dict[type[Any], Callable[[Any], str]] = {RoutingConfig: inspect_routing, 
 
 EXPERIMENTS: dict[type[Any], Callable[[Any, Console], Any]] = {
     CompareConfig: compare,
+    GradientsConfig: inspect_gradients,
+    AdviceConfig: inspect_advise,
     HessianConfig: inspect_hessian,
     StepConfig: bench_step,
     RootConfig: bench_root,
@@ -133,6 +147,8 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         Annotated[
             Union[  # noqa: UP007
                 _subcommand("routing", RoutingConfig, saved),
+                _subcommand("gradients", GradientsConfig, saved),
+                _subcommand("advise", AdviceConfig, saved),
                 _subcommand("hessian", HessianConfig, saved),
             ],
             tyro.conf.subcommand("inspect", description=INSPECT_HELP),

@@ -35,6 +35,8 @@ class ModelConfig:
         width: size of the residual stream.
         dropout: probability of dropping an activation (llama: an attention weight) while training.
         tie_embeddings: use the embedding matrix as output head too.
+        config: a config.json of Hugging Face, or a folder with one, of any causal language model, instead of
+            preset and fields; weights are random, and the vocabulary is that of the data.
     """
 
     preset: Preset = "demo"
@@ -45,6 +47,7 @@ class ModelConfig:
     width: int | None = None
     dropout: float = 0.0
     tie_embeddings: bool | None = None
+    config: Path | None = None
 
 
 @dataclass(frozen=True)

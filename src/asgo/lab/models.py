@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ def shape_of(config: ModelConfig) -> Shape:
     """The preset's shape with the config's own fields over it.
 
     Raises:
-        LabError: for an unknown preset, or sizes that do not divide.
+        LabError: for an unknown preset, sizes that do not divide, or fields beside a file that has them all.
     """
+    if config.config is not None and replace(config, config=None, preset="demo") != ModelConfig():
+        raise LabError(f"--model.config {config.config} says all about the model: leave the other --model flags out.")
     if config.preset not in PRESETS:
         raise LabError(f"model preset {config.preset!r} does not exist: choose from {', '.join(PRESETS)}.")
     start = PRESETS[config.preset]
@@ -85,6 +88,8 @@ def build_model(config: ModelConfig, vocab_size: int, block_size: int, seed: int
     shape = shape_of(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if config.config is not None:
+            return _of_file(config.config, vocab_size, block_size)
         return _FAMILIES[shape.family](shape, config.dropout, vocab_size, block_size)
 
 
@@ -125,17 +130,36 @@ def _llama(shape: Shape, dropout: float, vocab_size: int, block_size: int) -> nn
     )
 
 
+def _of_file(path: Path, vocab_size: int, block_size: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 (takes seconds; --help should not)
+
+    fixed = {"vocab_size": vocab_size, "use_cache": False, **_NO_TOKENS}
+    try:
+        if not path.exists():
+            raise ValueError("there is no such file")
+        found = AutoConfig.from_pretrained(path, local_files_only=True, **fixed)
+        longest = getattr(found, "max_position_embeddings", block_size)
+        if longest < block_size:
+            raise ValueError(f"it reads {longest} tokens, --block-size is {block_size}")
+        return AutoModelForCausalLM.from_config(found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise LabError(
+            f"--model.config {path} gives no causal language model: {reason}. Pass a config.json of Hugging Face "
+            "with model_type, or a --model.preset."
+        ) from error
+
+
 def _common(shape: Shape) -> dict[str, Any]:
     return {
         "tie_word_embeddings": shape.tie_embeddings,
         "attn_implementation": "sdpa",
         "use_cache": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **_NO_TOKENS,
     }
 
 
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _FAMILIES = {"gpt2": _gpt2, "llama": _llama}
 
 

@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from asgo.lab.composite import Composite
 from asgo.lab.config import OptimizerConfig
 from asgo.lab.errors import LabError
+from asgo.lab.rules import read_rules
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.routing import route
@@ -27,6 +28,7 @@ Named = list[tuple[str, nn.Parameter]]
 Build = Callable[[nn.Module, dict[str, Any], float], Optimizer]
 
 _ADAMW_BETAS = (0.9, 0.95)
+_ROUTING = frozenset({"per_head", "rules"})
 _OWN_FLAGS = {"self", "params", "lr", "betas", "weight_decay"}
 
 
@@ -60,7 +62,8 @@ def split(model: nn.Module) -> tuple[Named, Named]:
 
 def _asgo(constructor: Callable[..., Optimizer]) -> Build:
     def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-        groups = route(model, per_head=arguments.pop("per_head", False))
+        rules = read_rules(arguments.pop("rules", None))
+        groups = route(model, rules, arguments.pop("per_head", False))
         for group in groups:
             if group.get("view") is None:
                 group["lr"] = adamw_lr
@@ -121,17 +124,17 @@ def _fused(named: Named) -> bool:
 # The learning rates of asgo, adamw and muon are those of the recorded search in benchmarks/shakespeare. Those of dasgo
 # to agd are starting points: the best of three to eight on the tiny model, 250 steps of one seed, not recorded.
 PEERS: dict[str, Peer] = {
-    "asgo": Peer(_asgo(ASGO), ASGO, 1.4e-2, None, 0.1, frozenset({"per_head"})),
-    "asgo-paper": Peer(_asgo(ASGO.paper), ASGO.paper, 1e-2, None, 0.1, frozenset({"per_head"})),
-    "dasgo": Peer(_asgo(DASGO), DASGO, 5e-3, None, 0.1, frozenset({"per_head"})),
-    "bag": Peer(_asgo(BAG), BAG, 1e-2, 5e-3, 0.0, frozenset({"per_head"})),
-    "bagm": Peer(_asgo(BAGM), BAGM, 5e-3, None, 0.1, frozenset({"per_head"})),
-    "adagram": Peer(_asgo(AdaGram), AdaGram, 3e-1, 5e-3, 0.0, frozenset({"per_head"})),
-    "one-sided-shampoo": Peer(_asgo(OneSidedShampoo), OneSidedShampoo, 5e-2, 5e-3, 0.0, frozenset({"per_head"})),
-    "shampoo": Peer(_asgo(Shampoo), Shampoo, 1.0, 5e-3, 0.0, frozenset({"per_head"})),
-    "adablock": Peer(_asgo(AdaBlock), AdaBlock, 1e-2, None, 0.1, frozenset({"per_head"})),
+    "asgo": Peer(_asgo(ASGO), ASGO, 1.4e-2, None, 0.1, _ROUTING),
+    "asgo-paper": Peer(_asgo(ASGO.paper), ASGO.paper, 1e-2, None, 0.1, _ROUTING),
+    "dasgo": Peer(_asgo(DASGO), DASGO, 5e-3, None, 0.1, _ROUTING),
+    "bag": Peer(_asgo(BAG), BAG, 1e-2, 5e-3, 0.0, _ROUTING),
+    "bagm": Peer(_asgo(BAGM), BAGM, 5e-3, None, 0.1, _ROUTING),
+    "adagram": Peer(_asgo(AdaGram), AdaGram, 3e-1, 5e-3, 0.0, _ROUTING),
+    "one-sided-shampoo": Peer(_asgo(OneSidedShampoo), OneSidedShampoo, 5e-2, 5e-3, 0.0, _ROUTING),
+    "shampoo": Peer(_asgo(Shampoo), Shampoo, 1.0, 5e-3, 0.0, _ROUTING),
+    "adablock": Peer(_asgo(AdaBlock), AdaBlock, 1e-2, None, 0.1, _ROUTING),
     "adam-mini": Peer(_adam_mini, AdamMini, 7e-3, None, 0.1),
-    "agd": Peer(_asgo(AGD), AGD, 6e-4, 5e-3, 0.1, frozenset({"per_head"})),
+    "agd": Peer(_asgo(AGD), AGD, 6e-4, 5e-3, 0.1, _ROUTING),
     "spam": Peer(_spam, _spam_adamw, 5.7e-3, None, 0.1),
     "adamw": Peer(_adamw, AdamW, 5.7e-3, None, 0.1),
     "muon": Peer(

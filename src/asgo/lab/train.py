@@ -24,6 +24,7 @@ from asgo.lab.peers import build_optimizer, resolve, state_bytes
 from asgo.lab.plot import draw_run
 from asgo.lab.progress import RunProgress
 from asgo.lab.runs import RunFolder
+from asgo.lab.sampling import Batches
 from asgo.lab.schedule import factor, scheduler
 from asgo.lab.signals import Stopped, StopSignal
 from asgo.lab.snapshot import FORMAT, check_identity, random_state, set_random_state
@@ -112,7 +113,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         tokens, count = 0, len(self.shares)
         for number, (part, batches) in enumerate(self.shares, 1):
-            inputs, targets = self._to_device(batches.batch(self.step * self.parts + part))
+            inputs, targets = self._batch(batches, self.step * self.parts + part)
             with self.parallel.collecting(self.model, number == count):
                 loss = token_loss(self.model, inputs, targets) / count
                 self.accelerator.backward(loss)
@@ -126,6 +127,9 @@ class Trainer:
         self.stepper.zero_grad()
         self.meter.add(self.accelerator.reduce(total, "mean"), tokens)  # pyright: ignore[reportArgumentType]
         self.step += 1
+
+    def _batch(self, batches: Batches, number: int) -> tuple[Tensor, Tensor]:
+        return self._to_device(batches.batch(number))
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         inputs, targets = batch

@@ -1,0 +1,76 @@
+"""How well conditioned the statistic of a structure is, and how exact the root that was made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from asgo import eigen
+from asgo._types import State
+from asgo.buckets import part_key
+from asgo.diagnostics.spectra import eigenvalues
+from asgo.matmul import exact_matmul
+from asgo.structures import Kronecker, OneSided, Structure
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def damped(A: Float[Tensor, "b k k"], root: str, eps: float) -> Float[Tensor, "b k k"]:
+    """The matrix that a root of `asgo.roots.ROOTS` is the inverse square root of, in float64.
+
+    ``A + eps ||A||_F I``; ``A + eps I`` for "inside", ``(A^(1/2) + eps I)^2`` for "outside", and A itself for
+    "reference", whose eps damps nothing.
+    """
+    A = A.double()
+    if root == "outside":
+        values, vectors = eigen.decompose(torch.where(A.isfinite().flatten(1).all(1)[:, None, None], A, 0))
+        return (vectors * (values.clamp(min=0).sqrt() + eps).square()[:, None]) @ vectors.mT
+    added = torch.ones(len(A), 1, 1, dtype=A.dtype, device=A.device)
+    if root != "inside":
+        added = torch.linalg.vector_norm(A, dim=(1, 2), keepdim=True) * (root != "reference")
+    return A + eps * added * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+
+
+def condition(A: Float[Tensor, "b k k"]) -> Float[Tensor, "b"]:
+    """Largest over smallest eigenvalue: infinite for a singular matrix, NaN for zero and for one not finite."""
+    values = eigenvalues(A)
+    return values[:, -1] / values[:, 0].clamp(min=0)
+
+
+def residual(A: Float[Tensor, "b k k"], Z: Float[Tensor, "b k k"], power: float = 0.5) -> Float[Tensor, "b"]:
+    """``||Z A Z^T - I||_F / sqrt(k)`` for ``Z = A^(-1/2)``, in float64; for a power of 1/4, with ``Z Z`` in place of Z.
+
+    0 for an exact root; about 1 where Z is far too small, as the root 0 of a zero matrix is.
+    """
+    A, Z = A.double(), Z.double()
+    with exact_matmul(A.device):
+        Z = Z if power == 0.5 else Z @ Z
+        product = Z @ A @ Z.mT
+    product.diagonal(dim1=1, dim2=2).sub_(1)
+    return torch.linalg.vector_norm(product, dim=(1, 2)) / A.shape[-1] ** 0.5
+
+
+def conditioning(
+    structure: Structure, group: Mapping[str, Any], state: State, part: int
+) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]] | None:
+    """Condition of the damped statistic and residual of the root in use, ``(b,)`` each; None for other structures.
+
+    Of the structures with a gram and a root of it: `OneSided`, and `Kronecker`, of whose two sides the worse counts.
+    A root that is not refreshed at every step (`precondition_frequency`) is held against the statistic of now, so
+    that its residual shows how stale it is.
+    """
+    if isinstance(structure, OneSided):
+        A = damped(state[part_key("gram", part)], group["root"], group["eps"])
+        return condition(A), residual(A, state[part_key("root", part)])
+    if not isinstance(structure, Kronecker):
+        return None
+    sides = [side for side in ("left", "right") if state[part_key(side, part)].numel()]
+    found = []
+    for side in sides:
+        A = damped(state[part_key(side, part)], "inside", group["eps"])
+        found.append((condition(A), residual(A, state[part_key(f"{side}_root", part)], 0.5 / len(sides))))
+    return (torch.stack([c for c, _ in found]).amax(0), torch.stack([r for _, r in found]).amax(0)) if found else None
