@@ -169,9 +169,6 @@ def check_command(words):
     elif isinstance(parsed, PlanConfig):
         check_plan(parsed)
         assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
-    elif isinstance(parsed, PlanConfig):
-        check_plan(parsed)
-        assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
