@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = [path for path in FILES if "lab" not in path.relative_to(ROOT).parts]
 FLOORS = [
     {"_types"},
-    {"views", "partition", "masks", "matmul", "scaling", "diagnostics", "diagnostics.hessian"},
+    {"views", "partition", "masks", "matmul", "scaling"},
     {"minimax", "eigen", "powers", "roots"},
     {"adamw"},
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from asgo.buckets import turns
+from asgo.distributed.work import turns
 from asgo.lab.plan.mesh import Mesh
 from asgo.lab.plan.parts import Part
 
