@@ -175,13 +175,10 @@ def check_command(words):
     elif isinstance(parsed, PlanConfig):
         check_plan(parsed)
         assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
-<<<<<<< HEAD
     elif isinstance(parsed, HessianConfig):
         check_hessian(parsed)
         if parsed.run is None:
             states.find_states(parsed)
-=======
->>>>>>> w/plan
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
