@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 import oracle
 from asgo.lab.cli import main
 from asgo.lab.errors import LabError
-from asgo.lab.theory import bounds, problems
+from asgo.lab.theory import bounds, problem
 from asgo.lab.theory.experiment import TheoryConfig, check, jobs
 from asgo.lab.theory.instance import Dials
 from asgo.lab.theory.methods import METHODS, Projection
 from asgo.lab.theory.play import Play, do, marks, play
-from asgo.lab.theory.problems import EXAMPLES, PROBLEMS
+from asgo.lab.theory.problem import EXAMPLES
+from asgo.lab.theory.problems import PROBLEMS
 from asgo.lab.theory.report import Seen
 
 DIALS = Dials("squares", 4, 6, 2, 0.1, 3.0, "left", False, 0.0, True, 2, 3, 0)
@@ -311,8 +312,8 @@ def test_repeats_do_not_depend_on_their_number():
 
 
 def test_a_best_matrix_that_tells_nothing_apart(monkeypatch):
-    made = problems.make
-    monkeypatch.setattr(problems, "make", lambda dials: replace(made(dials), target=0 * made(dials).target))
+    made = problem.make
+    monkeypatch.setattr(problem, "make", lambda dials: replace(made(dials), target=0 * made(dials).target))
     with pytest.raises(LabError, match="tells no classes apart with these dials. Pass another --seed"):
         PROBLEMS["hinge"](replace(DIALS, problem="hinge"))
 
@@ -405,9 +406,10 @@ def test_every_job_has_a_name_of_its_own():
         ("--tail 2", "--tail 2.0 is out of range: pass a number from 0 to 1"),
         ("--noise -1", "--noise -1.0 is out of range"),
         ("--noise 2", "--noise 2.0 is out of range: pass a number from 0 to 1"),
-        ("--batch 0", "--batch 0 is out of range: pass a number from 1 or more"),
+        ("--batch 0", "--batch 0 is out of range: pass a number from 1 to 100000"),
         ("--rounds 9", "--rounds 9 is out of range: pass a number from 10 or more"),
-        ("--steps 0", "--steps 0.0: pass at least one number above 0"),
+        ("--steps 0", "--steps 0.0: pass at least one number from 1e-06 to 1e+06, each once"),
+        ("--steps 1e9", "--steps 1000000000.0: pass"),
         ("--steps 1 1", "each once"),
         ("--seed -1", "--seed -1 is out of range"),
         ("--processes 0", "--processes 0 is out of range"),
@@ -423,4 +425,13 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, more, message):
 def test_dials_at_their_ends_are_accepted():
     for more in ({"rank": 8, "spread": 8.0}, {"rank": 12, "structure": "right"}, {"tail": 0.0, "noise": 1.0}):
         check(replace(TheoryConfig(), **more))
-    check(replace(TheoryConfig(), problems=("squares",), noise=5.0))
+    check(replace(TheoryConfig(), problems=("squares",), sweep_problems=(), noise=5.0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_widest_steps_overflow_nothing(problem, method):
+    noise = 1.0 if problem == "hinge" else 1e6
+    seen = noted(Play(replace(DIALS, problem=problem, noise=noise), method, 30, (1e-6, 1e6), (30,)))
+    wanted = ("regret", "linear", "excess", "bound", "distance", "trace")
+    assert all(seen[name].isfinite().all() for name in wanted)

@@ -22,6 +22,9 @@ from asgo.lab.theory.report import conclude
 LARGEST = 400
 """Most entries of W: full-matrix AdaGrad decomposes matrices of this side in every round."""
 
+WIDEST = 1e6
+"""Step sizes and noise stay within this factor, so that nothing overflows."""
+
 
 @dataclass(frozen=True)
 class TheoryConfig:
@@ -135,10 +138,12 @@ def check(config: TheoryConfig) -> None:
             f"--rows {config.rows} times --columns {config.columns} are {config.rows * config.columns} entries, for "
             f"which full-matrix AdaGrad takes too long: pass at most {LARGEST} together."
         )
-    for name, smallest in (("batch", 1), ("repeats", 1), ("rounds", 10), ("sweep_rounds", 1), ("seed", 0)):
+    for name, smallest in (("rounds", 10), ("sweep_rounds", 1), ("seed", 0)):
         _check_range(name.replace("_", "-"), getattr(config, name), smallest, math.inf)
+    _check_range("batch", config.batch, 1, 100_000)
+    _check_range("repeats", config.repeats, 1, 100)
     _check_range("tail", config.tail, 0, 1)
-    most = 1 if "hinge" in (*config.problems, *config.sweep_problems) else math.inf
+    most = 1 if "hinge" in (*config.problems, *config.sweep_problems) else WIDEST
     _check_range("noise", config.noise, 0, most)
     _check_steps(config.steps)
     _check_structure(config)
@@ -159,8 +164,9 @@ def _check_range(flag: str, value: float, low: float, high: float) -> None:
 
 
 def _check_steps(steps: Sequence[float]) -> None:
-    if not steps or len(set(steps)) < len(steps) or not all(0 < step < math.inf for step in steps):
-        raise LabError(f"--steps {' '.join(map(str, steps))}: pass at least one number above 0, each once.")
+    if not steps or len(set(steps)) < len(steps) or not all(1 / WIDEST <= step <= WIDEST for step in steps):
+        given, span = " ".join(map(str, steps)), f"{1 / WIDEST:g} to {WIDEST:g}"
+        raise LabError(f"--steps {given}: pass at least one number from {span}, each once.")
 
 
 def _check_structure(config: TheoryConfig) -> None:

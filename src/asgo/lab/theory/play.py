@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from asgo.lab.theory import bounds
 from asgo.lab.theory.instance import Dials
 from asgo.lab.theory.methods import METHODS, Method, Projection
-from asgo.lab.theory.problems import PROBLEMS, Problem, Round
+from asgo.lab.theory.problem import Problem, Round
+from asgo.lab.theory.problems import PROBLEMS
 
 FIELDS = ("regret", "linear", "excess", "bound", "rate", "path", "distance", "trace")
 

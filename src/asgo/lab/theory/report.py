@@ -150,6 +150,7 @@ def map_row(seen: Seen) -> dict[str, Any]:
         "step": seen.job.steps[seen.best()],
         "regret": float(_worst(regret).min()),
         "bound": float(_worst(bound).min()),
+        "largest_ratio": float(seen.ratio().max()),
         "breaks": int(seen.above().any(0).sum()),
     }
 
@@ -202,13 +203,14 @@ def words(rows: Sequence[Row], points: Sequence[dict[str, Any]], seen: Sequence[
 
 def _holds(method: str, rows: Sequence[Row], points: Sequence[dict[str, Any]], seen: Sequence[Seen]) -> str:
     own = [row for row in rows if row.method == method]
-    breaks = sum(row.breaks for row in own) + sum(point["breaks"] for point in points if point["method"] == method)
+    on_map = [point for point in points if point["method"] == method]
+    breaks = sum(row.breaks for row in own) + sum(point["breaks"] for point in on_map)
     runs = len(own) * seen[0].job.dials.repeats
-    mapped = sum(point["method"] == method for point in points) * seen[0].job.dials.repeats * len(seen[0].job.steps)
+    mapped = len(on_map) * seen[0].job.dials.repeats * len(seen[0].job.steps)
     also = f" and {mapped} of the map" if mapped else ""
     if breaks:
         return f"{method}: the regret is above its bound in {breaks} of {runs} runs{also}"
-    largest = max(row.largest_ratio for row in own)
+    largest = max([*(row.largest_ratio for row in own), *(point["largest_ratio"] for point in on_map)])
     return f"{method}: the regret is below its bound in all {runs} runs{also}; at most {largest:.2f} times it"
 
 
