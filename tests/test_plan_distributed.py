@@ -10,8 +10,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 pytest.importorskip("asgo.lab.cli")
-pytest.importorskip("asgo.distributed.groups")
-pytest.importorskip("worlds")
 
 from asgo import ASGO, View
 from asgo.lab.plan import traffic

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from asgo.distributed.work import turns
+from asgo.distributed.work import ROOT_PRODUCTS, turns
 from asgo.lab.plan.mesh import Mesh
 from asgo.lab.plan.parts import Part
 
@@ -25,8 +25,6 @@ Stagger: TypeAlias = Literal["model", "rank"]
 Grid: TypeAlias = NDArray[np.float64]
 """One number for each rank, ``(replicate, fsdp, tp)``."""
 
-ROOT_PRODUCTS = 20.0
-"""Products that a root counts for beside the rest of an owner's work; only the balance depends on it."""
 _AXIS = re.compile(r"\([^)]*\)|\S+")
 
 
