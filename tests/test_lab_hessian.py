@@ -304,11 +304,11 @@ def test_pairs_are_normalised_and_symmetric():
     assert block == pairs.normalized(1, 0)
     assert block.value == pytest.approx(3 / 8**0.5)
     assert block.error == pytest.approx(block.value * 0.5 * 0.9 / 2**0.5 / 9)
-    assert pairs.share([0, 1]) == (pytest.approx(20 / 38), 0.5)
+    assert (pairs.typical(True), pairs.typical(False)) == (block.value, None)  # their names have no number of a layer
     missing = Pairs.of(0, "hessian", matrices, [results[0], {"reason": "no"}])
     assert missing.normalized(0, 1) is None
     assert missing.normalized(1, 1) is None
-    assert missing.share([0, 1]) is None
+    assert missing.typical(True) is None
 
 
 # ---- the command ---------------------------------------------------------------------------------

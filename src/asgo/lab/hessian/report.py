@@ -145,7 +145,7 @@ def says(rows: Sequence[Row], pairs: Pairs) -> list[str]:
     where = f"step {pairs.step}, {pairs.curvature}"
     failed = [row for row in rows if row.reason]
     lines = [
-        _whole(pairs),
+        _coupling(pairs),
         _by_head(rows, QUERY_KEY, True),
         _by_head(rows, VALUE_OUTPUT, False),
         _mlp(rows),
@@ -157,14 +157,13 @@ def says(rows: Sequence[Row], pairs: Pairs) -> list[str]:
     return [f"{where}: {line}" for line in lines if line]
 
 
-def _whole(pairs: Pairs) -> str:
-    """How much of the squared norm is in the blocks of single matrices and layers."""
-    parts = []
-    for what, names in (("single matrices", range(len(pairs.labels))), ("single layers", pairs.layers)):
-        share = pairs.share(list(names))
-        if share is not None and share[1] < 1:
-            parts.append(f"the blocks of {what} hold {share[0]:.2f} (structureless {share[1]:.2f})")
-    return f"of the squared norm of all blocks, {', '.join(parts)}" if parts else ""
+def _coupling(pairs: Pairs) -> str:
+    """How strongly different matrices interact."""
+    places = {"within a layer": pairs.typical(True), "between layers": pairs.typical(False)}
+    parts = [f"{value:.2f} {where}" for where, value in places.items() if value is not None]
+    return (
+        f"coupling of two matrices, median: {', '.join(parts)} (0 is block-diagonal, 1 structureless)" if parts else ""
+    )
 
 
 def _by_head(rows: Sequence[Row], roles: Sequence[str], expected: bool) -> str:
