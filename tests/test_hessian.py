@@ -51,6 +51,10 @@ def reference(H, m, n, groups=None):
     if groups is not None:
         labels = groups.flatten().numpy()
         shares["groups"] = (H[labels[:, None] == labels] ** 2).sum() / whole**2
+        names = np.unique(labels)
+        square = np.array([[(H[labels == a][:, labels == b] ** 2).sum() for b in names] for a in names])
+        normal = square / np.sqrt(np.outer(np.diag(square), np.diag(square)))
+        shares["coupling"] = np.sqrt((normal.sum() - len(names)) / (len(names) * (len(names) - 1)))
     return shares
 
 
@@ -118,19 +122,26 @@ def test_known_structures():
     assert [right["right"], right["rows"]] == pytest.approx([1, 1])
     assert right["left"] == pytest.approx(right["scalar"])
     identity = exact(3 * np.eye(24), 4, 6, groups)
-    assert identity == pytest.approx({"norm": 3 * 24**0.5, **dict.fromkeys(identity.keys() - {"norm"}, 1.0)})
+    ones = dict.fromkeys(identity.keys() - {"norm", "coupling"}, 1.0)
+    assert identity == pytest.approx({"norm": 3 * 24**0.5, "coupling": 0.0, **ones})
     labels = groups.flatten().numpy()
     heads = exact(symmetric(24) * (labels[:, None] == labels), 4, 6, groups)
     assert heads["groups"] == pytest.approx(1)
+    assert heads["coupling"] == 0
     assert heads["rows"] < 0.6
+    grade = np.where(labels, 1, 30)  # one head with a far larger curvature
+    plain, graded = (exact(np.outer(scale, scale) * symmetric(24), 4, 6, groups) for scale in (labels * 0 + 1, grade))
+    assert graded["groups"] > 0.95 > plain["groups"]
+    assert graded["coupling"] == pytest.approx(plain["coupling"])
 
 
 def test_a_structureless_matrix_has_what_the_docstring_says():
     found = [exact(h + h.T, 4, 6, by_rows(4, 6, 2)) for h in np.random.default_rng(0).standard_normal((200, 24, 24))]
     means = {name: np.sqrt(np.mean([each[name] ** 2 for each in found])) for name in ("left", "right", "scalar")}
-    means |= {name: np.mean([each[name] for each in found]) for name in ("rows", "groups")}
+    means |= {name: np.mean([each[name] for each in found]) for name in ("rows", "groups", "coupling")}
     # the diagonal of h + h.T has twice the variance, which adds about 1 part in 24
     assert means["groups"] == pytest.approx(1 / 2, rel=0.05)
+    assert means["coupling"] == pytest.approx(1, rel=0.05)
     assert means["rows"] == pytest.approx(1 / 4, rel=0.15)
     assert means["left"] == pytest.approx(1 / 6, rel=0.2)
     assert means["right"] == pytest.approx(1 / 4, rel=0.2)
@@ -204,7 +215,7 @@ def test_signs_are_signs():
 
 def test_a_zero_block_has_no_shares_and_no_nan():
     zero = exact(np.zeros((6, 6)), 2, 3, by_rows(2, 3, 2))
-    assert zero == dict.fromkeys(("norm", "rows", "groups", "left", "right", "scalar"), 0.0)
+    assert zero == dict.fromkeys(("norm", "rows", "groups", "coupling", "left", "right", "scalar"), 0.0)
     assert {share.value for share in probed(np.zeros((6, 6)), 2, 3, None, 3).values()} == {0.0}
 
 

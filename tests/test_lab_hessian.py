@@ -259,10 +259,10 @@ def test_what_is_said_follows_from_the_numbers():
     matrices = find_matrices(build_model(ModelConfig("llama-tiny", layers=1), 10, 8, 0))
     sides = {"left": 0.3, "right": 0.5, "rows": 0.1, "scalar": 0.1}
     results = [
-        found(groups=1.0, **sides),
-        found(groups=0.9, **sides),
-        found(groups=0.6, **sides),
-        found(groups=0.3, **sides | {"right": 0.31}),
+        found(groups=1.0, coupling=0.1, **sides),
+        found(groups=0.9, coupling=0.2, **sides),
+        found(groups=0.6, coupling=0.9, **sides),
+        found(groups=0.3, coupling=1.1, **sides | {"right": 0.31}),
         *[found(**sides | {"left": 0.6})] * 2,
         {"reason": "the block is zero"},
     ]
@@ -270,6 +270,7 @@ def test_what_is_said_follows_from_the_numbers():
     said = "\n".join(says(rows, Pairs.of(3, "ggn", matrices, results)))
     assert "query and key block-diagonal by head, as the paper has them: yes, by head query 1.00±0.01, key 0.80" in said
     assert "value and output whole, as the paper has them: yes, by head value 0.20±0.02, output 0.07±0.01 (" in said
+    assert "; coupling of heads query 0.10±0.01, key 0.20±0.01" in said
     assert "MLP whole, as the paper has it: yes, by output neuron gate_proj 0.09±0.01, up_proj 0.09±0.01 (" in said
     assert "left: 0 gate_proj, 0 up_proj; right: 0 query, 0 key, 0 value; neither: 0 output" in said
     assert "0 down_proj is not measurable: the block is zero" in said
@@ -304,11 +305,11 @@ def test_pairs_are_normalised_and_symmetric():
     assert block == pairs.normalized(1, 0)
     assert block.value == pytest.approx(3 / 8**0.5)
     assert block.error == pytest.approx(block.value * 0.5 * 0.9 / 2**0.5 / 9)
-    assert pairs.share([0, 1]) == (pytest.approx(20 / 38), 0.5)
+    assert (pairs.typical(True), pairs.typical(False)) == (block.value, None)  # their names have no number of a layer
     missing = Pairs.of(0, "hessian", matrices, [results[0], {"reason": "no"}])
     assert missing.normalized(0, 1) is None
     assert missing.normalized(1, 1) is None
-    assert missing.share([0, 1]) is None
+    assert missing.typical(True) is None
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -7,6 +7,10 @@ rows    in the blocks of one output neuron, a row of ``W``, with itself         
 groups  in the blocks of one group of entries, such as a head, with itself           1 / number of groups
 ======  ===========================================================================  ====================
 
+A group whose curvature is far larger than that of the others makes ``groups`` large by itself. ``coupling``, the root
+mean square of ``||H_gh|| / sqrt(||H_gg|| ||H_hh||)`` over pairs of different groups, does not depend on that: 0 is
+block-diagonal, 1 structureless.
+
 and relative norms ``||P H||_F / ||H||_F`` of what is left of it after a projection:
 
 ======  ===========================================================================  ====================
@@ -55,7 +59,7 @@ class Estimate:
 
 
 Shares = dict[str, Estimate]
-"""``rows``, ``groups`` (if there are any), ``left``, ``right``, ``scalar`` of a block, and its ``norm``."""
+"""``rows``, ``groups`` and ``coupling`` (if there are groups), ``left``, ``right``, ``scalar``; and ``norm``."""
 
 
 def units(m: int, n: int, start: int, stop: int) -> Stack:
@@ -92,6 +96,22 @@ def squares_within(products: Stack, groups: Int[Tensor, "m n"], owners: Int[Tens
     return torch.where(groups == owners[:, None, None], products, 0).double().square().sum((1, 2))
 
 
+def squares_between(
+    products: Stack, groups: Int[Tensor, "m n"], owners: Int[Tensor, "k"]
+) -> Float[Tensor, "groups groups"]:
+    """The squared norms in every group, summed over the products with probes of every group.
+
+    Args:
+        products: what the block makes of the probes.
+        groups: the number of the group of every entry.
+        owners: the number of the group of every probe.
+    """
+    count = int(groups.max()) + 1
+    found = torch.zeros(count, count, dtype=torch.float64)
+    within = products.double().square().flatten(1) @ torch.eye(count, dtype=torch.float64)[groups.flatten()]
+    return found.index_add_(1, owners, within.T)
+
+
 class Exact:
     """The shares of a block from its products with all basis matrices, a few at a time.
 
@@ -105,7 +125,8 @@ class Exact:
         self.shape = m, n
         self.groups = groups
         self._rows = torch.arange(m)[:, None].expand(m, n)
-        self._square, self._within, self._within_groups = torch.zeros(3, dtype=torch.float64)
+        self._square, self._within = torch.zeros(2, dtype=torch.float64)
+        self._between = None if groups is None else squares_between(torch.zeros(0, m, n), groups, torch.arange(0))
         self._left, self._right = torch.zeros(m, m, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
 
     def add(self, start: int, products: Stack) -> None:
@@ -117,15 +138,15 @@ class Exact:
         self._right += right
         self._square += products.double().square().sum()
         self._within += squares_within(products, self._rows, self._rows.reshape(-1)[start:stop]).sum()
-        if self.groups is not None:
-            self._within_groups += squares_within(products, self.groups, self.groups.reshape(-1)[start:stop]).sum()
+        if self.groups is not None and self._between is not None:
+            self._between += squares_between(products, self.groups, self.groups.reshape(-1)[start:stop])
 
     def shares(self) -> Shares:
         """The shares, when all products are in."""
         m, n = self.shape
         squares = self._left.square().sum() / n, self._right.square().sum() / m, self._left.trace().square() / (m * n)
-        found = torch.stack([self._square, self._within, self._within_groups, self._square, *squares])
-        return {name: Estimate(value) for name, value in _named(found, self.groups is not None).items()}
+        found = torch.stack([self._square, self._within, *squares])
+        return {name: Estimate(value) for name, value in _named(found, self._between).items()}
 
 
 class Probed:
@@ -147,6 +168,7 @@ class Probed:
         self.random = random
         self.variants = variants
         self._sums: list[Tensor] = []
+        self._between: list[Tensor] = []
         self._left: list[Tensor] = []
         self._right: list[Tensor] = []
 
@@ -166,11 +188,9 @@ class Probed:
         own = products[:k].double()
         z = own * self._signs.to(own)
         within = (z.sum(0).square().sum() - z.square().sum()) / (k * (k - 1))
-        grouped = products[k:].double()
-        in_groups = torch.zeros((), dtype=torch.float64)
         if self.groups is not None:
-            in_groups = squares_within(grouped, self.groups, torch.arange(len(grouped))).sum()
-        self._sums.append(torch.stack([own.square().sum() / k, within, in_groups, grouped.square().sum()]))
+            self._between.append(squares_between(products[k:], self.groups, torch.arange(len(products) - k)))
+        self._sums.append(torch.stack([own.square().sum() / k, within]))
         left, right = partial_traces(probes[:k].to(products), products[:k])
         self._left.append(left / k)
         self._right.append(right / k)
@@ -184,7 +204,7 @@ class Probed:
         if len(self._sums) < SETS:
             raise ValueError(f"{len(self._sums)} sets of probes have no standard error: add at least {SETS}.")
         m, n = self.shape
-        sums = torch.stack(self._sums)
+        sums, between = torch.stack(self._sums), torch.stack(self._between) if self._between else None
         traces = torch.stack([left.trace() for left in self._left])[:, None]
         products = [_gram(torch.stack(self._left)) / n, _gram(torch.stack(self._right)) / m, _gram(traces) / (m * n)]
         names: list[str] = []
@@ -192,7 +212,7 @@ class Probed:
         def found(sets: Tensor) -> Tensor:
             """The shares that a choice of sets gives."""
             squares = torch.stack([_mean_of_pairs(gram[sets][:, sets]) for gram in products])
-            named = _named(torch.cat([sums[sets].mean(0), squares]), self.groups is not None)
+            named = _named(torch.cat([sums[sets].mean(0), squares]), None if between is None else between[sets].mean(0))
             names[:] = named
             return torch.tensor(list(named.values()), dtype=torch.float64)
 
@@ -229,13 +249,24 @@ def _mean_of_pairs(gram: Float[Tensor, "r r"]) -> Tensor:
     return (gram.sum() - gram.trace()) / (len(gram) * (len(gram) - 1))
 
 
-def _named(sums: Tensor, has_groups: bool) -> dict[str, float]:
-    """Shares and relative norms from squared norms: of all, in rows, in groups, in groups' columns, of projections."""
-    whole, rows, groups, of_groups, left, right, scalar = sums.tolist()
+def _named(sums: Tensor, between: Tensor | None) -> dict[str, float]:
+    """Shares and relative norms from squared norms: of all, in rows, of the projections; and between groups."""
+    whole, rows, left, right, scalar = sums.tolist()
     if not whole > 0:
-        return dict.fromkeys(["norm", "rows", *(["groups"] if has_groups else []), "left", "right", "scalar"], 0.0)
+        of_groups = [] if between is None else ["groups", "coupling"]
+        return dict.fromkeys(["norm", "rows", *of_groups, "left", "right", "scalar"], 0.0)
     shares = {"norm": whole**0.5, "rows": rows / whole}
-    if has_groups:
-        shares["groups"] = groups / of_groups if of_groups > 0 else 0.0
+    if between is not None:
+        total = float(between.sum())
+        shares |= {"groups": float(between.trace()) / total if total > 0 else 0.0, "coupling": _coupling(between)}
     sides = {"left": left, "right": right, "scalar": scalar}
     return shares | {name: (max(square, 0.0) / whole) ** 0.5 for name, square in sides.items()}
+
+
+def _coupling(between: Float[Tensor, "groups groups"]) -> float:
+    """From squared norms the root mean square of normalised ones off the diagonal; 0 for groups without curvature."""
+    own = between.diagonal()
+    scale = (own[:, None] * own).sqrt()
+    normal = torch.where(scale > 0, between / scale, 0)
+    count = len(own)
+    return float((normal.sum() - normal.trace()) / (count * (count - 1))) ** 0.5

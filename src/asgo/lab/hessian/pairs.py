@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ class Pairs:
         curvature: which.
         labels: short names of the matrices.
         layers: the layer of each, as text.
-        sizes: entries of each.
         squares: squared norm of the block of two matrices, by their numbers; None where it could not be measured.
     """
 
@@ -31,7 +31,6 @@ class Pairs:
     curvature: Curvature
     labels: Sequence[str]
     layers: Sequence[str]
-    sizes: Sequence[int]
     squares: Mapping[tuple[int, int], Estimate | None]
 
     @staticmethod
@@ -43,8 +42,7 @@ class Pairs:
                 both = [found[b]["squares"][a] for a, b in {(i, j), (j, i)} if "squares" in found[b]]
                 squares[i, j] = _mean([Estimate(*pair) for pair in both])
         labels = [matrix.label for matrix in matrices]
-        sizes = [matrix.places.numel() for matrix in matrices]
-        return Pairs(step, curvature, labels, layers(matrices), sizes, squares)
+        return Pairs(step, curvature, labels, layers(matrices), squares)
 
     def normalized(self, i: int, j: int) -> Estimate | None:
         """``||H_ij|| / sqrt(||H_ii|| ||H_jj||)``, which is 1 for a structureless matrix and on the diagonal."""
@@ -71,18 +69,16 @@ class Pairs:
         found = [each for i in every for j in every if (each := self.normalized(i, j)) is not None]
         return max((each.error / each.value for each in found if each.value > 0), default=0.0)
 
-    def share(self, names: Sequence[object]) -> tuple[float, float] | None:
-        """Share of the squared norm of all blocks between matrices of equal names, and a structureless matrix's.
+    def typical(self, same_layer: bool) -> float | None:
+        """The median of `normalized` over pairs of different matrices within a layer, or of different layers.
 
-        None if some block could not be measured.
+        Unlike shares of the whole norm it does not depend on which matrix has the largest curvature. None if there
+        is no such pair.
         """
-        every = [(i, j) for i in range(len(names)) for j in range(len(names))]
-        values = [estimate.value for pair in every if (estimate := self.squares[pair]) is not None]
-        if len(values) < len(every) or not sum(values) > 0:
-            return None
-        same = [names[i] == names[j] for i, j in every]
-        sizes = [self.sizes[i] * self.sizes[j] for i, j in every]
-        return _part(values, same), _part(sizes, same)
+        every = range(len(self.labels))
+        pairs = [(i, j) for i in every for j in range(i) if (self.layers[i] == self.layers[j]) == same_layer]
+        found = [each.value for i, j in pairs if (each := self.normalized(i, j)) is not None]
+        return median(found) if found else None
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of ``pairs.csv``."""
@@ -107,7 +103,3 @@ def _mean(both: Sequence[Estimate]) -> Estimate | None:
         return None
     error = math.sqrt(sum(each.error**2 for each in both)) / len(both)
     return Estimate(sum(each.value for each in both) / len(both), error)
-
-
-def _part(values: Sequence[float], chosen: Sequence[bool]) -> float:
-    return sum(value for value, is_in in zip(values, chosen, strict=True) if is_in) / sum(values)

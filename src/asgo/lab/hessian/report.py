@@ -61,7 +61,8 @@ class Row:
     def structureless(self) -> dict[str, float]:
         """What a symmetric matrix of independent entries has of each share."""
         m, n = self.matrix.shape
-        return {"rows": 1 / m, "groups": 1 / self.matrix.heads, "left": 1 / n, "right": 1 / m, "scalar": 1 / (m * n)}
+        heads = {"groups": 1 / self.matrix.heads, "coupling": 1.0}
+        return {"rows": 1 / m, **heads, "left": 1 / n, "right": 1 / m, "scalar": 1 / (m * n)}
 
     def excess(self, name: str) -> Estimate | None:
         """How far a share is on the way from structureless (0) to block-diagonal (1); None if there is none."""
@@ -111,6 +112,7 @@ class Row:
 TITLES = {
     "norm": "norm",
     "groups": "by_head",
+    "coupling": "coupling_of_heads",
     "rows": "by_neuron",
     "left": "left",
     "right": "right",
@@ -145,7 +147,7 @@ def says(rows: Sequence[Row], pairs: Pairs) -> list[str]:
     where = f"step {pairs.step}, {pairs.curvature}"
     failed = [row for row in rows if row.reason]
     lines = [
-        _whole(pairs),
+        _coupling(pairs),
         _by_head(rows, QUERY_KEY, True),
         _by_head(rows, VALUE_OUTPUT, False),
         _mlp(rows),
@@ -157,14 +159,13 @@ def says(rows: Sequence[Row], pairs: Pairs) -> list[str]:
     return [f"{where}: {line}" for line in lines if line]
 
 
-def _whole(pairs: Pairs) -> str:
-    """How much of the squared norm is in the blocks of single matrices and layers."""
-    parts = []
-    for what, names in (("single matrices", range(len(pairs.labels))), ("single layers", pairs.layers)):
-        share = pairs.share(list(names))
-        if share is not None and share[1] < 1:
-            parts.append(f"the blocks of {what} hold {share[0]:.2f} (structureless {share[1]:.2f})")
-    return f"of the squared norm of all blocks, {', '.join(parts)}" if parts else ""
+def _coupling(pairs: Pairs) -> str:
+    """How strongly different matrices interact."""
+    places = {"within a layer": pairs.typical(True), "between layers": pairs.typical(False)}
+    parts = [f"{value:.2f} {where}" for where, value in places.items() if value is not None]
+    return (
+        f"coupling of two matrices, median: {', '.join(parts)} (0 is block-diagonal, 1 structureless)" if parts else ""
+    )
 
 
 def _by_head(rows: Sequence[Row], roles: Sequence[str], expected: bool) -> str:
@@ -174,7 +175,9 @@ def _by_head(rows: Sequence[Row], roles: Sequence[str], expected: bool) -> str:
     if not found:
         return f"{claim}: cannot be judged, there is none with several heads"
     holds = all((excess.value >= HALF) == expected for excess in found.values())
-    return f"{claim}: {_verdict(holds)}, by head {_list(found)}"
+    coupling = {role: _mean([row.shares["coupling"] for row in rows if _has_heads(row, role)]) for role in found}
+    numbers = ", ".join(f"{role} {_text(excess)}" for role, excess in coupling.items())
+    return f"{claim}: {_verdict(holds)}, by head {_list(found)}; coupling of heads {numbers}"
 
 
 def _mlp(rows: Sequence[Row]) -> str:
@@ -200,8 +203,15 @@ def _verdict(holds: bool) -> str:
 
 def _mean_excess(rows: Sequence[Row], role: str, name: str) -> Estimate | None:
     found = [excess for row in rows if row.matrix.role == role and (excess := row.excess(name)) is not None]
-    if not found:
-        return None
+    return _mean(found) if found else None
+
+
+def _has_heads(row: Row, role: str) -> bool:
+    return row.matrix.role == role and "coupling" in row.shares
+
+
+def _mean(found: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates."""
     return Estimate(fmean(each.value for each in found), math.sqrt(sum(e.error**2 for e in found)) / len(found))
 
 
