@@ -14,7 +14,8 @@ from typing import Annotated, Any, Union
 import tyro
 from rich.console import Console
 
-from asgo.lab.bench.config import RootConfig, StepConfig
+from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
+from asgo.lab.bench.distributed import bench_distributed
 from asgo.lab.bench.root import bench_root
 from asgo.lab.bench.step import bench_step
 from asgo.lab.compare import compare
@@ -33,11 +34,11 @@ from asgo.lab.vision.experiment import VisionConfig, vision
 
 DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
-BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots inside them."
+BENCH_HELP = "Measure speed: of whole optimizer steps, on several processes, or of the inverse roots inside them."
 INTERRUPTED = 130
 
 Resumable = TrainConfig | CompareConfig | GlmConfig | RegretConfig | VisionConfig | TheoryConfig
-Command = Resumable | InspectConfig | OptimizersConfig | StepConfig | RootConfig
+Command = Resumable | InspectConfig | OptimizersConfig | StepConfig | RootConfig | DistributedConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
@@ -87,6 +88,8 @@ def run(config: Command) -> int:
         bench_step(config, console)
     elif isinstance(config, RootConfig):
         bench_root(config, console)
+    elif isinstance(config, DistributedConfig):
+        bench_distributed(config, console)
     elif isinstance(config, GlmConfig):
         glm(config, console)
     elif isinstance(config, RegretConfig):
@@ -125,7 +128,11 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("inspect", InspectConfig, saved),
         _subcommand("optimizers", OptimizersConfig, saved),
         Annotated[
-            Union[_subcommand("step", StepConfig, saved), _subcommand("root", RootConfig, saved)],  # noqa: UP007
+            Union[  # noqa: UP007
+                _subcommand("step", StepConfig, saved),
+                _subcommand("root", RootConfig, saved),
+                _subcommand("distributed", DistributedConfig, saved),
+            ],
             tyro.conf.subcommand("bench", description=BENCH_HELP),
         ],
         _subcommand("glm", GlmConfig, saved),
