@@ -20,7 +20,7 @@ from asgo.routing import DEFAULT
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 
 from asgo.lab import cli, peers
-from asgo.lab.bench.config import RootConfig, StepConfig
+from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
 from asgo.lab.bench.config import check as check_bench
 from asgo.lab.bench.contenders import CONTENDERS
 from asgo.lab.bench.shapes import SHAPES
@@ -159,7 +159,7 @@ def check_command(words):
         assert all(parse_spec(text).lr for text in parsed.optimizers)
     elif isinstance(parsed, cli.OptimizersConfig):
         shape_of(parsed.model)
-    elif isinstance(parsed, (StepConfig, RootConfig)):
+    elif isinstance(parsed, (StepConfig, RootConfig, DistributedConfig)):
         check_bench(parsed)
     elif isinstance(parsed, TheoryConfig):
         check_theory(parsed)
@@ -295,7 +295,10 @@ def test_theory_tables():
 
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
-    benches, experiments = (StepConfig, RootConfig), (GlmConfig, RegretConfig, VisionConfig, TheoryConfig)
+    benches, experiments = (
+        (StepConfig, RootConfig, DistributedConfig),
+        (GlmConfig, RegretConfig, VisionConfig, TheoryConfig),
+    )
     for kind in (TrainConfig, CompareConfig, cli.InspectConfig, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
         known |= flags | {flag.replace("--", "--no-", 1) for flag in flags}

@@ -218,11 +218,12 @@ def counting() -> Generator[Callable[[], int], None, None]:
     total, originals = 0, {name: getattr(dist, name) for name in SENDING}
 
     def counted(name: str) -> Callable[..., Any]:
-        def call(*args: Any, group: Any = None, async_op: bool = False) -> Any:
+        def call(*args: Any, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
             nonlocal total
             tensor: Tensor = args[0] if name == "all_reduce" else args[1]
             total += tensor.numel() * tensor.element_size()
-            return originals[name](*args, group=group, async_op=async_op)
+            options = {} if op is None else {"op": op}
+            return originals[name](*args, group=group, async_op=async_op, **options)
 
         return call
 
