@@ -5,8 +5,15 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial
@@ -473,6 +480,26 @@ def test_a_checkpoint_continues_in_any_other_layout(worlds, tmp_path, before, af
     assert [path.name for path in tmp_path.iterdir()] == ["step-6"]
     for params in on(worlds, after[1], continue_from, after[0], folder, 6):
         assert distance(params, alone(one_form, steps=12)[0]) < 1e-8
+
+
+def through_torch(layout, folder):
+    """The difference between going on and going on from what torch's own functions saved and loaded."""
+    model, wrapped, optimizer, share = build(layout, one_form)
+    train(wrapped, optimizer, 3, share=share)
+    dcp.save({"optim": get_optimizer_state_dict(wrapped, optimizer)}, checkpoint_id=folder)
+    twin, wrapped_twin, other, _ = build(layout, one_form)
+    set_model_state_dict(wrapped_twin, get_model_state_dict(wrapped))
+    state = {"optim": get_optimizer_state_dict(wrapped_twin, other)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(wrapped_twin, other, state["optim"])
+    for some, its in ((wrapped, optimizer), (wrapped_twin, other)):
+        train(some, its, 3, start=3, share=share)
+    return distance(parameters(model), parameters(twin))
+
+
+@pytest.mark.parametrize("layout", ["zero1", "fsdp"])
+def test_the_functions_of_torch_save_and_load_the_state(worlds, tmp_path, layout):
+    assert worlds(2)(through_torch, layout, tmp_path) == [0, 0]
 
 
 def wrong_loads(folder, broken):

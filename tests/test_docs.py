@@ -21,7 +21,7 @@ pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transforme
 
 from asgo.lab import cli, peers
 from asgo.lab.advice import AdviceConfig
-from asgo.lab.bench.config import RootConfig, StepConfig
+from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
 from asgo.lab.bench.config import check as check_bench
 from asgo.lab.bench.contenders import CONTENDERS
 from asgo.lab.bench.shapes import SHAPES
@@ -168,7 +168,7 @@ def check_command(words):
         assert all(parse_spec(text).lr for text in parsed.optimizers)
     elif isinstance(parsed, cli.OptimizersConfig):
         shape_of(parsed.model)
-    elif isinstance(parsed, (StepConfig, RootConfig)):
+    elif isinstance(parsed, (StepConfig, RootConfig, DistributedConfig)):
         check_bench(parsed)
     elif isinstance(parsed, TheoryConfig):
         check_theory(parsed)
@@ -319,7 +319,7 @@ def test_theory_tables():
 def test_flags_exist():
     known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
     benches, experiments = (
-        (StepConfig, RootConfig),
+        (StepConfig, RootConfig, DistributedConfig),
         (HessianConfig, GlmConfig, RegretConfig, VisionConfig, TheoryConfig),
     )
     looks = (RoutingConfig, GradientsConfig, AdviceConfig)

@@ -112,7 +112,7 @@ def agree(flags: Tensor, ranks: Sequence[tuple[int, ...]]) -> Tensor:
         if some:
             index = torch.tensor([i for i, of in enumerate(ranks) if of == some], device=flags.device)
             shared = flags[index].float()
-            dist.all_reduce(shared, dist.ReduceOp.MIN, group_of(some))
+            dist.all_reduce(shared, op=dist.ReduceOp.MIN, group=group_of(some))
             flags = flags.index_copy(0, index, shared > 0)
     return flags
 

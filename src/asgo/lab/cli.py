@@ -15,7 +15,8 @@ import tyro
 from rich.console import Console
 
 from asgo.lab.advice import AdviceConfig, inspect_advise
-from asgo.lab.bench.config import RootConfig, StepConfig
+from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
+from asgo.lab.bench.distributed import bench_distributed
 from asgo.lab.bench.root import bench_root
 from asgo.lab.bench.step import bench_step
 from asgo.lab.compare import compare
@@ -39,7 +40,7 @@ from asgo.lab.vision.experiment import VisionConfig, vision
 
 DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
-BENCH_HELP = "Measure speed: of whole optimizer steps, or of the inverse roots inside them."
+BENCH_HELP = "Measure speed: of whole optimizer steps, on several processes, or of the inverse roots inside them."
 INSPECT_HELP = "Look at a model as an optimizer sees it."
 INTERRUPTED = 130
 
@@ -53,7 +54,8 @@ Resumable = (
     | VisionConfig
     | TheoryConfig
 )
-Command = Resumable | RoutingConfig | AdviceConfig | OptimizersConfig | PlanConfig | StepConfig | RootConfig
+Tables = RoutingConfig | AdviceConfig | OptimizersConfig | PlanConfig
+Command = Resumable | Tables | StepConfig | RootConfig | DistributedConfig
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
@@ -77,6 +79,7 @@ EXPERIMENTS: dict[type[Any], Callable[[Any, Console], Any]] = {
     HessianConfig: inspect_hessian,
     StepConfig: bench_step,
     RootConfig: bench_root,
+    DistributedConfig: bench_distributed,
     GlmConfig: glm,
     RegretConfig: regret,
     VisionConfig: vision,
@@ -156,7 +159,11 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("optimizers", OptimizersConfig, saved),
         _subcommand("plan", PlanConfig, saved),
         Annotated[
-            Union[_subcommand("step", StepConfig, saved), _subcommand("root", RootConfig, saved)],  # noqa: UP007
+            Union[  # noqa: UP007
+                _subcommand("step", StepConfig, saved),
+                _subcommand("root", RootConfig, saved),
+                _subcommand("distributed", DistributedConfig, saved),
+            ],
             tyro.conf.subcommand("bench", description=BENCH_HELP),
         ],
         _subcommand("glm", GlmConfig, saved),

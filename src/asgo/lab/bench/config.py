@@ -57,6 +57,35 @@ class StepConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Time one step on several processes of this machine, and count what they send and keep.
+
+    Args:
+        shapes: whose parameters, one name: gpt2-124m, llama-1b, resnet-50, olmoe, olmoe-small, or tiny-... to try it.
+        layouts: how processes divide the work: ddp (roots), zero1 (and state), fsdp2 (and parameters and gradients).
+        processes: how many; one process is always measured.
+        layers: transformer blocks; None: the shapes' own.
+        interval: steps between refreshes of the roots.
+        repeats: timed rounds of one whole interval.
+        warm: steps before.
+        threads: CPU threads of each process; None: one.
+        seed: seed of weights and gradients.
+        out: folder of the results; must be new or empty.
+    """
+
+    shapes: tuple[str, ...] = ("gpt2-124m",)
+    layouts: tuple[str, ...] = ("ddp", "zero1", "fsdp2")
+    processes: tuple[int, ...] = (1, 2, 4)
+    layers: int | None = None
+    interval: int = 1
+    repeats: int = 5
+    warm: int = 10
+    threads: int | None = None
+    seed: int = 0
+    out: Path = Path("runs/bench-distributed")
+
+
+@dataclass(frozen=True)
 class RootConfig:
     """Time the inverse roots and compare them with float64: one matrix product of the same size is the unit.
 
@@ -88,11 +117,13 @@ class RootConfig:
     out: Path = Path("runs/bench-root")
 
 
-BenchConfig = StepConfig | RootConfig
+BenchConfig = StepConfig | RootConfig | DistributedConfig
 
 # field: smallest value, largest value, what it is
 _RANGES: dict[str, tuple[float, float, str]] = {
     "intervals": (1, 1e6, "numbers of steps"),
+    "interval": (1, 1e6, "a number of steps"),
+    "processes": (1, 1024, "numbers of processes"),
     "layers": (1, 1e4, "a number of blocks"),
     "repeats": (1, 1e6, "a number of rounds"),
     "warm": (10, 1e6, "a number of steps"),
@@ -105,7 +136,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "real_steps": (1, 1e6, "a number of steps"),
     "seed": (0, 2**31, "a seed"),
 }
-_NAMES = {"shapes": SHAPES, "optimizers": CONTENDERS, "roots": ROOTS, "matrices": KINDS}
+LAYOUTS = ("ddp", "zero1", "fsdp2")
+_NAMES = {"shapes": SHAPES, "optimizers": CONTENDERS, "roots": ROOTS, "matrices": KINDS, "layouts": LAYOUTS}
 
 
 def check(config: BenchConfig) -> None:
