@@ -67,7 +67,7 @@ class Ladder:
         for rows in runs:
             due = {key: tensor[rows] for key, tensor in state.items()}
             ok = structure.refresh(due, ROOTS[root], eps)
-            if self.climbs and root in SAME_FORMULA and _can_be_told(ok):
+            if structure.derived and self.climbs and root in SAME_FORMULA and _can_be_told(ok):
                 ok = self._climb(structure, due, rows.start, ok, eps)
             due["failures"] += ~ok
         for row in overdue:

@@ -225,7 +225,7 @@ def summary(advice: Advice) -> list[str]:
 def draw(advice: Advice) -> bytes:
     """The evidence of every parameter and the thresholds that decide."""
     lines = [line for line in advice.lines if not line.note]
-    figure = Figure(figsize=(14, 1.8 + 0.32 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(14, max(4, 1.8 + 0.32 * len(lines))), layout="constrained")
     bounds, kept, noise = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
     _dots(bounds, lines, [("bound", word, side) for word in ("whole", "heads") for side in SIDES])
     _dots(kept, lines, [("kept", statistic, 2) for statistic in ("momentum", "gradient")])

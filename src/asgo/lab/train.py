@@ -85,16 +85,15 @@ class Trainer:
         self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.data = open_data(config.data, config.seed, rank, world)
-        block = config.data.block_size
+        model = build_model(config.model, self.data.vocab_size, config.data.block_size, config.seed)
         self.parallel = Parallel(self.accelerator, config.machine)
-        self.raw = self.parallel.place(build_model(config.model, self.data.vocab_size, block, config.seed))
+        self.raw = self.parallel.place(model)
         self.optimizer = self.parallel.share(build_optimizer(self.raw, config.optimizer))
         self.scheduler = scheduler(self.optimizer, config.schedule, config.steps)
         self.model = self.parallel.wrap(torch.compile(self.raw) if config.machine.compile else self.raw)  # pyright: ignore[reportArgumentType]
         self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.folder = RunFolder(config.out, writes=self.accelerator.is_main_process)
-        self.meter = Meter(self.device)
-        self.step = 0
+        self.meter, self.step = Meter(self.device), 0
         self._divide(config.grad_accumulation, world)
         self.grad_norm = torch.zeros(())
 
