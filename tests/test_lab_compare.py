@@ -266,6 +266,7 @@ def test_plot_of_nothing_and_of_many():
     assert draw_comparison({"a": []}, None).startswith(b"\x89PNG")
     curve = Curve((0, 1, 2), (0.0, 0.1, 0.2), (4.0, 3.0, 2.0))
     assert draw_comparison({str(i): [curve, curve] for i in range(9)}, 2.5).startswith(b"\x89PNG")
+    assert draw_comparison({f"asgo:rules={'long/' * 60}rules.json": [curve]}, 2.5).startswith(b"\x89PNG")
 
 
 def test_specs():

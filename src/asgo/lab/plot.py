@@ -25,6 +25,9 @@ STYLES = (
 )
 """Colour, line and marker of each curve of a picture."""
 
+LONGEST_NAME = 60
+"""Characters of a name in a legend."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -96,10 +99,15 @@ def _draw_mean(by_step: Axes, by_time: Axes, name: str, runs: Sequence[Curve], n
     columns = list(zip(*(run.losses for run in runs), strict=False))
     mean, low, high = ([f(column) for column in columns] for f in (statistics.fmean, min, max))
     seconds = [statistics.fmean(column) for column in zip(*(run.seconds for run in runs), strict=False)]
-    every = max(1, len(mean) // 8)
+    every, shown = max(1, len(mean) // 8), _short(name)
     for axes, x in ((by_step, runs[0].steps[: len(mean)]), (by_time, seconds)):
-        axes.plot(x, mean, color=color, linestyle=style, marker=marker, markersize=5, markevery=every, label=name)
+        axes.plot(x, mean, color=color, linestyle=style, marker=marker, markersize=5, markevery=every, label=shown)
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the curves: one with a file in it can be wider than the panel."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 3]}...{name[-LONGEST_NAME // 3 :]}"
 
 
 def _window(runs: Sequence[Curve]) -> tuple[float | None, float | None]:
