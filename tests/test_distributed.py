@@ -67,9 +67,9 @@ class Net(nn.Module):
         return torch.einsum("bm,emn->ben", h, self.experts)
 
 
-def net():
+def net(dtype=torch.float64):
     torch.manual_seed(0)
-    return Net().double()
+    return Net().to(dtype)
 
 
 VIEWS = {
@@ -113,7 +113,8 @@ def batch(step):
 
 
 def loss_of(model, tokens, targets):
-    return (model(tokens) - targets).square().mean()
+    output = model(tokens)
+    return (output - targets.to(output.dtype)).square().mean()
 
 
 def train(model, optimizer, steps=STEPS, start=0, share=slice(None), parts=1, clip=None):
@@ -179,9 +180,9 @@ LAYOUTS = {
 }
 
 
-def build(layout, make):
+def build(layout, make, dtype=torch.float64):
     """The model, what to call, its optimizer and this rank's share of a batch; the layout None is one process."""
-    model = net()
+    model = net(dtype)
     place, after = LAYOUTS[layout] if layout else (lambda model: (model, slice(None)), None)
     wrapped, share = place(model)
     optimizer = make(model)
@@ -198,9 +199,9 @@ def parameters(model):
     return [whole(param).detach() for param in model.parameters()]
 
 
-def trained(layout, make, training):
+def trained(layout, make, training, dtype=torch.float64):
     """The parameters after training, and how large the state is that this rank keeps."""
-    model, wrapped, optimizer, share = build(layout, make)
+    model, wrapped, optimizer, share = build(layout, make, dtype)
     train(wrapped, optimizer, share=share, **training)
     kept = sum(t.numel() for state in optimizer.state.values() for key, t in state.items() if key != "step")
     return parameters(model), kept
@@ -240,6 +241,16 @@ def test_accumulation_and_clipping(worlds, layout):
     training = {"parts": 2, "clip": 0.05, "steps": 20}
     for params, _ in worlds(2)(trained, layout, one_form, training):
         assert distance(params, alone(one_form, **training)[0]) < 1e-8
+
+
+@pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("zero1", 2), ("fsdp", 2), ("fsdp", 4)], ids=str)
+def test_in_float32_ranks_drift_as_a_batch_summed_in_another_order_does(worlds, layout, size):
+    expected = trained(None, one_form, {}, torch.float32)[0]
+    orders = [trained(None, one_form, {"parts": parts}, torch.float32)[0] for parts in (2, 4, 8)]
+    drift = max(distance(order, expected) for order in orders)
+    assert 0 < drift < 1e-2
+    for params, _ in worlds(size)(trained, layout, one_form, {}, torch.float32):
+        assert distance(params, expected) < 10 * drift
 
 
 class Small(nn.Module):
