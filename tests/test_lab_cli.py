@@ -18,7 +18,7 @@ import torch
 from asgo import checkpoint
 from asgo.lab.advice import AdviceConfig
 from asgo.lab.batches import DataConfig
-from asgo.lab.cli import main, parse
+from asgo.lab.cli import TEXTS, main, parse
 from asgo.lab.config import DEMO, CompareConfig, ModelConfig, OptimizerConfig, TrainConfig, command
 from asgo.lab.corpora import CorpusConfig
 from asgo.lab.gradients import GradientsConfig
@@ -236,6 +236,9 @@ def test_ctrl_c_elsewhere(capsys, tiny, monkeypatch):
     monkeypatch.setattr("asgo.lab.train.open_data", interrupt)
     assert main(["train", *tiny]) == 130
     assert capsys.readouterr().err == "asgo: interrupted. Repeat the command with --resume to go on.\n"
+    monkeypatch.setitem(TEXTS, OptimizersConfig, interrupt)
+    assert main(["optimizers"]) == 130
+    assert capsys.readouterr().err == "asgo: interrupted.\n"
 
 
 def test_optimizers_are_listed_with_paper_year_memory_and_cost(capsys):

@@ -99,13 +99,15 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(f"asgo {version('asgo')}")
         return 0
+    config = None
     try:
         config = parse(args)
         return 0 if config is None else run(config)
     except Stopped as stopped:
         return _fail(str(stopped), INTERRUPTED, "")
     except KeyboardInterrupt:
-        return _fail("interrupted. Repeat the command with --resume to go on.", INTERRUPTED, "")
+        how = " Repeat the command with --resume to go on." if isinstance(config, Resumable) else ""
+        return _fail(f"interrupted.{how}", INTERRUPTED, "")
     except LabError as error:
         return _fail(str(error), 2)
 
