@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from asgo.distributed.work import ROOT_PRODUCTS, turns
 from asgo.lab.plan.mesh import Mesh
 from asgo.lab.plan.parts import Part
+from asgo.views import axes_of
 
 Range: TypeAlias = tuple[int, int]
 Box: TypeAlias = tuple[Range, Range]
@@ -24,8 +24,6 @@ Kind: TypeAlias = Literal["alone", "shared", "owned", "aligned", "rows"]
 Stagger: TypeAlias = Literal["model", "rank"]
 Grid: TypeAlias = NDArray[np.float64]
 """One number for each rank, ``(replicate, fsdp, tp)``."""
-
-_AXIS = re.compile(r"\([^)]*\)|\S+")
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,8 @@ def _is_aligned(part: Part, dim: int | None, cuts: Sequence[Box]) -> bool:
     view = part.view
     if view is None or view.split is not None or dim is None:
         return False
-    source, target = (_AXIS.findall(side) for side in view.pattern_of(0).split("->"))
-    if not target[0].strip("()").isidentifier() or source[dim].strip("()").split()[:1] != [target[0].strip("()")]:
+    source, target = map(axes_of, view.pattern_of(0).split("->"))
+    if len(target[0]) != 1 or not target[0][0].isidentifier() or source[dim][:1] != target[0]:
         return False
     each = part.shape[dim] // part.stack[0]
     return all(lo % each == 0 and hi % each == 0 and lo < hi for lo, hi in (box[min(dim, 1)] for box in cuts))
