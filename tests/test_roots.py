@@ -18,14 +18,14 @@ from asgo.roots import ROOTS, auto, eigh, eigh64, exact_matmul, minimax, outside
 BACKENDS: Any = torch.backends
 EPS = 1e-6
 DAMPED = ["eigh", "eigh64", "minimax", "minimax_fast", "minimax_bf16x3"]
-DEFICIENT = {"minimax_fast": 1.5e-2, "minimax_bf16x3": 2.5e-2}  # on rank-deficient first steps
+DEFICIENT = {"minimax_fast": 1.5e-2, "minimax_bf16x3": 6e-3}  # on rank-deficient first steps
 LEAST_EPS = {name: 1e-5 if name == "minimax_tf32" else EPS for name in ROOTS}
 BOUND = {
     "eigh": 4e-2,
     "eigh64": 1e-4,
-    "minimax": 2.5e-3,
+    "minimax": 2e-3,
     "minimax_fast": 1.2e-2,
-    "minimax_bf16x3": 4e-3,
+    "minimax_bf16x3": 2.5e-3,
 }  # of ||U - U_exact|| / ||U_exact||, U = Z M, float32
 
 
@@ -426,6 +426,15 @@ def test_a_coarse_iteration_fails_and_is_told(monkeypatch: pytest.MonkeyPatch, r
     Z, ok = minimax(V[None], eps)
     assert ok.item() is fine
     assert not fine or error(Z[0], exact_root(V, eps), M) <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["minimax", "minimax_bf16x3"])
+def test_one_product_in_float64_halves_the_error(monkeypatch: pytest.MonkeyPatch, name: str):
+    V, M = drifting(384, 384, 20)
+    fine = error(ROOTS[name](V[None], EPS)[0][0], exact_root(V, EPS), M)
+    monkeypatch.setattr("asgo.minimax.has_fast_double", lambda device: False)
+    plain = error(ROOTS[name](V[None], EPS)[0][0], exact_root(V, EPS), M)
+    assert fine <= 2e-3 < plain <= 4e-3
 
 
 # Cost and names

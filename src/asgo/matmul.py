@@ -6,18 +6,20 @@ Whatever precision the training script chose, a product of ours has the precisio
 product                      precision   error of the step that a lower one would cost (eps 1e-6)
 ===========================  ==========  ==================================================================
 statistic ``S S^T``          float32     TF32 1e-2, bfloat16 9e-2
-inside the root              float32     three bfloat16 products 8e-3; TF32 and bfloat16 fail (TF32 at eps 1e-5 2e-2)
+first that makes Y           float64     float32 4e-3 (see `asgo.minimax`)
+others inside the root       float32     three bfloat16 products 2e-3; TF32 and bfloat16 fail (TF32 at eps 1e-5 2e-2)
 direction ``Z D``            float32     TF32 1e-2, bfloat16 9e-2
 ===========================  ==========  ==================================================================
 
-Against float64, with factors rounded to the lower precision (``tests/test_roots.py`` measures it); float32 itself is
-2e-3 from exact.
+Against float64, with factors rounded to the lower precision (``tests/test_roots.py`` measures it); as they
+run here they are within 2e-3 of exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     Square: TypeAlias = Float[Tensor, "b k k"]
 
-Precision: TypeAlias = Literal["ieee", "tf32", "bf16x3"]
+Precision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "double"]
 
 PANELS = 4  # of a symmetric product: 5/8 of the work; more panels are too thin to be fast
 SMALLEST_PANEL = 64
@@ -84,8 +86,11 @@ def baddbmm(C: Square, A: Square, B: Square, c: float, ab: float, precision: Pre
     """``c C + ab A B``.
 
     With "bf16x3" every factor is the sum of two bfloat16 numbers and the product of the two small parts is left
-    out, accumulated in float32: one product of three times the inner length on tensor cores, nearly float32.
+    out, accumulated in float32: one product of three times the inner length on tensor cores, nearly float32. With
+    "double" it is computed in float64 and rounded to A's dtype.
     """
+    if precision == "double" and A.dtype == torch.float32:
+        return torch.baddbmm(C.double(), A.double(), B.double(), beta=c, alpha=ab).float()
     if precision != "bf16x3" or A.dtype != torch.float32:
         return torch.baddbmm(C, A, B, beta=c, alpha=ab)
     (high, low), (other_high, other_low) = _halves(A), _halves(B)
@@ -96,6 +101,17 @@ def baddbmm(C: Square, A: Square, B: Square, c: float, ab: float, precision: Pre
         product = left.float() @ right.float()
     product = product if ab == 1 else product.mul_(ab)
     return product.add_(C, alpha=c) if c else product
+
+
+@cache
+def has_fast_double(device: torch.device) -> bool:
+    """Whether a float64 product takes at most about twice as long as one in float32.
+
+    It does on CPUs and on NVIDIA's GPUs for data centers up to B200; on others it takes up to 64 times as long.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) in {(8, 0), (9, 0), (10, 0)}
+    return device.type == "cpu"
 
 
 def _halves(X: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from asgo.matmul import Precision, baddbmm
+from asgo.matmul import Precision, baddbmm, has_fast_double
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -145,12 +146,16 @@ def coupled_root(A: Square, steps: tuple[Odd, ...], precision: Precision = "ieee
     but this one (or its mirror image) diverges, and so does symmetrising on the way, or adding c0 I to the
     bracket instead of c0 times the matrix to the product. Symmetrising the result would cost accuracy, too:
     with this order ``Z @ M`` is nearer than ``Z.mT @ M`` where A is near singular.
+
+    Most of the error enters with one product, the first that makes Y: there the largest eigenvalues meet the smallest,
+    which all later steps magnify. In float64 it halves the error of the float32 iteration.
     """
     first, *rest = steps
     B = bracket(A, first, precision)  # Z = I here, so Z Y = A and Z costs no product
     Y, Z, c0 = A, B + first[0] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), first[0]
-    for step in rest:
-        Y = baddbmm(Y, Y, B, c0, 1.0, precision)  # left until here, as the last step needs no Y
+    early = ("double" if has_fast_double(A.device) else "ieee", "ieee" if precision == "bf16x3" else precision)
+    for step, wanted in zip(rest, chain(early, repeat(precision)), strict=False):
+        Y = baddbmm(Y, Y, B, c0, 1.0, wanted)  # left until here, as the last step needs no Y
         c0 = step[0]
         B = bracket(baddbmm(Y, Z, Y, 0.0, 1.0, precision), step, precision)
         Z = baddbmm(Z, B, Z, c0, 1.0, precision)

@@ -161,8 +161,9 @@ def minimax(A: Square, eps: float) -> Result:
     """The root by a fixed number of products: the fastest on GPUs, and never waits for the host.
 
     A coupled iteration of best quintics on the interval that damping guarantees, see `asgo.minimax`. At eps
-    1e-6: 21 products and within 4e-3 of exact in float32 (measured; usually 2e-3), 29 and 1e-7 in float64. A
-    probe of 8 columns tells a failure: in float32 that is a rank-deficient statistic with eps below 1e-7.
+    1e-6: 21 products, one of them in float64, and within 2e-3 of exact in float32 (measured; 4e-3 on devices where
+    float64 is slow and left out), 29 and 1e-7 in float64. A probe of 8 columns tells a failure: in float32 that
+    is a rank-deficient statistic with eps below 1e-7.
 
     Raises:
         ValueError: if eps is not a positive finite number.
@@ -179,10 +180,10 @@ def minimax_fast(A: Square, eps: float) -> Result:
 
 
 def minimax_bf16x3(A: Square, eps: float) -> Result:
-    """`minimax` with three bfloat16 products for each in float32: within 8e-3 of exact at eps 1e-6.
+    """`minimax` with three bfloat16 products for each in float32: within 2e-3 of exact at eps 1e-6.
 
-    On rank-deficient statistics, as on the first steps, within 6e-2. For tensor cores, where the three cost
-    less than the one. Float64 is computed as ever.
+    On rank-deficient statistics, as on the first steps, within 6e-3. The two most sensitive products stay in
+    float64 and float32. For tensor cores, where the three cost less than the one. Float64 is computed as ever.
     """
     return _solve(_by_products(precision="bf16x3"), A, eps)
 
