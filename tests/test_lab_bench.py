@@ -567,19 +567,26 @@ def test_bench_root(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == names
     assert (out / "plot.png").read_bytes().startswith(PNG)
     rows = read_csv(out / "table.csv")
-    assert len(rows) == 2 * 2 * len(KINDS) * len(ROOTS)
-    assert {row["root"] for row in rows} == set(ROOTS)
-    assert {row["root"] for row in rows if row["failure"]} == {"minimax_tf32"}  # refuses eps 1e-6
-    rows = [row for row in rows if not row["failure"]]
+    taken = set(ROOTS) - {"minimax_tf32"}  # which refuses eps 1e-6
+    assert len(rows) == 2 * 2 * len(KINDS) * len(taken)
+    assert {row["root"] for row in rows} == taken
+    assert not any(row["failure"] for row in rows)
+    assert "| minimax_tf32 | root 'minimax_tf32' got eps=1e-06: TF32" in (out / "table.md").read_text()
     assert all(float(row["products"]) > 0 and float(row["speedup"]) > 0 for row in rows)
     assert all(float(row["speedup"]) == 1 for row in rows if row["root"] == "reference")
     small = [float(row["max_error"]) for row in rows if row["root"] == "eigh64"]
     assert max(small) < 1e-3
     record = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
     assert record["command"].startswith("asgo bench root --sizes 8 16 --batches 1 3")
-    assert len(record["table"]) == 2 * 2 * len(KINDS) * len(ROOTS)
-    assert len(record["robustness"]) == 12 * len(ROOTS)
+    assert len(record["table"]) == len(rows)
+    assert len(record["robustness"]) == 12 * len(taken)
     assert {gate["verdict"] for gate in record["gates"]} <= {"pass", "FAIL", NOT_MEASURED}
+
+
+def test_roots_that_all_refuse_the_damping_are_an_error(tmp_path):
+    with pytest.raises(LabError, match=r"^--roots minimax_tf32: none of them can work with --eps 1e-06: pass a larger"):
+        root.bench_root(RootConfig(("minimax_tf32",), (8,), (1,), out=tmp_path / "out", device="cpu"), quiet())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_root_that_raises_is_a_row(tmp_path, monkeypatch):

@@ -21,8 +21,9 @@ from asgo.lab.bench.rows import CaseRow, Gate, RootRow
 from asgo.lab.bench.tables import Table, csv_text, machine, show, write_tables
 from asgo.lab.bench.timing import Spread, WorkProgress, pick_device, place, ratio, seconds
 from asgo.lab.config import command, to_json
+from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, write_bytes, write_text
-from asgo.roots import ROOTS
+from asgo.roots import ROOTS, check_eps
 
 BASELINE = "reference"
 """The released iteration: the others are so many times faster than it."""
@@ -38,6 +39,8 @@ def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
         LabError: for a name that does not exist, a value out of range, or a folder in use.
     """
     check(config)
+    verb, refused = command("bench root", config), _refused(config)
+    config = replace(config, roots=tuple(name for name in config.roots if name not in refused))
     device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -47,8 +50,8 @@ def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
         rows = [row for k in config.sizes for kind in config.matrices for row in _cell(config, k, kind, progress)]
     breaks = _robustness(config, device)
     gates = judge(rows, breaks, config.eps, device.type, torch.get_num_threads())
-    verb = command("bench root", config)
     tables = [*(_table(config, kind, rows) for kind in config.matrices), _case_table(breaks), _gate_table(gates)]
+    tables += [Table("Left out", ("root", "why"), tuple(refused.items()))] if refused else []
     for table in tables:
         console.print(table.rich())
     record: dict[str, Any] = {"command": verb, "config": to_json(config), "machine": machine(device)}
@@ -59,6 +62,19 @@ def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
     write_bytes(config.out / "plot.png", _picture(config, rows))
     console.print(f"written to {config.out}", highlight=False, soft_wrap=True)
     return rows
+
+
+def _refused(config: RootConfig) -> dict[str, str]:
+    """The roots that cannot work with so little damping, and why."""
+    found = {}
+    for name in config.roots:
+        try:
+            check_eps(name, config.eps)
+        except ValueError as error:
+            found[name] = str(error)
+    if len(found) == len(config.roots):
+        raise LabError(f"--roots {' '.join(found)}: none of them can work with --eps {config.eps:g}: pass a larger one.")
+    return found
 
 
 def _cell(config: RootConfig, k: int, kind: str, progress: WorkProgress) -> list[RootRow]:
