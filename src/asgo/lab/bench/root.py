@@ -73,7 +73,7 @@ def _refused(config: RootConfig) -> dict[str, str]:
         except ValueError as error:
             found[name] = str(error)
     if len(found) == len(config.roots):
-        raise LabError(f"--roots {' '.join(found)}: none of them can work with --eps {config.eps:g}: pass a larger one.")
+        raise LabError(f"--roots {' '.join(found)}: none can work with --eps {config.eps:g}: pass a larger one.")
     return found
 
 
