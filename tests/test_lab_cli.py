@@ -324,3 +324,11 @@ def test_without_its_extra_the_command_says_what_to_install():
     assert done.stderr == (
         "asgo: error: the command needs tyro, which is not installed: pip install 'asgo[lab]' brings all it needs.\n"
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such pipes")
+def test_a_reader_that_leaves_early_gets_no_traceback():
+    words = f"{shlex.quote(sys.executable)} -m asgo.lab train --help | head -n 1"
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("usage: asgo train")
+    assert done.stderr == ""

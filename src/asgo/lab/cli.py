@@ -108,6 +108,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         how = " Repeat the command with --resume to go on." if isinstance(config, Resumable) else ""
         return _fail(f"interrupted.{how}", INTERRUPTED, "")
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        return _fail("stopped: nobody reads its output any more.", 1, "") if config is not None else 1
     except LabError as error:
         return _fail(str(error), 2)
 
