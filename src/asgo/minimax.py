@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -153,9 +152,11 @@ def coupled_root(A: Square, steps: tuple[Odd, ...], precision: Precision = "ieee
     first, *rest = steps
     B = bracket(A, first, precision)  # Z = I here, so Z Y = A and Z costs no product
     Y, Z, c0 = A, B + first[0] * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device), first[0]
-    early = ("double" if has_fast_double(A.device) else "ieee", "ieee" if precision == "bf16x3" else precision)
-    for step, wanted in zip(rest, chain(early, repeat(precision)), strict=False):
-        Y = baddbmm(Y, Y, B, c0, 1.0, wanted)  # left until here, as the last step needs no Y
+    second: Precision = "ieee" if precision == "bf16x3" else precision
+    wide: Precision = "double" if has_fast_double(A.device) else "ieee"
+    for i, step in enumerate(rest):
+        # Left until here, as the last step needs no Y.
+        Y = baddbmm(Y, Y, B, c0, 1.0, (wide, second, precision)[min(i, 2)])
         c0 = step[0]
         B = bracket(baddbmm(Y, Z, Y, 0.0, 1.0, precision), step, precision)
         Z = baddbmm(Z, B, Z, c0, 1.0, precision)
