@@ -87,20 +87,21 @@ def baddbmm(C: Square, A: Square, B: Square, c: float, ab: float, precision: Pre
 
     With "bf16x3" every factor is the sum of two bfloat16 numbers and the product of the two small parts is left
     out, accumulated in float32: one product of three times the inner length on tensor cores, nearly float32. With
-    "double" it is computed in float64 and rounded to A's dtype.
+    "double" the product is computed in float64 and rounded to A's dtype.
     """
-    if precision == "double" and A.dtype == torch.float32:
-        return torch.baddbmm(C.double(), A.double(), B.double(), beta=c, alpha=ab).float()
-    if precision != "bf16x3" or A.dtype != torch.float32:
+    if A.dtype != torch.float32 or precision not in ("double", "bf16x3"):
         return torch.baddbmm(C, A, B, beta=c, alpha=ab)
+    product = torch.bmm(A.double(), B.double()).float() if precision == "double" else _three_halves(A, B)
+    product = product if ab == 1 else product.mul_(ab)
+    return product.add_(C, alpha=c) if c else product
+
+
+def _three_halves(A: Square, B: Square) -> Square:
     (high, low), (other_high, other_low) = _halves(A), _halves(B)
     left, right = torch.cat([high, high, low], -1), torch.cat([other_high, other_low, other_high], -2)
     if A.device.type == "cuda":
-        product = torch.bmm(left, right, out_dtype=torch.float32)
-    else:  # no such product there: the same numbers, slower
-        product = left.float() @ right.float()
-    product = product if ab == 1 else product.mul_(ab)
-    return product.add_(C, alpha=c) if c else product
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()  # no such product there: the same numbers, slower
 
 
 @cache
