@@ -139,3 +139,64 @@ def test_a_process_that_dies_ends_the_run_with_a_message(launch, tmp_path, monke
     assert (code, done, sessions) == (130, [step + 1, step + 2], [(2, 0), (1, step)])
     assert f"stopped after step {step + 2}" in error
     assert steps(out) == list(range(1, step + 3))
+
+
+def by_rank(folder):
+    """What each rank wrote to standard output and to standard error."""
+    return {
+        (int(path.parent.name), path.stem): path.read_text().strip() for path in folder.rglob("*.log") if path.is_file()
+    }
+
+
+def ctrl_c(launcher):
+    """As a terminal does it: to all processes of its group."""
+    os.killpg(launcher.pid, signal.SIGINT)
+
+
+def test_ctrl_c_and_on_with_another_launcher_and_division(launch, tmp_path, monkeypatch, capsys):
+    out, logs = tmp_path / "run", tmp_path / "logs"
+    launcher, said = launch(*ACCELERATE, "-m", "asgo.lab", *RUN, "--parallel", "fsdp2", "--out", str(out))
+    until(lambda: saved(out) == 2, launcher, said)
+    ctrl_c(launcher)
+    assert launcher.wait(WAIT) != 0
+    stopped = f"Continue with: torchrun --nproc_per_node 2 -m asgo.lab train --out {out} --resume"
+    (line,) = told(said)
+    first = steps(out)[-1]
+    assert line == f"asgo: stopped after step {first} of 1000000; a checkpoint is written. {stopped}"
+    assert int(RunFolder(out).saved()[-1].name.removeprefix("step-")) == first
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    again = ["train", "--out", str(out), "--resume", "--parallel", "zero1"]
+    launcher, said = launch(*TORCHRUN, "--redirects", "3", "--log-dir", str(logs), "-m", "asgo.lab", *again)
+    until(lambda: steps(out)[-1] > first + 5, launcher, said)
+    ctrl_c(launcher)
+    assert launcher.wait(WAIT) != 0
+    spoken = by_rank(logs)
+    assert "tokens/s" in spoken.pop((0, "stdout"))
+    second = steps(out)[-1]
+    stop = f"asgo: stopped after step {second} of 1000000; a checkpoint is written. {stopped}"
+    assert spoken == {(0, "stderr"): stop, (1, "stdout"): "", (1, "stderr"): ""}
+
+    monkeypatch.delenv("FORCE_COLOR")
+    code, _, done, sessions = resume(out, monkeypatch, capsys)
+    assert (code, done) == (130, [second + 1, second + 2])
+    assert sessions == [(2, 0), (2, first), (1, second)]
+    assert steps(out) == list(range(1, second + 3))
+
+
+def test_resuming_another_run_is_refused_by_every_process(launch, tmp_path, monkeypatch, capsys):
+    out, logs = tmp_path / "run", tmp_path / "logs"
+    resume(out, monkeypatch, capsys, RUN[1:])  # begins it
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = ["--model.preset", "demo", "--optimizer.options", "nesterov=False"]
+    words = ["train", "--out", str(out), "--resume", *other]
+    launcher, said = launch(*TORCHRUN, "--redirects", "3", "--log-dir", str(logs), "-m", "asgo.lab", *words)
+    assert launcher.wait(WAIT) != 0
+    spoken = by_rank(logs)
+    messages = {text for (_, stream), text in spoken.items() if stream == "stderr" and text}
+    assert messages == {
+        f"asgo: error: --out {out} was made with another configuration: model.preset (there 'tiny', asked 'demo'), "
+        "optimizer.options (there (), asked ('nesterov=False',)). Leave those flags out to continue it, or pass another "
+        "--out."
+    }
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
