@@ -176,7 +176,6 @@ def save_beside(layout, folder):
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "zero1", "ddp"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_asynchronous_save_has_the_numbers_of_its_moment(world, tmp_path, layout):
     assert world(save_beside, layout, tmp_path / "saved") == [(True, False, True)] * 2
 
@@ -252,7 +251,7 @@ def damaged_and_refused(folder):
         with patched(owner, name, new):
             messages.append(message_of(folders.save, folder / "next", called, optimizer))
     with patched(dcp.FileSystemWriter, "write_data", full):
-        with pytest.raises(OSError, match="rank 1 says") as caught:
+        with pytest.raises(OSError, match="rank 1 failed") as caught:
             folders.save_async(folder / "next", called, optimizer).result(100)
         messages.append(str(caught.value))
     for name in ("__0_0.distcp", ".metadata"):
@@ -267,9 +266,9 @@ def test_what_a_disk_refuses_or_breaks_is_one_line_on_all_ranks(world, tmp_path)
     one, other = world(damaged_and_refused, tmp_path)
     assert one == other
     refused, at_the_end, beside, data, index = one
-    assert "could not be written, rank 1 says: [Errno 28] No space left on device" in refused
+    assert "rank 1 failed: [Errno 28] No space left on device" in refused
     assert "No space left on device" in at_the_end
     assert beside == refused
-    assert data.startswith(f"{tmp_path / 'saved'} is damaged, rank 0 says: ")
+    assert data.startswith(f"{tmp_path / 'saved'} is damaged (rank 0 failed: ")
     assert index == f"{tmp_path / 'saved'} is not a whole checkpoint: its .metadata is damaged; use another one."
     assert all("\n" not in message for message in one)

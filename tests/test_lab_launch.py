@@ -188,15 +188,14 @@ def test_resuming_another_run_is_refused_by_every_process(launch, tmp_path, monk
     out, logs = tmp_path / "run", tmp_path / "logs"
     resume(out, monkeypatch, capsys, RUN[1:])  # begins it
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    other = ["--model.preset", "demo", "--optimizer.options", "nesterov=False"]
-    words = ["train", "--out", str(out), "--resume", *other]
-    launcher, said = launch(*TORCHRUN, "--redirects", "3", "--log-dir", str(logs), "-m", "asgo.lab", *words)
+    words = ["train", "--out", str(out), "--resume", "--model.preset", "demo", "--optimizer.options", "nesterov=False"]
+    launcher, _ = launch(*TORCHRUN, "--redirects", "3", "--log-dir", str(logs), "-m", "asgo.lab", *words)
     assert launcher.wait(WAIT) != 0
     spoken = by_rank(logs)
     messages = {text for (_, stream), text in spoken.items() if stream == "stderr" and text}
     assert messages == {
         f"asgo: error: --out {out} was made with another configuration: model.preset (there 'tiny', asked 'demo'), "
-        "optimizer.options (there (), asked ('nesterov=False',)). Leave those flags out to continue it, or pass another "
-        "--out."
+        "optimizer.options (there (), asked ('nesterov=False',)). Leave those flags out to continue it, or pass "
+        "another --out."
     }
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

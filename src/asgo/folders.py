@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +51,8 @@ def save(
     """
     target, state, about = _prepare(path, model, optimizer, extra)
     try:
-        dcp.save(state, checkpoint_id=_aside(target), no_dist=_alone())
+        with _one_process_is_meant():
+            dcp.save(state, checkpoint_id=_aside(target), no_dist=_alone())
     except CheckpointException as error:
         raise _unwritten(target, error) from error
     _all_or_none(partial(_finish, target, about))
@@ -103,9 +106,10 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -
     path = Path(path)
     about, state = _all_or_none(partial(_fitting, path, model, optimizer))
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=_alone())
+        with _one_process_is_meant():
+            dcp.load(state, checkpoint_id=path, no_dist=_alone())
     except CheckpointException as error:
-        raise ValueError(f"{path} is damaged, {_first_failure(error)}; use another one.") from error
+        raise ValueError(f"{path} is damaged ({_first_failure(error)}); use another one.") from error
     set_model_state_dict(model, state["model"])
     checkpoint.take_hyperparameters(optimizer, about["groups"])
     return about["extra"]
@@ -204,6 +208,14 @@ def _first() -> bool:
     return _alone() or dist.get_rank() == 0
 
 
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without torch's warning that it takes one process for what was meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
 def _all_or_none(step: Callable[[], T]) -> T:
     """Do something on every rank; if one of them fails, all raise its error, so that none waits for it for ever."""
     if _alone():
@@ -222,10 +234,10 @@ def _all_or_none(step: Callable[[], T]) -> T:
 
 
 def _unwritten(target: Path, error: CheckpointException) -> OSError:
-    return OSError(errno.EIO, f"could not be written, {_first_failure(error)}", str(target))
+    return OSError(errno.EIO, _first_failure(error), str(target))
 
 
 def _first_failure(error: CheckpointException) -> str:
     """The first of the ranks that failed, and the first line of what it says."""
     rank, (failure, _) = min(error.failures.items(), key=lambda each: each[0])
-    return f"rank {rank} says: {(str(failure) or type(failure).__name__).splitlines()[0]}"
+    return f"rank {rank} failed: {(str(failure) or type(failure).__name__).splitlines()[0]}"
