@@ -1,5 +1,6 @@
 """Runs of real launchers: a process that dies, Ctrl-C, another launcher and number of processes, and who prints."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("asgo.lab.cli")
 
-import contextlib
-
 from asgo.lab import cli
+from asgo.lab.config import MachineConfig
+from asgo.lab.errors import LabError
+from asgo.lab.machine import accelerator
 from asgo.lab.runs import RunFolder
 from asgo.lab.train import Trainer
 
@@ -199,3 +202,21 @@ def test_resuming_another_run_is_refused_by_every_process(launch, tmp_path, monk
         "another --out."
     }
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_only_the_processes_are_taken_from_accelerate(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # accelerate would divide every loss by it
+    loss = torch.ones((), requires_grad=True)
+    accelerator(MachineConfig(device="cpu")).backward(loss)
+    assert loss.grad == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(LabError, match="divide the model by FSDP, .* --multi_gpu and pass --parallel fsdp2"):
+        accelerator(MachineConfig(device="cpu"))
+
+
+def test_more_processes_than_devices(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(LabError, match="2 processes were started here, and there are 1 devices: start one for each"):
+        accelerator(MachineConfig())
+    assert accelerator(MachineConfig(device="cpu")).device.type == "cpu"
