@@ -317,7 +317,8 @@ def test_theory_tables():
 
 
 def test_flags_exist():
-    known = {"--help", "--version", "--nproc_per_node", "--no-deps"}
+    launchers = {"--nproc_per_node", "--shutdown-timeout", "--multi_gpu", "--num_processes"}
+    known = {"--help", "--version", "--no-deps"} | launchers
     benches, experiments = (
         (StepConfig, RootConfig, DistributedConfig),
         (HessianConfig, GlmConfig, RegretConfig, VisionConfig, TheoryConfig),

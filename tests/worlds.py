@@ -11,7 +11,13 @@ import traceback
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.checkpoint", "asgo"]
+PRELOAD = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.checkpoint",
+    "asgo",
+]
 
 
 class World:
@@ -36,8 +42,7 @@ class World:
 
     def __call__(self, function, *args, seconds=120):
         """What the function returns on every rank; all of them call it with the same arguments."""
-        for pipe in self.pipes:
-            pipe.send((function, args))
+        self.ask(function, *args)
         answers, left = {}, time.monotonic() + seconds
         while len(answers) < self.size and time.monotonic() < left:
             for pipe in multiprocessing.connection.wait(self.pipes, 0.5):
@@ -51,6 +56,11 @@ class World:
             told = "".join(f"\nrank {rank}:\n{text}" for rank, text in failed.items())
             raise AssertionError(f"{sorted(answers)} of {self.size} ranks answered{told}")
         return [answers[rank][1] for rank in range(self.size)]
+
+    def ask(self, function, *args):
+        """Let all ranks begin, and wait for nobody."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
 
     def end(self):
         for process in self.processes:

@@ -6,16 +6,21 @@ written beside its final place and renamed when it is whole, so a run that dies 
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim import Optimizer
@@ -24,6 +29,7 @@ from asgo import checkpoint
 from asgo.distributed.groups import background
 from asgo.distributed.state import compact
 
+T = TypeVar("T")
 ABOUT = "about.pt"
 """The file of a folder with what is the same on all ranks."""
 
@@ -41,12 +47,15 @@ def save(
 
     Raises:
         ValueError: the folder exists, or parameters have no names.
-        OSError: what the file system says; earlier folders are untouched.
+        OSError: what the file system says to any rank, on all of them; earlier folders are untouched.
     """
     target, state, about = _prepare(path, model, optimizer, extra)
-    dcp.save(state, checkpoint_id=_aside(target), no_dist=_alone())
-    _finish(target, about)
-    _meet()
+    try:
+        with _one_process_is_meant():
+            dcp.save(state, checkpoint_id=_aside(target), no_dist=_alone())
+    except CheckpointException as error:
+        raise _unwritten(target, error) from error
+    _all_or_none(partial(_finish, target, about))
 
 
 def save_async(
@@ -70,6 +79,8 @@ def save_async(
             future.result()
             _finish(target, about)
             done.set_result(None)
+        except CheckpointException as error:
+            done.set_exception(_unwritten(target, error))
         except BaseException as error:  # for the caller of result()
             done.set_exception(error)
 
@@ -89,13 +100,16 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -
         The `extra` that was saved.
 
     Raises:
-        ValueError: no whole checkpoint, or one of another model, optimizer or view; nothing has changed then.
+        ValueError: no whole checkpoint, or one of another model, optimizer or view; on all ranks, whichever of them
+            found it, and nothing has changed then. Or a file of it is damaged.
     """
     path = Path(path)
-    about = read_about(path)
-    state = _state(model, checkpoint.named_state_dict(optimizer))
-    _check(path, about, optimizer, state)
-    dcp.load(state, checkpoint_id=path, no_dist=_alone())
+    about, state = _all_or_none(partial(_fitting, path, model, optimizer))
+    try:
+        with _one_process_is_meant():
+            dcp.load(state, checkpoint_id=path, no_dist=_alone())
+    except CheckpointException as error:
+        raise ValueError(f"{path} is damaged ({_first_failure(error)}); use another one.") from error
     set_model_state_dict(model, state["model"])
     checkpoint.take_hyperparameters(optimizer, about["groups"])
     return about["extra"]
@@ -117,24 +131,37 @@ def _prepare(
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The final folder, what ranks write together, and what rank 0 writes; what a kill left half-way is removed."""
     target = Path(path)
-    named = checkpoint.named_state_dict(optimizer)
-    if target.exists():
-        raise ValueError(f"{target} exists, and a checkpoint is never written over another: pass a new folder.")
+    named = _all_or_none(partial(_named_for, target, optimizer))
     about = {
         "format": checkpoint.FORMAT,
         "optimizer": type(optimizer).__name__,
         "groups": named["groups"],
         "extra": dict(extra or {}),
     }
-    _meet()  # all have seen that the folder is new
     if _first():
         shutil.rmtree(_aside(target), ignore_errors=True)
-    _meet()
+    if not _alone():
+        dist.barrier()
     return target, _state(model, named), about
+
+
+def _named_for(target: Path, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state by name, for a folder that is new."""
+    if target.exists():
+        raise ValueError(f"{target} exists, and a checkpoint is never written over another: pass a new folder.")
+    return checkpoint.named_state_dict(optimizer)
 
 
 def _state(model: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": get_model_state_dict(model), "optimizer": named["state"]}
+
+
+def _fitting(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a folder says about itself, and the state that it will be loaded into."""
+    about = read_about(path)
+    state = _state(model, checkpoint.named_state_dict(optimizer))
+    _check(path, about, optimizer, state)
+    return about, state
 
 
 def _check(path: Path, about: Mapping[str, Any], optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -145,7 +172,10 @@ def _check(path: Path, about: Mapping[str, Any], optimizer: Optimizer, state: Ma
             f"{who}: {path} has format {about.get('format')!r} and is of {about.get('optimizer')}; known is format "
             f"{checkpoint.FORMAT}. Build the optimizer it was saved from."
         )
-    found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a damaged pickle raises
+        raise ValueError(f"{path} is not a whole checkpoint: its .metadata is damaged; use another one.") from error
     saved = {key: tuple(of.size) for key, of in found.items() if isinstance(of, TensorStorageMetadata)}
     own = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
     for name, tensors in state["optimizer"].items():
@@ -178,6 +208,36 @@ def _first() -> bool:
     return _alone() or dist.get_rank() == 0
 
 
-def _meet() -> None:
-    if not _alone():
-        dist.barrier()
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without torch's warning that it takes one process for what was meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _all_or_none(step: Callable[[], T]) -> T:
+    """Do something on every rank; if one of them fails, all raise its error, so that none waits for it for ever."""
+    if _alone():
+        return step()
+    result, own = None, None
+    try:
+        result = step()
+    except (OSError, ValueError) as error:
+        own = error
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    failed = [error for error in found if error is not None]
+    if failed:
+        raise failed[0] from own
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _unwritten(target: Path, error: CheckpointException) -> OSError:
+    return OSError(errno.EIO, _first_failure(error), str(target))
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """The first of the ranks that failed, and the first line of what it says."""
+    rank, (failure, _) = min(error.failures.items(), key=lambda each: each[0])
+    return f"rank {rank} failed: {(str(failure) or type(failure).__name__).splitlines()[0]}"

@@ -104,7 +104,7 @@ def main(args: Sequence[str] | None = None) -> int:
         config = parse(args)
         return 0 if config is None else run(config)
     except Stopped as stopped:
-        return _fail(str(stopped), INTERRUPTED, "")
+        return _fail(str(stopped), INTERRUPTED, "") if _first() else INTERRUPTED
     except KeyboardInterrupt:
         how = " Repeat the command with --resume to go on." if isinstance(config, Resumable) else ""
         return _fail(f"interrupted.{how}", INTERRUPTED, "")
@@ -120,7 +120,7 @@ def run(config: Command) -> int:
     console = Console()
     if isinstance(config, TrainConfig):
         result = train(config, console)
-        if os.environ.get("RANK", "0") == "0":
+        if _first():
             text = f"validation loss {result['val_loss']:.4f} after {result['steps']} steps; {config.out}"
             console.print(text, highlight=False, soft_wrap=True)
     elif type(config) in TEXTS:
@@ -196,6 +196,11 @@ def _one_line(box: str) -> str:
     inside = [line.strip("│ ") for line in lines if line.startswith("│")]
     message = " ".join(line for line in inside if line and not set(line) <= {"─"})
     return message or " ".join(lines)
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks for all of a run; what one alone meets, it says itself."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _fail(message: str, code: int, kind: str = "error: ") -> int:

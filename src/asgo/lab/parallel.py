@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -21,6 +25,7 @@ from asgo.lab.errors import LabError
 from asgo.lab.peers import failed_roots
 from asgo.lab.runs import RunFolder
 from asgo.lab.sampling import Batches, TrainBatches
+from asgo.lab.signals import StopSignal
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import SPAM
 
@@ -146,6 +151,29 @@ def shares(batches: Batches, parts: int, world: int, rank: int, processes: int) 
         raise LabError(f"the checkpoint is of {world} processes, and a streamed corpus needs as many to continue.")
     units = [(part, place) for part in range(parts) for place in range(world)][rank::processes]
     return [(part, TrainBatches(batches.ids, replace(batches.draw, rank=at, world=world))) for part, at in units]
+
+
+@contextmanager
+def reporting(out: Path, stop: StopSignal) -> Iterator[None]:
+    """Around what several processes do together: that one of them is gone becomes a message of those that are left.
+
+    Raises:
+        LabError: what happened, what is left and how to go on.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (dist.is_initialized() and dist.get_world_size() > 1 and lost(error)):
+            raise
+        stop.hold()
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        reason = re.sub(r"^(\[[^]]*\] *)+", "", first).split(". ")[0].rstrip(".")
+        saved = RunFolder(out).saved()
+        kept = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise LabError(
+            f"another process of this run has ended ({reason}); {kept}. Repeat the command with --resume to go on, on "
+            "as many processes or fewer."
+        ) from error
 
 
 def lost(error: RuntimeError) -> bool:

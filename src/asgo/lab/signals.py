@@ -36,6 +36,10 @@ class StopSignal:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
+    def hold(self) -> None:
+        """Keep SIGTERM on leaving: a launcher sends it to the processes that are left, and one still has to report."""
+        self._previous.pop(signal.SIGTERM, None)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]

@@ -19,7 +19,7 @@ from asgo.lab.inspect import routing_text
 from asgo.lab.machine import accelerator
 from asgo.lab.meter import Meter
 from asgo.lab.models import build_model, count_parameters, model_fingerprint, token_loss
-from asgo.lab.parallel import Parallel, lost, shares
+from asgo.lab.parallel import Parallel, reporting, shares
 from asgo.lab.peers import build_optimizer, resolve, state_bytes
 from asgo.lab.plot import draw_run
 from asgo.lab.progress import RunProgress
@@ -44,7 +44,8 @@ def train(config: TrainConfig, console: Console | None = None, title: str | None
         title: what progress is called; None: optimizer and seed.
 
     Raises:
-        LabError: for a config, corpus, folder or checkpoint that does not fit, and for a disk that refuses.
+        LabError: for a config, corpus, folder or checkpoint that does not fit, for a disk that refuses, and where
+            another process of the run has ended.
         Diverged: when the loss is NaN or infinite; the last checkpoint stays as it is.
         Stopped: after SIGINT or SIGTERM, with a checkpoint of the step just finished.
     """
@@ -57,19 +58,13 @@ def train(config: TrainConfig, console: Console | None = None, title: str | None
         if done["status"] == "diverged":
             raise Diverged(f"the run in {config.out} diverged: {done['message']}")
         return done
-    trainer = Trainer(config)
+    stop = StopSignal()
+    with reporting(config.out, stop):
+        trainer = Trainer(config)
     shown = console if console is not None and trainer.accelerator.is_main_process else Console(quiet=True)
     title = title or f"{config.optimizer.name} seed {config.seed}"
-    try:
-        with StopSignal() as stop, RunProgress(shown, title, config.steps) as progress:
-            return trainer.run(stop, progress)
-    except RuntimeError as error:
-        if trainer.accelerator.num_processes == 1 or not lost(error):
-            raise
-        raise LabError(
-            f"another process of this run has ended, see what it said; continue with: asgo train --out {config.out} "
-            "--resume on as many processes or fewer"
-        ) from error
+    with stop, reporting(config.out, stop), RunProgress(shown, title, config.steps) as progress:
+        return trainer.run(stop, progress)
 
 
 class Trainer:
@@ -151,9 +146,11 @@ class Trainer:
         if save:
             self._save()
         if stopping and not last:
+            processes = self.accelerator.num_processes
+            asgo = "asgo" if processes == 1 else f"torchrun --nproc_per_node {processes} -m asgo.lab"
             raise Stopped(
                 f"stopped after step {self.step} of {self.config.steps}; a checkpoint is written. Continue "
-                f"with: asgo train --out {self.config.out} --resume"
+                f"with: {asgo} train --out {self.config.out} --resume"
             )
         self.meter.start()
 
