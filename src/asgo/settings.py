@@ -77,6 +77,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "root": _one_of(*ROOTS),
     "maximize": _one_of(True, False),
     "capturable": _one_of(True, False),
+    "packed_state": _one_of(True, False),
     "axis": _one_of("column", "row", "auto"),
     "max_size": (_interval, "a whole number >= 1"),
     "rank": (lambda value: value in (None, "auto") or _interval(value), "'auto', None or a whole number >= 1"),
