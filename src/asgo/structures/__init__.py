@@ -7,7 +7,7 @@ from asgo.structures.difference import Difference
 from asgo.structures.kronecker import Kronecker
 from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
 from asgo.structures.one_sided import OneSided
-from asgo.structures.packed import Packed, packed_if
+from asgo.structures.packed import Packed, opened, packed_if
 
 __all__ = [
     "Algebra",
@@ -20,5 +20,6 @@ __all__ = [
     "OneSided",
     "Packed",
     "Structure",
+    "opened",
     "packed_if",
 ]

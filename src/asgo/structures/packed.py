@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
+from asgo.masks import choose
 from asgo.structures.base import Structure
-from asgo.triangles import pack, unpack
+from asgo.triangles import pack, size, unpack
 
 
 @dataclass(frozen=True)
@@ -52,18 +53,19 @@ class Packed(Structure):
         if self.inner.entrywise:
             self.inner.fold(state, measurement, beta2)
             return
-        memory = [key for key in self.inner.symmetric if key not in self.derived]
-        whole = self.whole(state, memory)
+        whole = self.whole(state, self._memory())
         self.inner.fold(whole, measurement, beta2)
-        for key in memory:
+        for key in self._memory():
             state[key].copy_(pack(whole[key]))
 
     def refresh(self, state: State, root: Root, eps: float) -> Tensor:
         """As the inner structure does; of each new root the mean with its transpose is kept."""
-        whole = self.whole(state, self.inner.symmetric)
-        ok = self.inner.refresh(whole, root, eps)
-        for key in self._roots():
-            state[key].copy_(pack(whole[key]).lerp_(pack(whole[key].mT), 0.5))  # x and x give x to the bit
+        memory, roots = self._memory(), self._roots()
+        fresh = {key: _blank(state[key]) for key in roots}  # its last root is kept here, not there
+        ok = self.inner.refresh(self.whole(state, memory) | fresh, root, eps)
+        for key in roots:
+            new = pack(fresh[key]).lerp_(pack(fresh[key].mT), 0.5)
+            state[key].copy_(choose(ok.view(-1, *[1] * (new.ndim - 1)), new, state[key]))
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -82,8 +84,23 @@ class Packed(Structure):
         """The state with some of its packed matrices whole, in memory of their own."""
         return state | {key: unpack(state[key]) for key in keys}
 
+    def _memory(self) -> list[str]:
+        return [key for key in self.inner.symmetric if key not in self.derived]
+
     def _roots(self) -> list[str]:
         return [key for key in self.inner.symmetric if key in self.derived]
+
+
+def _blank(P: Tensor) -> Tensor:
+    k = size(P)
+    return P.new_empty(*P.shape[:-2], k, k)
+
+
+def opened(structure: Structure, state: State) -> tuple[Structure, State]:
+    """The structure inside and its state with whole matrices; both as they are where nothing is packed."""
+    if not isinstance(structure, Packed):
+        return structure, state
+    return structure.inner, structure.whole(state, structure.inner.symmetric)
 
 
 def packed_if(wanted: bool, structure: Structure) -> Structure:
