@@ -239,9 +239,11 @@ def test_what_a_graph_cannot_hold_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_is_the_same_and_never_waits():
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_captured_step_is_the_same_and_never_waits(packed):
     params, same = parameters(SHAPES, "cuda"), parameters(SHAPES, "cuda")
-    plain, captured = (ASGO(groups(p), lr=torch.tensor(1e-2).cuda(), capturable=True) for p in (params, same))
+    options = {"capturable": True, "packed_state": packed}
+    plain, captured = (ASGO(groups(p), lr=torch.tensor(1e-2).cuda(), **options) for p in (params, same))
     for optimizer in (plain, captured):
         optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
