@@ -355,6 +355,18 @@ def gpt2():
     return parts_of(load("gpt2-124m", None))
 
 
+def test_packed_state_halves_statistics_and_roots_in_memory_and_on_links(gpt2):
+    packed, mesh = parts_of(load("gpt2-124m", None), packed=True), Mesh(2)
+    whole, half = (memory(place(parts, ONE, 1), ONE, FLOAT) for parts in (gpt2, packed))
+    assert (half.statistics, half.roots) == (72 * 2 * 768 * 769,) * 2 == (half.statistics, whole.roots * 769 // 1536)
+    assert whole.state - half.state == whole.statistics + whole.roots - half.statistics - half.roots
+    sent = [traffic.step(place(parts, mesh, 1), mesh, 0, 4).sent.sum() for parts in (gpt2, packed)]
+    assert sent == [72 * (4 * 768**2 + 8), 72 * (2 * 768 * 769 + 8)]
+    assert work(place(packed, ONE, 1), ONE, 1, 21, FLOAT).roots.sum() == pytest.approx(
+        work(place(gpt2, ONE, 1), ONE, 1, 21, FLOAT).roots.sum()
+    )
+
+
 def test_each_rank_staggering_its_own_roots_makes_the_mean_step_shorter(gpt2):
     """With more owners than matrices a step, turns of the whole model make every step wait for some rank's root."""
     mesh = Mesh(fsdp=64)
