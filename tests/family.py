@@ -6,6 +6,7 @@ from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini,
 
 PRESETS = {
     "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
+    "ours, packed": lambda params, **options: ASGO(params, **{"lr": 0.02, "packed_state": True, **options}),
     "paper": lambda params, **options: ASGO.paper(params, **{"lr": 0.02, **options}),
     "theory": lambda params, **options: ASGO.theory(params, **{"lr": 0.1, **options}),
     "reference": lambda params, **options: ASGO.reference(params, **{"lr": 0.02, **options}),
@@ -15,6 +16,7 @@ PRESETS = {
     "bagm, rows": lambda params, **options: BAGM(params, **{"lr": 0.02, "blocks": "row", **options}),
     "one-sided shampoo": lambda params, **options: OneSidedShampoo(params, **{"lr": 0.1, **options}),
     "shampoo": lambda params, **options: Shampoo(params, **{"lr": 0.1, **options}),
+    "shampoo, packed": lambda params, **options: Shampoo(params, **{"lr": 0.1, "packed_state": True, **options}),
     "adagram": lambda params, **options: AdaGram(params, **{"lr": 0.1, **options}),
     "adagram, symmetric": lambda params, **options: AdaGram(params, **{"lr": 0.1, "direction": "symmetric", **options}),
     "adam-mini": lambda params, **options: AdamMini(params, **{"lr": 0.02, **options}),
@@ -25,6 +27,7 @@ PRESETS = {
 }
 LARGEST = {
     "shampoo": lambda m, n: max(m * n, *(k * k for k in (m, n) if k <= 8192)),
+    "shampoo, packed": lambda m, n: max(m * n, *(k * (k + 1) // 2 for k in (m, n) if k <= 8192)),
     "adablock": lambda m, n: 10 * n * (m + 10) + 1,
     "adagram": lambda m, n: 5 * m * n + 1,
     "adagram, symmetric": lambda m, n: 6 * m * n + 30,

@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = [path for path in FILES if "lab" not in path.relative_to(ROOT).parts]
 FLOORS = [
     {"_types"},
-    {"views", "partition", "masks", "matmul", "scaling"},
+    {"views", "partition", "masks", "matmul", "scaling", "triangles"},
     {"minimax", "eigen", "powers", "roots"},
     {"adamw"},
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
@@ -150,7 +150,7 @@ def test_one_step_loop():
 
 def test_constructors_are_short():
     """Nine hyperparameters and where the update's size comes from; the keyword arguments say how, not what."""
-    execution = {"self", "params", "root", "maximize", "capturable"}
+    execution = {"self", "params", "root", "maximize", "capturable", "packed_state"}
     for node in (node for path in (ROOT / "presets").glob("*.py") for node in ast.walk(tree(path))):
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
             names = [arg.arg for arg in [*node.args.args, *node.args.kwonlyargs] if arg.arg not in execution]

@@ -81,12 +81,12 @@ VIEWS = {
     "experts": STACK,
 }
 FORMS = {
-    "query.weight": {"precondition_frequency": 4},
+    "query.weight": {"precondition_frequency": 4, "packed_state": True},
     "out.weight": {"adjust_lr": "slice_rms"},
-    "fused.weight": {"statistic": "gradient", "nesterov": False},
+    "fused.weight": {"statistic": "gradient", "nesterov": False, "packed_state": True},
     "tall.weight": {"side": "left", "betas": (0.0, 1.0), "adjust_lr": None, "root": "outside", "eps": 1e-3},
     "wide.weight": {"statistic": "gradient", "nesterov": False, "cross_normalize": False, "betas": (0.9, 0.8)},
-    "experts": {"precondition_frequency": 3, "maximize": False},
+    "experts": {"packed_state": True, "precondition_frequency": 3, "maximize": False},
 }
 """Every form of ASGO: a matrix each."""
 

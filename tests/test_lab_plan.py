@@ -92,10 +92,10 @@ def stepped(model, steps=1, **options):
 
 
 @pytest.mark.parametrize("name", ["odd", "tiny", "llama-tiny"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_of_one_process_are_those_after_a_step(name, dtype):
+@pytest.mark.parametrize(("dtype", "packed"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
+def test_bytes_of_one_process_are_those_after_a_step(name, dtype, packed):
     model = Odd(dtype) if name == "odd" else build_model(ModelConfig(preset=name), 50, 16, seed=0).to(dtype)
-    optimizer = stepped(model)
+    optimizer = stepped(model, packed_state=packed)
     kept = memory(place(read(optimizer, {}), ONE, 1), ONE, Numbers(dtype.itemsize, 4))
     held = Counter()
     for group in optimizer.param_groups:
@@ -163,7 +163,8 @@ class Moved(TorchDispatchMode):
             into = [args[0]] if name.endswith("_") else [out]
             if name == "_fused_adamw_":
                 into = [args[0], args[2], args[3]]
-            seen = [*tree_leaves((args[1:] if name == "copy_" else args, kwargs or {})), *tree_leaves(into)]
+            given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            seen = [*tree_leaves((args[1:] if name == "copy_" else args, given)), *tree_leaves(into)]
             self.bytes += sum(t.nbytes for t in seen if isinstance(t, torch.Tensor))
         return out
 
@@ -171,18 +172,27 @@ class Moved(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "count"), [((300, 5000), 4), ((5000, 300), 1)])
 def test_memory_traffic_is_that_of_the_operations(dtype, shape, count):
+    found, said = traffic_of(dtype, shape, count)
+    single = 2 * dtype.itemsize * math.prod(shape) if count == 1 else 0
+    assert found == pytest.approx(said - single, rel=0.02)
+
+
+def test_memory_traffic_of_packed_state_is_more_by_what_the_plan_says():
+    (plain, plain_said), (packed, packed_said) = (traffic_of(torch.float32, (900, 1000), 2, p) for p in (False, True))
+    assert packed - plain == pytest.approx(packed_said - plain_said, rel=0.02)
+
+
+def traffic_of(dtype, shape, count, packed=False):
     """On the meta device, which takes the way of a GPU: nothing is read to spare work. A single one is not stacked."""
     with torch.device("meta"):
         model = Counted(*[shape] * count).to(dtype)
-        optimizer = stepped(model, precondition_frequency=1000)
+        optimizer = stepped(model, precondition_frequency=1000, packed_state=packed)
     for state in optimizer.state.values():
         state["step"].fill_(500)
     with Moved() as mode:
         optimizer.step()
-    numbers, placed = Numbers(dtype.itemsize, 4), place(read(optimizer, {}), ONE, 1000)
-    said = work(placed, ONE, 1000, 21, numbers).elements.item()
-    single = 2 * numbers.param * model.layers[0].weight.numel() if count == 1 else 0
-    assert mode.bytes == pytest.approx(said - single, rel=0.02)
+    placed = place(read(optimizer, {}), ONE, 1000)
+    return mode.bytes, work(placed, ONE, 1000, 21, Numbers(dtype.itemsize, 4)).elements.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -343,6 +353,18 @@ def test_owners_share_the_roots_of_gpt2_evenly(gpt2, mesh, stagger):
 @pytest.fixture(scope="module")
 def gpt2():
     return parts_of(load("gpt2-124m", None))
+
+
+def test_packed_state_halves_statistics_and_roots_in_memory_and_on_links(gpt2):
+    packed, mesh = parts_of(load("gpt2-124m", None), packed=True), Mesh(2)
+    whole, half = (memory(place(parts, ONE, 1), ONE, FLOAT) for parts in (gpt2, packed))
+    assert (half.statistics, half.roots) == (72 * 2 * 768 * 769,) * 2 == (half.statistics, whole.roots * 769 // 1536)
+    assert whole.state - half.state == whole.statistics + whole.roots - half.statistics - half.roots
+    sent = [traffic.step(place(parts, mesh, 1), mesh, 0, 4).sent.sum() for parts in (gpt2, packed)]
+    assert sent == [72 * (4 * 768**2 + 8), 72 * (2 * 768 * 769 + 8)]
+    assert work(place(packed, ONE, 1), ONE, 1, 21, FLOAT).roots.sum() == pytest.approx(
+        work(place(gpt2, ONE, 1), ONE, 1, 21, FLOAT).roots.sum()
+    )
 
 
 def test_each_rank_staggering_its_own_roots_makes_the_mean_step_shorter(gpt2):

@@ -71,11 +71,11 @@ def arrange(model, mesh):
 
 
 def one_step(mesh, dtype, interval, step):
-    """The bytes that this rank sends and receives in that step, and those of its state."""
+    """The bytes that this rank sends and receives in that step, and those of its state; packed with an interval."""
     torch.manual_seed(0)
     model = Net().to(dtype)
     arrange(model, mesh)
-    optimizer = ASGO(groups_of(model), precondition_frequency=interval, root="minimax")
+    optimizer = ASGO(groups_of(model), precondition_frequency=interval, root="minimax", packed_state=interval > 1)
     if mesh.whole:
         optimizer.distribute(shard_state=mesh.zero1)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -140,7 +140,7 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(world, mesh, interval):
     model = Net().to(dtype)
     if not mesh.whole:
         del model.scale
-    placed = place(read(ASGO(groups_of(model)), PLAN), mesh, interval)
+    placed = place(read(ASGO(groups_of(model), packed_state=interval > 1), PLAN), mesh, interval)
     numbers, step = Numbers(dtype.itemsize, 4), 500
     flow = traffic.step(placed, mesh, step % interval, numbers.param)
     sizes = kept(placed, mesh, numbers)

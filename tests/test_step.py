@@ -152,7 +152,8 @@ def test_every_root_has_its_turn_once_an_interval(interval, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": False, "cross_normalize": False, "statistic": "gradient"},
-                                     {"adjust_lr": None}, {"precondition_frequency": 3}], ids=str)  # fmt: skip
+                                     {"adjust_lr": None}, {"precondition_frequency": 3}, {"packed_state": True}],
+                         ids=str)  # fmt: skip
 def test_the_step_reads_nothing_from_the_device(options):
     """Meta tensors have no values: whatever would have to wait for one fails there."""
     params = parameters([shape for shape in SHAPES if len(shape) == 2], device="meta")
@@ -176,12 +177,13 @@ def test_masks_are_read_on_the_cpu_only():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_step_is_the_same_and_is_compiled_once_whatever_lr_does():
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_step_is_the_same_and_is_compiled_once_whatever_lr_does(packed):
     torch._dynamo.reset()
     shapes = [(4, 6), (4, 6), (5,)]
     params, same = parameters(shapes), parameters(shapes)
     rates = [torch.tensor(1e-2) for _ in range(2)]
-    plain, compiled = (ASGO(groups(p), lr=lr) for p, lr in zip((params, same), rates, strict=True))
+    plain, compiled = (ASGO(groups(p), lr=lr, packed_state=packed) for p, lr in zip((params, same), rates, strict=True))
     counter = CompileCounter()
     step = torch.compile(compiled.step, backend=counter)
     counts = []
@@ -235,9 +237,11 @@ def test_what_a_graph_cannot_hold_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_is_the_same_and_never_waits():
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_captured_step_is_the_same_and_never_waits(packed):
     params, same = parameters(SHAPES, "cuda"), parameters(SHAPES, "cuda")
-    plain, captured = (ASGO(groups(p), lr=torch.tensor(1e-2).cuda(), capturable=True) for p in (params, same))
+    options = {"capturable": True, "packed_state": packed}
+    plain, captured = (ASGO(groups(p), lr=torch.tensor(1e-2).cuda(), **options) for p in (params, same))
     for optimizer in (plain, captured):
         optimizer.step()
     torch.cuda.set_sync_debug_mode("error")

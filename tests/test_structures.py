@@ -17,6 +17,7 @@ from asgo.structures import (
     LowRankFactor,
     LowRankSymmetric,
     OneSided,
+    Packed,
 )
 
 ONE_SIDED = {
@@ -49,6 +50,14 @@ STRUCTURES = ONE_SIDED | {
     "blocks along columns": DenseBlocks(2, 1e-12, 0.9),
     "blocks along columns, clipped": DenseBlocks(3, 1e-4, 0.9, "diagonal", 0.5, 1.0),
     "differences": Difference(0.9, 1e-5),
+    "left, packed": Packed(OneSided("left")),
+    "right, cross, packed": Packed(OneSided("right", cross_normalize=True)),
+    "auto, packed": Packed(OneSided("auto")),
+    "left, mean, packed": Packed(OneSided("left", mean=True)),
+    "both sides, packed": Packed(Kronecker()),
+    "both sides up to 5, packed": Packed(Kronecker(5)),
+    "blocks along columns, packed": Packed(DenseBlocks(2, 1e-12, 0.9)),
+    "blocks along columns, clipped, packed": Packed(DenseBlocks(3, 1e-4, 0.9, "diagonal", 0.5, 1.0)),
 }
 MIRROR = {"left": "right", "right": "left", "row": "column", "column": "row"}
 ALGEBRAS = {
@@ -67,6 +76,13 @@ every_structure, every_one_sided, every_algebra = over(STRUCTURES), over(ONE_SID
 every_two_sided = over(TWO_SIDED)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6))
 EPS = 1e-6
+
+
+def remake(structure, change):
+    """The structure, or the one inside it, with fields changed."""
+    if isinstance(structure, Packed):
+        return Packed(remake(structure.inner, change))
+    return replace(structure, **change(structure))
 
 
 def stacks(shape, count, seed=0):
@@ -119,10 +135,11 @@ def test_rotation_law(structure, shape):
 @every_two_sided
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3)], ids=str)
 def test_transpose_law(structure, shape):
-    field = {OneSided: "side", Blockwise: "blocks"}.get(type(structure))
-    mirror = structure
-    if field is not None:
-        mirror = replace(structure, **{field: MIRROR.get(getattr(structure, field), getattr(structure, field))})
+    def change(inner):
+        field = {OneSided: "side", Blockwise: "blocks"}.get(type(inner))
+        return {} if field is None else {field: MIRROR.get(getattr(inner, field), getattr(inner, field))}
+
+    mirror = remake(structure, change)
     grads, direction = stacks(shape, 4), stacks(shape, 1, seed=1)[0]
     assert close(run(mirror, [g.mT for g in grads], direction.mT)[0], run(structure, grads, direction)[0].mT)
 
@@ -132,8 +149,11 @@ def test_transpose_law(structure, shape):
 def test_shards_law(structure, shape):
     grad = stacks(shape, 1)[0]
     whole = structure.measure(grad)
-    if isinstance(structure, OneSided):  # a shard may be taller or wider than the whole, so its side is given
-        structure = replace(structure, side="left" if structure.left(*shape[1:]) else "right")
+
+    def change(inner):  # a shard may be taller or wider than the whole, so its side is given
+        return {"side": "left" if inner.left(*shape[1:]) else "right"} if isinstance(inner, OneSided) else {}
+
+    structure = remake(structure, change)
     parts = [structure.measure(shard) for shard in grad.split(2, dim=1)]
     summed = all(part.shape == whole.shape for part in parts) and close(sum(parts), whole)
     assert structure.additive_rows(*shape[1:]) == summed

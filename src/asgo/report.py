@@ -15,7 +15,7 @@ from asgo.optimizer import StructuredOptimizer
 from asgo.presets.asgo import ASGO
 from asgo.roots import products
 from asgo.settings import names_of
-from asgo.structures import Structure
+from asgo.structures import Packed, Structure
 from asgo.views import View
 
 
@@ -122,7 +122,8 @@ def _on_paper(member: Any) -> Any:
 def _remembered(structure: Structure, state: State) -> str:
     statistic = next(iter(structure.init(torch.empty(1, 1, 1))))
     sizes = [_size(tensor) for key, tensor in state.items() if key.split(".")[0] == statistic]
-    return " ".join([type(structure).__name__, *sizes])
+    names = [type(structure.inner).__name__, "packed"] if isinstance(structure, Packed) else [type(structure).__name__]
+    return " ".join([*names, *sizes])
 
 
 def _size(tensor: Tensor) -> str:

@@ -14,6 +14,7 @@ from asgo.adamw import DEFAULTS as ADAMW_DEFAULTS
 from asgo.distributed.placement import find
 from asgo.roots import ROOTS, check_eps
 from asgo.scaling import SCALINGS
+from asgo.triangles import rectangle
 from asgo.views import View
 
 LOOP: dict[str, Any] = {
@@ -77,6 +78,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "root": _one_of(*ROOTS),
     "maximize": _one_of(True, False),
     "capturable": _one_of(True, False),
+    "packed_state": _one_of(True, False),
     "axis": _one_of("column", "row", "auto"),
     "max_size": (_interval, "a whole number >= 1"),
     "rank": (lambda value: value in (None, "auto") or _interval(value), "'auto', None or a whole number >= 1"),
@@ -223,8 +225,15 @@ def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[st
         if got != wanted:
             raise ValueError(
                 f"{who}: the saved state of {name!r} has {_shape(got)} under {key!r}, this optimizer {_shape(wanted)}."
-                " It is of another model, view or optimizer; build both the same way."
+                f" {_remedy(got or (), wanted or ())}"
             )
+
+
+def _remedy(saved: Sequence[int], own: Sequence[int]) -> str:
+    for shape, other, packed in ((saved, own, False), (own, saved, True)):
+        if len(shape) > 2 and shape[-1] == shape[-2] and tuple(other) == (*shape[:-2], *rectangle(shape[-1])):
+            return f"It was saved with packed_state={packed}: build this optimizer with that too."
+    return "It is of another model, view or optimizer; build both the same way."
 
 
 def _shape(shape: Sequence[int] | None) -> str:

@@ -13,7 +13,7 @@ from asgo._types import State
 from asgo.buckets import part_key
 from asgo.diagnostics.spectra import eigenvalues
 from asgo.matmul import exact_matmul
-from asgo.structures import Kronecker, OneSided, Structure
+from asgo.structures import Kronecker, OneSided, Packed, Structure, opened
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -59,18 +59,21 @@ def conditioning(
 ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]] | None:
     """Condition of the damped statistic and residual of the root in use, ``(b,)`` each; None for other structures.
 
-    Of the structures with a gram and a root of it: `OneSided`, and `Kronecker`, of whose two sides the worse counts.
+    Of the structures with a gram and a root of it, packed or not: `OneSided`, and `Kronecker`, of whose two sides the
+    worse counts.
     A root that is not refreshed at every step (`precondition_frequency`) is held against the statistic of now, so
     that its residual shows how stale it is.
     """
-    if isinstance(structure, OneSided):
-        A = damped(state[part_key("gram", part)], group["root"], group["eps"])
-        return condition(A), residual(A, state[part_key("root", part)])
-    if not isinstance(structure, Kronecker):
+    inner = structure.inner if isinstance(structure, Packed) else structure
+    if not isinstance(inner, (OneSided, Kronecker)):
         return None
-    sides = [side for side in ("left", "right") if state[part_key(side, part)].numel()]
+    _, own = opened(structure, {key: state[part_key(key, part)] for key in inner.symmetric})
+    if isinstance(inner, OneSided):
+        A = damped(own["gram"], group["root"], group["eps"])
+        return condition(A), residual(A, own["root"])
+    sides = [side for side in ("left", "right") if own[side].numel()]
     found = []
     for side in sides:
-        A = damped(state[part_key(side, part)], "inside", group["eps"])
-        found.append((condition(A), residual(A, state[part_key(f"{side}_root", part)], 0.5 / len(sides))))
+        A = damped(own[side], "inside", group["eps"])
+        found.append((condition(A), residual(A, own[f"{side}_root"], 0.5 / len(sides))))
     return (torch.stack([c for c, _ in found]).amax(0), torch.stack([r for _, r in found]).amax(0)) if found else None

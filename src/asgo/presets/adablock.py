@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import LOOP
-from asgo.structures import DenseBlocks
+from asgo.structures import DenseBlocks, Structure, packed_if
 from asgo.views import View
 
 
@@ -47,6 +47,7 @@ class AdaBlock(StructuredOptimizer):
         clip: the rate of the SGD that clipping leads to, in units of lr; None for no clipping.
         gamma: how fast the bounds close; 1e-3 as released.
         maximize: ascend instead of descend.
+        packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -69,6 +70,7 @@ class AdaBlock(StructuredOptimizer):
         gamma: float = 1e-3,
         *,
         maximize: bool = False,
+        packed_state: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -81,6 +83,7 @@ class AdaBlock(StructuredOptimizer):
             "clip": clip,
             "gamma": gamma,
             "maximize": maximize,
+            "packed_state": packed_state,
         }
         super().__init__(params, defaults)
 
@@ -91,8 +94,9 @@ class AdaBlock(StructuredOptimizer):
         kernel = " ".join(f"k{i}" for i in range(param.ndim - 2))
         return View(f"o i {kernel} -> 1 ({kernel}) (o i)")
 
-    def structure(self, group: dict[str, Any]) -> DenseBlocks:
+    def structure(self, group: dict[str, Any]) -> Structure:
         """The statistic of every run."""
-        return DenseBlocks(
+        blocks = DenseBlocks(
             group["block_size"], group["eps"], group["betas"][0], group["stale"], group["clip"], group["gamma"]
         )
+        return packed_if(group["packed_state"], blocks)

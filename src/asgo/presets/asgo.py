@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
-from asgo.structures import OneSided
+from asgo.structures import OneSided, Structure, packed_if
 
 
 class ASGO(StructuredOptimizer):
@@ -53,6 +53,7 @@ class ASGO(StructuredOptimizer):
         maximize: ascend instead of descend.
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
             `precondition_frequency` of 1, and an ``lr`` that is a tensor on the device if it is to change.
+        packed_state: keep ``gram`` and ``root`` as triangles, in half their memory, see `asgo.structures.Packed`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -78,6 +79,7 @@ class ASGO(StructuredOptimizer):
         root: str = "auto",
         maximize: bool = False,
         capturable: bool = False,
+        packed_state: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -93,6 +95,7 @@ class ASGO(StructuredOptimizer):
             "root": root,
             "maximize": maximize,
             "capturable": capturable,
+            "packed_state": packed_state,
         }
         super().__init__(params, defaults)
 
@@ -137,6 +140,6 @@ class ASGO(StructuredOptimizer):
         """
         return cls(params, lr, betas, eps, weight_decay, 1, "gradient", False, False, root="reference")
 
-    def structure(self, group: dict[str, Any]) -> OneSided:
+    def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrix of the group's side."""
-        return OneSided(group["side"], group["cross_normalize"])
+        return packed_if(group["packed_state"], OneSided(group["side"], group["cross_normalize"]))

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import LOOP
-from asgo.structures import Kronecker, OneSided
+from asgo.structures import Kronecker, OneSided, Structure, packed_if
 
 
 class OneSidedShampoo(StructuredOptimizer):
@@ -39,6 +39,7 @@ class OneSidedShampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistic (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
+        packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -59,6 +60,7 @@ class OneSidedShampoo(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = None,
         *,
         maximize: bool = False,
+        packed_state: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -69,12 +71,13 @@ class OneSidedShampoo(StructuredOptimizer):
             "precondition_frequency": precondition_frequency,
             "adjust_lr": adjust_lr,
             "maximize": maximize,
+            "packed_state": packed_state,
         }
         super().__init__(params, defaults)
 
-    def structure(self, group: dict[str, Any]) -> OneSided:
+    def structure(self, group: dict[str, Any]) -> Structure:
         """The mean gram matrix of the group's side."""
-        return OneSided(group["side"], mean=True)
+        return packed_if(group["packed_state"], OneSided(group["side"], mean=True))
 
 
 class Shampoo(StructuredOptimizer):
@@ -106,6 +109,7 @@ class Shampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
+        packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -126,6 +130,7 @@ class Shampoo(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = None,
         *,
         maximize: bool = False,
+        packed_state: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -136,9 +141,10 @@ class Shampoo(StructuredOptimizer):
             "max_size": max_size,
             "adjust_lr": adjust_lr,
             "maximize": maximize,
+            "packed_state": packed_state,
         }
         super().__init__(params, defaults)
 
-    def structure(self, group: dict[str, Any]) -> Kronecker:
+    def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrices of both sides."""
-        return Kronecker(group["max_size"])
+        return packed_if(group["packed_state"], Kronecker(group["max_size"]))

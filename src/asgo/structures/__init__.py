@@ -7,6 +7,7 @@ from asgo.structures.difference import Difference
 from asgo.structures.kronecker import Kronecker
 from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
 from asgo.structures.one_sided import OneSided
+from asgo.structures.packed import Packed, opened, packed_if
 
 __all__ = [
     "Algebra",
@@ -17,5 +18,8 @@ __all__ = [
     "LowRankFactor",
     "LowRankSymmetric",
     "OneSided",
+    "Packed",
     "Structure",
+    "opened",
+    "packed_if",
 ]

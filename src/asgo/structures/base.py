@@ -31,6 +31,16 @@ class Structure(ABC):
         """The keys of the state that `refresh` makes of the others: what ranks that share its work must send."""
         return ()
 
+    @property
+    def symmetric(self) -> tuple[str, ...]:
+        """The keys of the state that hold symmetric matrices ``(..., k, k)``: what `Packed` keeps as triangles."""
+        return ()
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether `fold` adds a symmetric measurement to its like entry by entry, so that triangles do as well."""
+        return False
+
     @abstractmethod
     def init(self, like: Stack) -> State:
         """The state before the first gradient, in the dtype and on the device of `like`; the statistic first."""

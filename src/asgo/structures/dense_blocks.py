@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from asgo._types import Root, Stack, State
 from asgo.powers import spectral
 from asgo.structures.base import Algebra, average, count, given, moving
+from asgo.triangles import diagonal
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class DenseBlocks(Algebra):
     def derived(self) -> tuple[str, ...]:
         """What the memory alone determines."""
         return ("root", "root_age")
+
+    @property
+    def symmetric(self) -> tuple[str, ...]:
+        """The products and their root."""
+        return ("gram", "root")
+
+    @property
+    def entrywise(self) -> bool:
+        """It is an average or a sum."""
+        return True
 
     def init(self, like: Stack) -> State:
         """Zero statistics and identities as roots."""
@@ -115,7 +126,7 @@ class DenseBlocks(Algebra):
         x = self.cut(direction)
         result = (state["root"] @ x[..., None])[..., 0]
         if self.stale == "diagonal":
-            size = state["gram"].diagonal(dim1=-2, dim2=-1).sqrt() + self.eps
+            size = diagonal(state["gram"]).sqrt() + self.eps
             result = torch.where(state["root_age"] == 0, result, x * torch.clamp(1 / size, *self.bounds(state)))
         result = result.reshape(b, n, -1)[:, :, :m].mT
         return result * self.correction(state)

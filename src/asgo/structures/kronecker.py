@@ -42,6 +42,11 @@ class Kronecker(Structure):
         """What the memory alone determines."""
         return ("left_root", "right_root")
 
+    @property
+    def symmetric(self) -> tuple[str, ...]:
+        """All of it."""
+        return ("left", "right", *self.derived)
+
     def init(self, like: Stack) -> State:
         """Zero statistics and identities as roots."""
         b, m, n = like.shape

@@ -12,6 +12,7 @@ from asgo._types import Root, Stack, State
 from asgo.masks import blend, choose
 from asgo.matmul import gram, times
 from asgo.structures.base import Algebra
+from asgo.triangles import diagonal
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
@@ -56,6 +57,16 @@ class OneSided(Algebra):
         """What the memory alone determines."""
         return ("root",)
 
+    @property
+    def symmetric(self) -> tuple[str, ...]:
+        """Both."""
+        return ("gram", "root")
+
+    @property
+    def entrywise(self) -> bool:
+        """It is an average or a sum."""
+        return True
+
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
         b, m, n = like.shape
@@ -82,7 +93,7 @@ class OneSided(Algebra):
         if beta2 == 1:
             state["gram"].add_(measurement)
         else:
-            moved = measurement.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] > 0
+            moved = diagonal(measurement).sum(1)[:, None, None] > 0
             blend(state["gram"], measurement, 1 - beta2, moved)
 
     def refresh(self, state: State, root: Root, eps: float) -> Tensor:

@@ -22,8 +22,8 @@ class StepConfig:
     Args:
         shapes: whose parameters: gpt2-124m, llama-1b, resnet-50, olmoe, olmoe-small, or tiny-... to try it out.
         optimizers: which optimizers take part; those that are not installed become a row that says so.
-        intervals: steps between refreshes of the roots. Each of them for asgo and asgo-heads; the others that
-            have such a setting use the first.
+        intervals: steps between refreshes of the roots. Each of them for asgo, asgo-heads and asgo-packed; the others
+            that have such a setting use the first.
         layers: transformer blocks; None: gpt2-124m 12, llama-1b 2, olmoe 1. resnet-50 is always whole.
         matrices_only: leave out embeddings, output head and vectors.
         repeats: timed rounds; in each of them every optimizer has its turn of one whole interval.

@@ -144,6 +144,9 @@ _FROM_START = {"start_preconditioning_step": 1}
 CONTENDERS: dict[str, Contender] = {
     "asgo": Contender("asgo", _asgo(ASGO), "all", 1, "ASGO, queries and keys whole"),
     "asgo-heads": Contender("asgo", _asgo(ASGO, per_head=True), "all", 1, "ASGO, queries and keys per head"),
+    "asgo-packed": Contender(
+        "asgo", _asgo(partial(ASGO, packed_state=True)), "all", 1, "ASGO, statistics and roots as triangles"
+    ),
     "asgo-paper": Contender("asgo", _asgo(ASGO.paper), "first", 1, "ASGO.paper, queries and keys whole"),
     "asgo-reference": Contender("asgo", _reference, "every", 1, "ASGO.reference: the released iteration"),
     "adamw": Contender("torch", _adamw(foreach=True), "none", 0, "AdamW(foreach=True)"),

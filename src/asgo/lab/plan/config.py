@@ -29,6 +29,7 @@ class PlanConfig:
         stagger: which roots are due when. model: every step of an interval refreshes about as much of the whole
             model, as asgo does; rank: what if every rank spread its own, so that all refresh at the same steps.
         per_head: queries and keys as one matrix for each head.
+        packed_state: statistics and roots as triangles, in half their memory.
         root: how roots are computed.
         products: matrix products of a root; None: the root's own number.
         eps: damping, which decides that number.
@@ -59,6 +60,7 @@ class PlanConfig:
     intervals: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     stagger: Literal["model", "rank"] = "model"
     per_head: bool = False
+    packed_state: bool = False
     root: Literal["minimax", "minimax_fast", "minimax_bf16x3", "minimax_tf32"] = "minimax"
     products: float | None = None
     eps: float = 1e-6

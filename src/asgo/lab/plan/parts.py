@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from asgo.buckets import part_key
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import names_of
+from asgo.structures import Packed
+from asgo.triangles import rectangle, size
 from asgo.views import View
 
 
@@ -28,6 +30,7 @@ class Part:
         k: size of its statistic.
         cost: multiplications of its roots, up to their number of products.
         work: multiplications of its statistic and application.
+        packed: whether statistic and root are kept as triangles.
         tp_dim: the axis that tensor parallel cuts; None: every rank has all of it.
         momentum: bytes of the momentum; of both moments for AdamW.
         statistic: bytes of the statistic.
@@ -44,6 +47,7 @@ class Part:
     k: int
     cost: float
     work: float
+    packed: bool
     tp_dim: int | None
     momentum: int
     statistic: int
@@ -55,6 +59,11 @@ class Part:
     def numel(self) -> int:
         """Numbers in it."""
         return math.prod(self.stack)
+
+    @property
+    def square(self) -> int:
+        """Numbers of one root, and of one statistic."""
+        return math.prod(rectangle(self.k)) if self.packed else self.k**2
 
 
 def read(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Part]:
@@ -83,8 +92,9 @@ def read(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Par
                 sizes = {key: _bytes(tensor) for key, tensor in own.items()}
                 statistic, root = sizes.pop("gram"), sizes.pop("root")
                 momentum = _bytes(state[part_key("exp_avg", part)])
-                k, (b, m, n) = own["root"].shape[-1], stack
-                costs = b * structure.cost(m, n), b * structure.work(m, n)
+                (b, m, n), packed = stack, isinstance(structure, Packed)
+                k = size(own["root"]) if packed else own["root"].shape[-1]
+                costs = b * structure.cost(m, n), b * structure.work(m, n), packed
                 counter = _bytes(state["step"]) if part == 0 else 0
                 where = (name, tuple(param.shape), view, part, stack, k)
                 found.append(Part(*where, *costs, tp_dim, momentum, statistic, root, sum(sizes.values()), counter))
@@ -95,7 +105,7 @@ def _plain(name: str, param: nn.Parameter, state: Mapping[str, Tensor], tp_dim: 
     moments = sum(_bytes(state[key]) for key in ("exp_avg", "exp_avg_sq"))
     counters = sum(map(_bytes, state.values())) - moments
     return Part(
-        name, tuple(param.shape), None, 0, (1, 1, param.numel()), 0, 0.0, 0.0, tp_dim, moments, 0, 0, 0, counters
+        name, tuple(param.shape), None, 0, (1, 1, param.numel()), 0, 0.0, 0.0, False, tp_dim, moments, 0, 0, 0, counters
     )
 
 

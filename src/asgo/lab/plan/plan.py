@@ -71,7 +71,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> Plan:
     with LiveLine(console, "asgo plan", len(meshes) * len(config.intervals) + 1) as progress:
         progress.begin(0)
         flops, counted = flops_per_token(subject)
-        parts = parts_of(subject, config.per_head)
+        parts = parts_of(subject, config.per_head, config.packed_state)
         setting = _setting(config, flops, products)
         rows: list[Row] = []
         for done, (mesh, interval) in enumerate(product(meshes, config.intervals), 1):
@@ -86,10 +86,10 @@ def plan(config: PlanConfig, console: Console | None = None) -> Plan:
     return found
 
 
-def parts_of(subject: Subject, per_head: bool = False) -> list[Part]:
+def parts_of(subject: Subject, per_head: bool = False, packed: bool = False) -> list[Part]:
     """What ASGO keeps and does for every parameter of a model."""
     with torch.device("meta"):
-        return read(ASGO(route(subject.model, per_head=per_head)), subject.tp_plan)
+        return read(ASGO(route(subject.model, per_head=per_head), packed_state=packed), subject.tp_plan)
 
 
 def _check_meshes(meshes: Sequence[Mesh], subject: Subject) -> None:
@@ -149,7 +149,8 @@ def _about(
         f"{setting.tokens:,} tokens per GPU and step ({setting.tokens * config.gpus:,} in all) in sequences of "
         f"{subject.block:,}; forward and backward {number(1e3 * setting.model_seconds)} ms, operations {flops}",
         f"roots by {config.root}, {setting.root.products:g} products each"
-        + ("; queries and keys by head" if config.per_head else ""),
+        + ("; queries and keys by head" if config.per_head else "")
+        + ("; statistics and roots as triangles" if config.packed_state else ""),
     )
 
 

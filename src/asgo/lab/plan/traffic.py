@@ -48,7 +48,7 @@ def nothing(mesh: Mesh) -> Traffic:
 def roots(due: Sequence[Placed], mesh: Mesh, itemsize: int = 4) -> Traffic:
     """Data parallel: the owner of each part that is due sends its roots to all others.
 
-    ``b (k^2 itemsize + 8)`` bytes to each of ``N - 1`` ranks.
+    ``b (k^2 itemsize + 8)`` bytes to each of ``N - 1`` ranks; packed, ``k (k + 1) / 2`` in place of ``k^2``.
 
     Args:
         due: parts whose roots are refreshed in this step; those that are not shared cost nothing.
@@ -58,7 +58,7 @@ def roots(due: Sequence[Placed], mesh: Mesh, itemsize: int = 4) -> Traffic:
     own = np.zeros(mesh.ranks, dtype=np.int64)
     for placed in due:
         if placed.kind == "shared":
-            own[placed.owner] += placed.part.stack[0] * (placed.part.k**2 * itemsize + FLAG)
+            own[placed.owner] += placed.part.stack[0] * (placed.part.square * itemsize + FLAG)
     grid = (mesh.replicate, mesh.fsdp, mesh.tp)
     return Traffic((own * (mesh.ranks - 1)).reshape(grid), (own.sum() - own).reshape(grid))
 

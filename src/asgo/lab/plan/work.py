@@ -18,6 +18,9 @@ from asgo.matmul import PANELS, SMALLEST_PANEL
 PASSES = 19
 """How often a step on a GPU reads or writes a number of a stack beside the products: norm 2, where 4, lerp 6, square
 and mean 3, two multiplications 4."""
+FOLD, PACKED = 3, 7
+"""How often a step reads or writes a number of a ``k x k`` statistic and root beside products: to fold 3; where they
+are packed, to pack a measurement 1.75, to fold it 1.5, to unpack a root 3.5, and a little for masks."""
 PROBES = 32
 """Products of a root's probe with single columns, ``k^2`` multiplications each: 4 twice, then 8 three times."""
 
@@ -117,7 +120,8 @@ def work(placed: Sequence[Placed], mesh: Mesh, interval: int, products: float, n
         statistic += mine * statistic_flops(part)
         application += mine * application_flops(part)
         elements += everywhere(p, mesh, p.held) * numbers.holder
-        elements += mine * (part.numel * numbers.worker + 3 * b * part.k**2 * numbers.state)
+        squares = (PACKED if part.packed else FOLD) * b * part.k**2
+        elements += mine * (part.numel * numbers.worker + squares * numbers.state)
         cubic[p.turn] += refreshes * root_flops(part, products)
         count += mine * 2 * b
         count[p.turn] += refreshes * b * products

@@ -1,0 +1,108 @@
+"""Symmetric state as triangles: half the memory of every statistic and root."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from asgo._types import Root, Stack, State
+from asgo.masks import choose
+from asgo.structures.base import Structure
+from asgo.triangles import pack, size, unpack
+
+
+@dataclass(frozen=True)
+class Packed(Structure):
+    """Another structure, its symmetric matrices kept as triangles ``(b, k + 1, k / 2)``, see `asgo.triangles`.
+
+    Nothing is rounded: a statistic is the same to the bit, and so is a root that is computed symmetric, as every
+    root by eigendecomposition is. Of another ("minimax") the mean with its transpose is kept; one triangle alone would
+    be far off. Matrices are whole only while they are used, one bucket at a time.
+
+    State: that of the inner structure, its `symmetric` keys packed.
+
+    Args:
+        inner: the structure.
+    """
+
+    inner: Structure
+
+    def additive_rows(self, m: int, n: int) -> bool:
+        """As the inner structure."""
+        return self.inner.additive_rows(m, n)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """As the inner structure."""
+        return self.inner.derived
+
+    def init(self, like: Stack) -> State:
+        """That of the inner structure, packed."""
+        state = self.inner.init(like)
+        return {key: pack(tensor) if key in self.inner.symmetric else tensor for key, tensor in state.items()}
+
+    def measure(self, grad: Stack) -> Tensor:
+        """That of the inner structure, packed if it is folded in entry by entry."""
+        seen = self.inner.measure(grad)
+        return pack(seen) if self.inner.entrywise else seen
+
+    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+        """As the inner structure does: on triangles where it can."""
+        if self.inner.entrywise:
+            self.inner.fold(state, measurement, beta2)
+            return
+        whole = self.whole(state, self._memory())
+        self.inner.fold(whole, measurement, beta2)
+        for key in self._memory():
+            state[key].copy_(pack(whole[key]))
+
+    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+        """As the inner structure does; of each new root the mean with its transpose is kept."""
+        memory, roots = self._memory(), self._roots()
+        fresh = {key: _blank(state[key]) for key in roots}  # its last root is kept here, not there
+        ok = self.inner.refresh(self.whole(state, memory) | fresh, root, eps)
+        for key in roots:
+            new = pack(fresh[key]).lerp_(pack(fresh[key].mT), 0.5)
+            state[key].copy_(choose(ok.view(-1, *[1] * (new.ndim - 1)), new, state[key]))
+        return ok
+
+    def precondition(self, state: State, direction: Stack) -> Stack:
+        """As the inner structure does."""
+        return self.inner.precondition(self.whole(state, self._roots()), direction)
+
+    def cost(self, m: int, n: int) -> float:
+        """As the inner structure."""
+        return self.inner.cost(m, n)
+
+    def work(self, m: int, n: int) -> float:
+        """As the inner structure."""
+        return self.inner.work(m, n)
+
+    def whole(self, state: State, keys: Iterable[str]) -> State:
+        """The state with some of its packed matrices whole, in memory of their own."""
+        return state | {key: unpack(state[key]) for key in keys}
+
+    def _memory(self) -> list[str]:
+        return [key for key in self.inner.symmetric if key not in self.derived]
+
+    def _roots(self) -> list[str]:
+        return [key for key in self.inner.symmetric if key in self.derived]
+
+
+def _blank(P: Tensor) -> Tensor:
+    k = size(P)
+    return P.new_empty(*P.shape[:-2], k, k)
+
+
+def opened(structure: Structure, state: State) -> tuple[Structure, State]:
+    """The structure inside and its state with whole matrices; both as they are where nothing is packed."""
+    if not isinstance(structure, Packed):
+        return structure, state
+    return structure.inner, structure.whole(state, structure.inner.symmetric)
+
+
+def packed_if(wanted: bool, structure: Structure) -> Structure:
+    """The structure, `Packed` if that is wanted."""
+    return Packed(structure) if wanted else structure
