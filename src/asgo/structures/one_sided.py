@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from asgo._types import Root, Stack, State
 from asgo.masks import blend, choose
 from asgo.matmul import gram, times
-from asgo.structures.base import Algebra
+from asgo.structures.base import Algebra, Axis
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
@@ -47,14 +48,23 @@ class OneSided(Algebra):
         """Whether an ``m x n`` matrix is preconditioned from the left."""
         return self.side == "left" or (self.side == "auto" and m < n)
 
-    def additive_rows(self, m: int, n: int) -> bool:
-        """On the right: ``G^T G`` is a sum over rows, unless it is divided by their number."""
-        return not self.left(m, n) and not self.mean
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
+        """``G G^T`` is a sum over columns, ``G^T G`` one over rows, unless it is divided by their number."""
+        return axis == ("columns" if self.left(m, n) else "rows") and not self.mean
+
+    def fixed(self, m: int, n: int) -> OneSided:
+        """With the side that ``"auto"`` would take."""
+        return replace(self, side="left" if self.left(m, n) else "right")
 
     @property
     def derived(self) -> tuple[str, ...]:
         """What the memory alone determines."""
         return ("root",)
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """One number per index of the other side, along which shards are cut."""
+        return ("cross",) if self.cross_normalize else ()
 
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
@@ -93,13 +103,17 @@ class OneSided(Algebra):
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The root times the direction, evened out along the other side if asked."""
+        return self.precondition_shard(state, direction, lambda norms: norms)
+
+    def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
+        """As `precondition`; `whole` tells which matrices rest, as some shard of one that moves may be zero."""
         left = self.left(*direction.shape[1:])
         # The computed root is symmetric only up to its error, and accurate in this order of the products.
         result = times(state["root"], direction) if left else times(state["root"], direction.mT).mT
         if not self.cross_normalize:
             return result
         square = result.square().mean(1 if left else 2, keepdim=True)
-        moved = square.sum((1, 2), keepdim=True) > 0
+        moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
         blend(state["cross"], square, 1 - CROSS_DECAY, moved)
         return result.mul_(state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt())
 
