@@ -10,8 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from asgo import ASGO, DASGO, SPAM, View, folders
 from asgo.views import MATRIX, conv
@@ -182,14 +181,14 @@ def far(found, expected):
 
 # ---- equality ------------------------------------------------------------------------------------------------
 
-WHERE = [("shards", 2, 2), ("shards", 4, 4), ("hybrid", 4, 2), ("across", 4, 2)]
-"""A layout, its ranks, and over how many of them a matrix is cut."""
+WHERE = [("shards", 2, 2, STEPS), ("shards", 4, 4, STEPS), ("hybrid", 4, 2, 15), ("across", 4, 2, 15)]
+"""A layout, its ranks, over how many of them a matrix is cut, and steps."""
 
 
-@pytest.mark.parametrize(("layout", "size", "shards"), WHERE, ids=str)
-def test_rows_and_columns_are_stepped_as_on_one_process(worlds, layout, size, shards):
-    expected, _, failures = alone()
-    found = worlds(size)(trained, layout, ASGO, {})
+@pytest.mark.parametrize(("layout", "size", "shards", "steps"), WHERE, ids=str)
+def test_rows_and_columns_are_stepped_as_on_one_process(worlds, layout, size, shards, steps):
+    expected, _, failures = alone(steps=steps)
+    found = worlds(size)(trained, layout, ASGO, {"steps": steps})
     for params, kind, _ in found:
         assert far(params, expected) == {}
         assert {name: kind[name] == "summed" for name in MATRICES} == {
@@ -232,7 +231,8 @@ def mlp(layout, make):
     torch.manual_seed(0)
     model, share, kind = Mlp().double(), slice(None), None
     if layout == "tensor parallel":
-        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"down": RowwiseParallel()})
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
     elif layout:
         fully_shard(model)
         share = slice(dist.get_rank(), None, dist.get_world_size())
