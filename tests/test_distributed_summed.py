@@ -310,7 +310,8 @@ def test_bytes_are_those_of_one_statistic_and_one_root(worlds, size, name):
         assert sent[0] < gathered
         assert all(count["all_gather"] == 3 * 8 * (size - 1) for count in first)  # norms: gradient, cross, update
     else:
-        assert sent == [gathered, gathered] and gathered <= 2 * 8 * k**2 * (size - 1)
+        assert sent == [gathered, gathered]
+        assert gathered <= 2 * 8 * k**2 * (size - 1)
 
 
 def shares(make):

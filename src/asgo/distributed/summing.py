@@ -38,17 +38,14 @@ def summed(found: Placement, param: Tensor, view: View, structure: Structure) ->
         view: through which it is read as a whole.
         structure: of its group.
     """
-    if found.kind != "owned" or not isinstance(param, DTensor) or 0 in param.shape:
+    if found.kind != "owned" or not isinstance(param, DTensor):
         return found
     cuts = [(i, placed) for i, placed in enumerate(param.placements) if not placed.is_replicate()]
     shape, mesh, (along, placed) = tuple(param.shape), param.device_mesh, cuts[0]
     if len(cuts) > 1 or type(placed) is not Shard or mesh.size(along) == 1:
         return found
     axis, piece = _cut(view, shape, placed.dim)
-    stacks = view.shapes(shape)
-    if axis is None or not all(structure.additive(axis, m, n) for _, m, n in stacks):
-        return found
-    if mesh.size(along) * sum(b * _sent(structure, m, n) for b, m, n in stacks) >= 2 * math.prod(shape):
+    if axis is None or mesh.size(along) > most_shards(view, shape, placed.dim, structure):
         return found
     keys = {*structure.init(torch.empty(1, 1, 1, device="meta")), "failures"}
     owned = keys - {*structure.derived, *structure.spread} if structure.derived else set()
@@ -56,12 +53,20 @@ def summed(found: Placement, param: Tensor, view: View, structure: Structure) ->
     return replace(found, kind="summed", view=piece, cut=cut)
 
 
+def most_shards(view: View, shape: Sequence[int], dim: int, structure: Structure) -> int:
+    """Into how many shards an axis of a parameter may be cut so that statistics are summed; 0: never. See `summed`."""
+    (axis, _), stacks = _cut(view, shape, dim), view.shapes(shape)
+    if axis is None or 0 in shape or not all(structure.additive(axis, m, n) for _, m, n in stacks):
+        return 0
+    return (2 * math.prod(shape) - 1) // sum(b * sum(sent(structure, m, n)) for b, m, n in stacks)
+
+
 @lru_cache(maxsize=4096)
-def _sent(structure: Structure, m: int, n: int) -> int:
-    """Numbers that a shard of an ``m x n`` matrix sends and gets: a measurement, and roots or that measurement."""
+def sent(structure: Structure, m: int, n: int) -> tuple[int, int]:
+    """Numbers that go from and to a shard of an ``m x n`` matrix: a measurement; roots, or without any that again."""
     like = torch.empty(1, m, n, device="meta")
     measured, state = structure.measure(like).numel(), structure.init(like)
-    return measured + (sum(state[key].numel() for key in structure.derived) or measured)
+    return measured, sum(state[key].numel() for key in structure.derived) or measured
 
 
 def _cut(view: View, shape: Sequence[int], dim: int) -> tuple[Axis | None, View]:
