@@ -36,6 +36,8 @@ STRUCTURES = ONE_SIDED | {
     "entries": Blockwise("entry", 1e-12),
     "fewer": Blockwise("auto", 1e-12),
     "columns, total": Blockwise("column", 1e-12, total=True, inside=True),
+    "one number, total": Blockwise("matrix", 1e-12, total=True),
+    "rows, total": Blockwise("row", 1e-12, total=True),
     "rows, corrected": Blockwise("row", 1e-8, corrected=True, momentum=0.9),
     "both sides": Kronecker(),
     "both sides up to 5": Kronecker(5),

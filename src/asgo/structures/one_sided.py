@@ -38,23 +38,26 @@ class OneSided(Algebra):
         cross_normalize: afterwards divide by the running root mean square of the result taken along the
             preconditioned side, one number per index of the other side.
         mean: divide the gram by the length of the other side, as one-sided Shampoo does: the projection itself.
+        length: that length, where shards of the other side are measured; None: what is measured is whole.
     """
 
     side: Literal["auto", "left", "right"] = "auto"
     cross_normalize: bool = False
     mean: bool = False
+    length: int | None = None
 
     def left(self, m: int, n: int) -> bool:
         """Whether an ``m x n`` matrix is preconditioned from the left."""
         return self.side == "left" or (self.side == "auto" and m < n)
 
     def additive(self, axis: Axis, m: int, n: int) -> bool:
-        """``G G^T`` is a sum over columns, ``G^T G`` one over rows, unless it is divided by their number."""
-        return axis == ("columns" if self.left(m, n) else "rows") and not self.mean
+        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
+        return axis == ("columns" if self.left(m, n) else "rows")
 
     def fixed(self, m: int, n: int) -> OneSided:
-        """With the side that ``"auto"`` would take."""
-        return replace(self, side="left" if self.left(m, n) else "right")
+        """With the side that ``"auto"`` would take, and the length of the other one."""
+        left = self.left(m, n)
+        return replace(self, side="left" if left else "right", length=n if left else m)
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -85,7 +88,7 @@ class OneSided(Algebra):
         _, m, n = grad.shape
         left = self.left(m, n)
         product = gram(grad if left else grad.mT)
-        return product / max(n if left else m, 1) if self.mean else product
+        return product / max(self.length or (n if left else m), 1) if self.mean else product
 
     def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
