@@ -206,11 +206,11 @@ def test_clipping(worlds, size):
         assert far(params, expected) == {}
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_squares_of_columns_are_added_up_on_all_ranks(worlds, size):
+@pytest.mark.parametrize(("layout", "size"), [("shards", 2), ("shards", 4), ("hybrid", 4)])
+def test_squares_of_columns_are_added_up_on_all_ranks(worlds, layout, size):
     """DASGO has no roots: nobody owns its numbers."""
     expected, _, failures = alone(DASGO, steps=18)
-    for params, kind, counts in worlds(size)(trained, "shards", DASGO, {"steps": 18}):
+    for params, kind, counts in worlds(size)(trained, layout, DASGO, {"steps": 18}):
         assert far(params, expected) == {}
         assert [kind[name] for name in ("tall", "square", "wide")] == ["summed", "summed", "owned"]
         assert {name: counts[name] for name in ("tall", "square")} == {
