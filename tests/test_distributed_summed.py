@@ -65,7 +65,9 @@ MATRICES = {
     "of gradients": Matrix((50, 3), 0, form={"statistic": "gradient", "adjust_lr": "slice_rms", "maximize": True}),
     "no momentum": Matrix((50, 3), 0, form={"betas": (0.0, 0.9)}),  # a rank's rows are zero where others are not
     "sum": Matrix((3, 50), 1, form={"betas": (0.9, 1.0), "root": "outside", "eps": 1e-3}),
-    # what is gathered all the same
+}
+SOME = ("tall", "wide", "uneven", "a rank without rows", "a split of the other axis", "convolution", "interval")
+GATHERED = {
     "left side, cut by rows": Matrix((4, 300), 0, ()),
     "right side, cut by columns": Matrix((300, 4), 1, ()),
     "square": Matrix((12, 12), 0, ()),
@@ -88,30 +90,31 @@ def gradient_of(place, shape, step):
     return torch.zeros_like(grad) if step == 17 else grad
 
 
-class Held(nn.Module):
-    """The parameters of `MATRICES`, three equal ones more, and a vector; cut over a mesh or whole."""
+ALL = MATRICES | {f"twin {i}": Matrix((60, 3), 0) for i in range(3)} | {"vector": Matrix((5,), 0, (), None)}
 
-    def __init__(self, placements_of=None, mesh=None, dtype=torch.float64):
+
+class Held(nn.Module):
+    """Some of the parameters of `ALL`, cut over a mesh or whole."""
+
+    def __init__(self, placements_of=None, mesh=None, dtype=torch.float64, table=ALL):
         super().__init__()
-        self.named = []
-        shapes = {name: matrix.shape for name, matrix in MATRICES.items()} | {f"twin {i}": (60, 3) for i in range(3)}
-        for place, (name, shape) in enumerate({**shapes, "vector": (5,)}.items()):
-            whole = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(place)).to(dtype)
+        self.named, self.table = [], table
+        for place, (name, matrix) in enumerate(table.items()):
+            whole = torch.randn(matrix.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(place))
+            whole = whole.to(dtype)
             if mesh is not None:
-                dim = MATRICES[name].dim if name in MATRICES else 0
-                whole = distribute_tensor(whole, mesh, placements_of(dim), src_data_rank=None)
+                whole = distribute_tensor(whole, mesh, placements_of(matrix.dim), src_data_rank=None)
             self.register_parameter(f"p{place}", nn.Parameter(whole))
             self.named.append((name, self.get_parameter(f"p{place}")))
 
     def groups(self):
         found = []
         for name, param in self.named:
-            matrix = MATRICES.get(name, Matrix((60, 3), 0))
-            view = None if name == "vector" else matrix.view
-            found.append({"params": [(name, param)], "view": view, **matrix.form})
+            found.append({"params": [(name, param)], "view": self.table[name].view, **self.table[name].form})
         twins = [group for group in found if group["params"][0][0].startswith("twin")]
         rest = [group for group in found if group not in twins]
-        return [*rest, {**twins[0], "params": [pair for group in twins for pair in group["params"]]}]
+        together = [{**group, "params": [pair for twin in twins for pair in twin["params"]]} for group in twins[:1]]
+        return rest + together
 
     def draw(self, step):
         for place, (_, param) in enumerate(self.named):
@@ -129,9 +132,9 @@ CUTS = {
 }
 
 
-def build(layout, make=ASGO, dtype=torch.float64):
-    model = Held(*(CUTS[layout]() if layout in CUTS else ()), dtype=dtype)
-    groups = model.groups() if make is ASGO else [{"params": list(model.named), "view": MATRIX}]
+def build(layout, make=ASGO, dtype=torch.float64, table=ALL):
+    model = Held(*(CUTS[layout]() if layout in CUTS else ()), dtype=dtype, table=table)
+    groups = model.groups()
     if make is not ASGO:
         groups = [{"params": pair, "view": MATRIX if pair[0][1].ndim == 2 else None} for pair in zip(model.named)]
     optimizer = make(groups, lr=0.02)
@@ -165,15 +168,19 @@ def kinds(optimizer):
     }
 
 
-def trained(layout, make, training):
-    model, optimizer = build(layout, make)
+def part_of(*names):
+    return {name: ALL[name] if name in ALL else GATHERED[name] for name in names}
+
+
+def trained(layout, make, training, table=ALL):
+    model, optimizer = build(layout, make, table=table)
     train(model, optimizer, **training)
     return values(model), kinds(optimizer), optimizer.failures()
 
 
 @cache
-def alone(make=ASGO, **training):
-    return trained(None, make, training)
+def alone(make=ASGO, names=(), **training):
+    return trained(None, make, training, part_of(*names) if names else ALL)
 
 
 def far(found, expected):
@@ -200,19 +207,28 @@ def test_rows_and_columns_are_stepped_as_on_one_process(worlds, layout, size, sh
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_what_is_no_sum_or_would_send_more_is_gathered(worlds, size):
+    names = (*GATHERED, "tall")
+    for params, kind, _ in worlds(size)(trained, "shards", ASGO, {"steps": 3}, part_of(*names)):
+        assert far(params, alone(names=names, steps=3)[0]) == {}
+        assert kind == dict.fromkeys(GATHERED, "owned") | {"tall": "summed"}
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_clipping(worlds, size):
-    expected, *_ = alone(clip=0.05, steps=9)
-    for params, *_ in worlds(size)(trained, "shards", ASGO, {"clip": 0.05, "steps": 9}):
+    expected, *_ = alone(names=SOME, clip=0.05, steps=9)
+    for params, *_ in worlds(size)(trained, "shards", ASGO, {"clip": 0.05, "steps": 9}, part_of(*SOME)):
         assert far(params, expected) == {}
 
 
 @pytest.mark.parametrize(("layout", "size"), [("shards", 2), ("shards", 4), ("hybrid", 4)])
 def test_squares_of_columns_are_added_up_on_all_ranks(worlds, layout, size):
     """DASGO has no roots: nobody owns its numbers."""
-    expected, _, failures = alone(DASGO, steps=18)
-    for params, kind, counts in worlds(size)(trained, layout, DASGO, {"steps": 18}):
+    names = ("tall", "wide", "square")
+    expected, _, failures = alone(DASGO, names, steps=18)
+    for params, kind, counts in worlds(size)(trained, layout, DASGO, {"steps": 18}, part_of(*names)):
         assert far(params, expected) == {}
-        assert [kind[name] for name in ("tall", "square", "wide")] == ["summed", "summed", "owned"]
+        assert kind == {"tall": "summed", "wide": "owned", "square": "summed"}
         assert {name: counts[name] for name in ("tall", "square")} == {
             name: failures[name] for name in ("tall", "square")
         }
@@ -267,7 +283,7 @@ def test_what_torch_cuts(worlds, layout, name, make):
 
 def sent_by(name, interval):
     """Bytes that this rank sends for one matrix in a step in which its root is due, and in one in which it is not."""
-    model, found = Held(*CUTS["shards"]()), []
+    model, found = Held(*CUTS["shards"](), table=part_of(name)), []
     ((_, param),) = [pair for pair in model.named if pair[0] == name]
     matrix = MATRICES[name]
     optimizer = ASGO([{"params": [(name, param)], "view": matrix.view}], lr=0.02, precondition_frequency=interval)
@@ -338,8 +354,8 @@ def test_state_lies_where_the_rows_are_and_the_statistic_on_one_rank(worlds, siz
                 assert sum(kept) == expected[key], (name, key)
             if key.split(".")[0] in ("gram", "failures"):
                 assert max(kept) == expected[key]
-    owners = {max(range(size), key=lambda rank: found[rank][f"twin {i}"]["gram"]) for i in range(3)}
-    assert len(owners) == min(size, 3)
+    grams = [[each[name]["gram"] > 0 for each in found] for name in MATRICES]
+    assert all(map(any, zip(*grams, strict=True)))  # every rank owns some
 
 
 def alone_state():
@@ -351,7 +367,7 @@ def alone_state():
 
 
 def save_after(layout, folder, steps):
-    model, optimizer = build(layout)
+    model, optimizer = build(layout, table=part_of(*SOME))
     train(model, optimizer, steps)
     folders.save(folder, model, optimizer, {"step": steps})
     state = optimizer.state_dict()["state"]
@@ -359,10 +375,10 @@ def save_after(layout, folder, steps):
 
 
 def continue_from(layout, folder, steps):
-    model, optimizer = build(layout)
+    model, optimizer = build(layout, table=part_of(*SOME))
     extra = folders.load(folder, model, optimizer)
     train(model, optimizer, steps, start=extra["step"])
-    again, other = build(layout)  # and what state_dict gave loads again
+    again, other = build(layout, table=part_of(*SOME))  # and what state_dict gave loads again
     with torch.no_grad():
         for (_, target), (_, source) in zip(again.named, model.named, strict=True):
             target.copy_(source)
@@ -395,15 +411,15 @@ def test_a_checkpoint_continues_in_any_other_layout(worlds, tmp_path, before, af
     alone_shapes = {(i, key): tuple(x.shape) for i, of in enumerate(states()) for key, x in of.items()}
     assert all(each == alone_shapes for each in shapes)
     for params, again in on(worlds, after[1], continue_from, after[0], folder, 4):
-        assert far(params, alone(steps=12)[0]) == {}
+        assert far(params, alone(names=SOME, steps=12)[0]) == {}
         assert again == {}
 
 
 def from_one_process():
     """A whole state dict, as one process saves it, loaded into shards."""
-    whole_model, whole_optimizer = build(None)
+    whole_model, whole_optimizer = build(None, table=part_of(*SOME))
     train(whole_model, whole_optimizer, 5)
-    model, optimizer = build("shards")
+    model, optimizer = build("shards", table=part_of(*SOME))
     with torch.no_grad():
         for (_, target), (_, source) in zip(model.named, whole_model.named, strict=True):
             mesh = getattr(target, "device_mesh", None)
@@ -420,7 +436,7 @@ def test_the_state_of_one_process_loads_into_shards(worlds, size):
 
 
 def saved_meanwhile(folder):
-    model, optimizer = build("shards")
+    model, optimizer = build("shards", table=part_of(*SOME))
     train(model, optimizer, 4)
     saving = folders.save_async(folder, model, optimizer, {"step": 4})
     train(model, optimizer, 2, start=4)  # what is saved is as it was
@@ -432,21 +448,21 @@ def saved_meanwhile(folder):
 def test_a_checkpoint_that_is_saved_meanwhile(worlds, tmp_path):
     worlds(2)(saved_meanwhile, tmp_path / "step-4")
     params, again = continue_from(None, tmp_path / "step-4", 4)
-    assert far(params, alone(steps=10)[0]) == {}
+    assert far(params, alone(names=SOME, steps=10)[0]) == {}
     assert again == {}
 
 
 def states():
-    _, optimizer = build(None)
+    _, optimizer = build(None, table=part_of(*SOME))
     return [optimizer.state[param] for group in optimizer.param_groups for param in group["params"]]
 
 
 def begun_again():
     """After `reset`, a model that goes on is as one that begins there."""
-    model, optimizer = build("shards")
+    model, optimizer = build("shards", table=part_of(*SOME))
     train(model, optimizer, 4)
     optimizer.reset()
-    fresh, other = build("shards")
+    fresh, other = build("shards", table=part_of(*SOME))
     with torch.no_grad():
         for (_, target), (_, source) in zip(fresh.named, model.named, strict=True):
             target.copy_(source)
@@ -460,7 +476,7 @@ def test_reset(worlds):
 
 
 def low_precision():
-    model, optimizer = build("shards", dtype=torch.bfloat16)
+    model, optimizer = build("shards", dtype=torch.bfloat16, table=part_of(*SOME))
     train(model, optimizer, 6)
     return values(model), {x.dtype for state in optimizer.state.values() for x in state.values()}
 
@@ -473,7 +489,7 @@ def test_parameters_of_low_precision_keep_state_in_float32(worlds):
 
 def distributed_on_top():
     """The vectors of a model may be whole while its matrices are cut: `distribute` is for those."""
-    model = Held(*CUTS["shards"]())
+    model = Held(*CUTS["shards"](), table=part_of(*SOME))
     plain = nn.Parameter(torch.ones(6, 6, dtype=torch.float64))
     optimizer = ASGO([*model.groups(), {"params": [("plain", plain)], "view": MATRIX}], lr=0.02)
     optimizer.distribute(shard_state=True)
@@ -486,5 +502,5 @@ def distributed_on_top():
 
 def test_distribute_leaves_what_is_cut(worlds):
     for params, kind in worlds(2)(distributed_on_top):
-        assert far(params, alone(steps=3)[0]) == {}
+        assert far(params, alone(names=SOME, steps=3)[0]) == {}
         assert (kind["tall"], kind["plain"]) == ("summed", "owned")
