@@ -8,16 +8,23 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 pytest.importorskip("asgo.lab.cli")
 
+from asgo import ASGO
 from asgo.lab import cli
 from asgo.lab.bench.config import DistributedConfig
 from asgo.lab.bench.distributed import bench_distributed
 from asgo.lab.errors import LabError
-from asgo.lab.parallel import lost, shares
+from asgo.lab.parallel import lost, own_failures, shares
 from asgo.lab.sampling import Draw, TrainBatches
+from worlds import World
 
 RUN = [
     "train", "--device", "cpu", "--threads", "1", "--corpus.name", "pydoc", "--model.preset", "tiny", "--steps", "6",
@@ -67,6 +74,38 @@ def test_a_step_takes_the_same_blocks_on_any_number_of_processes():
     assert blocks(4, 5) == blocks(1, 5) == blocks(2, 5) == blocks(6, 5) == blocks(12, 5)
     with pytest.raises(LabError, match="12 batches over 4 processes, which 5 processes cannot share"):
         blocks(5, 0)
+
+
+def poisoned(kind):
+    """Failures that this rank counts, after gradients with NaN: of matrices, of a stack, of a vector, one is whole."""
+    shapes = {"long": (20, 2), "square": (6, 6), "experts": (2, 4, 4), "vector": (4,), "whole": (3, 3)}
+    named = [(name, nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        named = [(name, nn.Parameter(distribute_tensor(param.detach(), mesh, [Shard(0)]))) for name, param in named]
+    views = {"experts": "e m n -> e m n", "vector": None}
+    optimizer = ASGO([{"params": [pair], "view": views.get(pair[0], "m n -> 1 m n")} for pair in named])
+    if kind == "zero1":
+        optimizer.distribute(shard_state=True)
+    for _ in range(2):
+        for name, param in named:
+            grad = torch.full(shapes[name], 1.0 if name == "whole" else torch.nan)
+            param.grad = (
+                distribute_tensor(grad, param.device_mesh, param.placements) if isinstance(param, DTensor) else grad
+            )
+        optimizer.step()
+    return own_failures(optimizer, not dist.is_initialized() or dist.get_rank() == 0)
+
+
+def test_a_failed_matrix_counts_once_whoever_keeps_it():
+    world = World(2)
+    try:
+        assert poisoned("alone") == 2 * (1 + 1 + 2 + 1)
+        for kind in ("zero1", "fsdp2"):
+            assert sum(world(poisoned, kind)) == poisoned("alone"), kind
+    finally:
+        world.end()
+    assert own_failures(torch.optim.AdamW([nn.Parameter(torch.ones(2))]), True) == 0
 
 
 def test_what_says_that_a_process_is_gone():

@@ -30,7 +30,7 @@ from asgo.lab.plan.hardware import GPUS, Machine
 from asgo.lab.plan.mesh import Mesh, parse, sensible
 from asgo.lab.plan.model import _formula, flops_per_token, load
 from asgo.lab.plan.parts import read
-from asgo.lab.plan.placing import matrices, place
+from asgo.lab.plan.placing import matrices, place, remembers, share
 from asgo.lab.plan.plan import parts_of, plan, verdict
 from asgo.lab.plan.work import (
     Numbers,
@@ -262,14 +262,47 @@ def test_shards_owners_and_bytes_are_those_of_torch_chunks(odd, mesh):
             assert all(whole)
             counts = [int(np.isin(stacks[:, 0], rank).sum()) for rank in mine[:: mesh.tp // placed.across]]
             assert counts == list(matrices(placed))
-            continue
-        check_bytes(placed, mesh, mine)
+        elif placed.kind == "summed":
+            check_sums(placed, mesh, view.stack(part.part, own).numpy(), mine)
+        else:
+            check_bytes(placed, mesh, mine)
+
+
+def team_of(placed, mesh):
+    return list(np.ndindex(mesh.sharing, mesh.fsdp, placed.across))
+
+
+def check_sums(placed, mesh, stack, mine):
+    """Every rank has whole rows, or whole columns, of all matrices; it sends their products, and the owner roots."""
+    team, (b, m, n), k = team_of(placed, mesh), placed.part.stack, placed.part.k
+    lines = {rank: np.isin(stack, mine[rank[1] * mesh.tp + rank[2]]) for rank in team}
+    axis = 1 if k == n else 2  # cut where it is not preconditioned
+    for held in lines.values():
+        assert (held == held.all(3 - axis, keepdims=True)).all()
+        assert (held == held[:1]).all()
+    assert mesh.fsdp * placed.across * k**2 < m * n
+    owner, sent, received = team[placed.owner], Counter(), Counter()
+    for rank in team:
+        if rank != owner:
+            if rank[0] == owner[0]:
+                sent[rank] += 4 * b * k**2
+                received[owner] += 4 * b * k**2
+            sent[owner] += 4 * b * k**2
+            received[rank] += 4 * b * k**2
+    flow = traffic.sums(placed, mesh, 4) + traffic.roots([placed], mesh, 4)
+    for rank in np.ndindex(mesh.replicate, mesh.fsdp, mesh.tp):
+        same = (rank[0] % mesh.sharing, rank[1], rank[2] if placed.across > 1 else 0)
+        assert (flow.sent[rank], flow.received[rank]) == (sent[same], received[same])
+    of = remembers(placed, mesh) * placed.part.statistic
+    assert sorted(of.flat)[-1] == 4 * b * k**2
+    assert np.count_nonzero(of) == mesh.ranks // len(team)
+    assert share(placed, mesh)[0, :, :: mesh.tp // placed.across].sum() == pytest.approx(1)
 
 
 def check_bytes(placed, mesh, mine):
     """Sent and received, entry by entry, for a gradient of 2 bytes and an update of 4."""
     across, sharing = placed.across, mesh.sharing
-    team = [(r, f, t) for r in range(sharing) for f in range(mesh.fsdp) for t in range(across)]
+    team = team_of(placed, mesh)
     owner = team[placed.owner]
     of = {rank: set(mine[rank[1] * mesh.tp + rank[2]].tolist()) for rank in team}
     sent, received = Counter(), Counter()
@@ -325,6 +358,12 @@ def test_bytes_in_closed_form():
     local = 8 * 24 // 4
     assert sorted(flow.sent.flat) == [local * 2] * 3 + [3 * local * 4]
     assert sorted(flow.received.flat) == [local * 4] * 3 + [3 * local * 2]
+    with torch.device("meta"):  # 30,000 x 4 in 8 shards: products of 4 x 4 to an owner, a root from it, three norms
+        long = read(ASGO([("w", nn.Parameter(torch.empty(30_000, 4)))]), {})
+    flow = traffic.step(place(long, Mesh(fsdp=8), 2), Mesh(fsdp=8), 0, 2)
+    assert sorted(flow.sent.flat) == [16 * 4 + 7 * 3 * 4] * 7 + [7 * 16 * 4 + 7 * 3 * 4]
+    later = traffic.step(place(long, Mesh(fsdp=8), 2), Mesh(fsdp=8), 1, 2)
+    assert sorted(later.sent.flat) == [7 * 3 * 4] + [16 * 4 + 7 * 3 * 4] * 7
     assert traffic.gradients(100, Mesh(4), 4) == 2 * 100 * 4 * 3 / 4
     assert traffic.gradients(100, Mesh(fsdp=4), 4) == 100 * 4 * 3 / 4
 

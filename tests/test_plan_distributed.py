@@ -31,6 +31,9 @@ class Net(nn.Module):
         self.fused = nn.Linear(12, 22, bias=False)  # query 8, key 8, value 6
         self.tall = nn.Linear(22, 32)
         self.wide = nn.Linear(32, 4, bias=False)
+        self.long = nn.Linear(3, 37, bias=False)  # statistics are summed
+        self.twin = nn.Linear(3, 37, bias=False)
+        self.down = nn.Linear(24, 6, bias=False)  # on two ranks of tensor parallel
         self.experts = nn.Parameter(torch.ones(4, 3, 5))
         self.scale = nn.Parameter(torch.ones(()))
 
@@ -41,10 +44,14 @@ VIEWS = {
     "fused.weight": View(("(h d) n -> h d n", "(h d) n -> h d n", "m n -> 1 m n"), {"d": 4}, (8, 8, 6)),
     "tall.weight": View("m n -> 1 m n"),
     "wide.weight": View("m n -> 1 m n"),
+    "long.weight": View("m n -> 1 m n"),
+    "twin.weight": View("m n -> 1 m n"),
+    "down.weight": View("m n -> 1 m n"),
     "experts": View("e m n -> e m n"),
 }
 TP = {"query": ColwiseParallel(), "out": RowwiseParallel(), "tall": ColwiseParallel(), "wide": RowwiseParallel()}
-PLAN = {"query": "colwise", "out": "rowwise", "tall": "colwise", "wide": "rowwise"}
+TP |= {"down": RowwiseParallel()}
+PLAN = {"query": "colwise", "out": "rowwise", "tall": "colwise", "wide": "rowwise", "down": "rowwise"}
 
 
 def groups_of(model):
@@ -147,6 +154,13 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(world, mesh, interval):
     params = sizes.pop("params")
     del sizes["gradients"]
     state = sum(sizes.values())
+    summed = {p.part.name.partition(".")[0] for p in placed if p.kind == "summed"}
+    rows = {2: {"long", "twin", "out"}, 4: {"long", "twin"}}.get(mesh.fsdp, set())
+    wanted = {"wide", "down"} if mesh == Mesh(tp=2) else rows - {"out"} if mesh.tp > 1 else rows
+    if interval > 1:  # triangles are half as large, so that more of them are less than the gradient
+        sparse = {Mesh(fsdp=4): {"out"}, Mesh(fsdp=2): {"tall"}, Mesh(tp=2): {"tall"}, Mesh(2, 2): {"tall"}}
+        wanted = wanted | sparse.get(mesh, set())
+    assert summed == wanted
     found = world(mesh.ranks)(one_step, mesh, dtype, interval, step)
     said = zip(flow.sent.flat, flow.received.flat, state.flat, params.flat, strict=True)
     assert found == [tuple(int(value) for value in rank) for rank in said]

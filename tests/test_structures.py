@@ -37,6 +37,8 @@ STRUCTURES = ONE_SIDED | {
     "entries": Blockwise("entry", 1e-12),
     "fewer": Blockwise("auto", 1e-12),
     "columns, total": Blockwise("column", 1e-12, total=True, inside=True),
+    "one number, total": Blockwise("matrix", 1e-12, total=True),
+    "rows, total": Blockwise("row", 1e-12, total=True),
     "rows, corrected": Blockwise("row", 1e-8, corrected=True, momentum=0.9),
     "both sides": Kronecker(),
     "both sides up to 5": Kronecker(5),
@@ -145,18 +147,53 @@ def test_transpose_law(structure, shape):
 
 
 @every_structure
+@pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6), (1, 5, 5)], ids=str)
-def test_shards_law(structure, shape):
+def test_shards_law(structure, axis, shape):
+    """Shards give what the whole gives just where a structure says so."""
+    shards = adds_up(structure, axis, shape) and preconditions_shards(structure, axis, shape)
+    assert structure.additive(axis, *shape[1:]) == shards
+
+
+DIMS = {"rows": 1, "columns": 2}
+
+
+def adds_up(structure, axis, shape):
     grad = stacks(shape, 1)[0]
-    whole = structure.measure(grad)
+    whole, fixed = structure.measure(grad), structure.fixed(*shape[1:])
+    parts = [fixed.measure(shard) for shard in grad.split(2, DIMS[axis])]
+    return all(part.shape == whole.shape for part in parts) and close(sum(parts), whole)
 
-    def change(inner):  # a shard may be taller or wider than the whole, so its side is given
-        return {"side": "left" if inner.left(*shape[1:]) else "right"} if isinstance(inner, OneSided) else {}
 
-    structure = remake(structure, change)
-    parts = [structure.measure(shard) for shard in grad.split(2, dim=1)]
-    summed = all(part.shape == whole.shape for part in parts) and close(sum(parts), whole)
-    assert structure.additive_rows(*shape[1:]) == summed
+def preconditions_shards(structure, axis, shape):
+    """From the whole state, of which only `spread` is cut, also where one shard of a direction is zero."""
+    _, state = run(structure, stacks(shape, 3), stacks(shape, 1, seed=1)[0])
+    direction, dim, fixed = stacks(shape, 1, seed=2)[0], DIMS[axis], structure.fixed(*shape[1:])
+    direction.narrow(dim, 0, 2).zero_()
+    pieces, norms = direction.split(2, dim), []
+    places = range(len(pieces))
+    cut = {key: state[key].split(2, dim) for key in structure.spread}
+    states = [{key: (cut[key][i] if key in cut else x).clone() for key, x in state.items()} for i in places]
+    for piece, own in zip(pieces, states, strict=True):  # to learn all norms, on copies
+        copy = {key: x.clone() for key, x in own.items()}
+        fixed.precondition_shard(copy, piece, lambda of: norms.append(of.clone()) or of)
+    joined = torch.stack(norms).square().sum(0).sqrt() if norms else None
+    found = [fixed.precondition_shard(states[i], pieces[i], lambda of: joined) for i in places]
+    want = structure.precondition(state, direction)
+    kept = all(close(torch.cat([own[key] for own in states], dim), state[key]) for key in structure.spread)
+    return kept and close(torch.cat(found, dim), want)
+
+
+@every_structure
+@pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6), (1, 5, 5)], ids=str)
+def test_a_fixed_structure_is_the_same_and_knows_its_side(structure, shape):
+    fixed = structure.fixed(*shape[1:])
+    grads, direction = stacks(shape, 3), stacks(shape, 1, seed=1)[0]
+    assert torch.equal(run(fixed, grads, direction)[0], run(structure, grads, direction)[0])
+    like = torch.zeros(1, 1, shape[2])  # one row of it
+    if structure.additive("rows", *shape[1:]):
+        first = next(iter(fixed.init(like)))
+        assert fixed.init(like)[first].shape[1:] == structure.init(direction)[first].shape[1:]
 
 
 @every_structure

@@ -57,12 +57,19 @@ class Member:
 class Bucket:
     """Parts of parameters whose stacks have one shape ``(b, m, n)``, pattern, dtype and device.
 
-    What travels between ranks begins in `gather`, `share` and `add`; each answers how to wait for it, or None.
+    What travels between ranks begins in `gather`, `join`, `sum`, `share` and `add`; each answers how to wait for it, or
+    None.
 
     Args:
         everyone: the parts, in the order in which their matrices stand in the bucket's stack.
         states: the states of their parameters; their tensors are rebound to views into the bucket's.
         keys: the keys of a part's state.
+
+    Attributes:
+        slices: how many consecutive matrices of the stack belong to one parameter.
+        entries: of a whole matrix; here may be a shard of it.
+        own: the matrices of which this rank has the memory.
+        memory: the state of those.
     """
 
     def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
@@ -72,7 +79,8 @@ class Bucket:
         self.members = [member for member in everyone if keeps(member.placement, member.owner)]
         whole = tuple(first.param.shape) if first.placement.kind == "owned" else tuple(local(first.param).shape)
         self.shape = self.view.cut(torch.empty(whole, device="meta"))[self.part].shape  # all have the same
-        self.slices = self.view.shapes(whole)[self.part][0]
+        self.slices, m, n = self.view.shapes(first.param.shape if first.placement.cut else whole)[self.part]
+        self.entries, self.own = m * n, slice(None)
         self.dtype = state_dtype(first.param)
         self.ladder = Ladder(deferred=first.param.device.type != "cpu")
         self.state: State = {}
@@ -82,9 +90,11 @@ class Bucket:
             names = [part_key(key, member.part) for member in self.members]
             tensors = [state[name] for state, name in zip(kept, names, strict=True)]
             self.state[key] = self._joined(tensors) if key == "exp_avg" else _cat(tensors)
-            for state, name, rows in zip(kept, names, self.state[key].split(self.slices), strict=True):
+            pieces = self.state[key].split([len(tensor) for tensor in tensors])
+            for state, name, rows in zip(kept, names, pieces, strict=True):
                 state[name] = rows
                 self._bound.append((state, name, rows))
+        self.memory = self.state
 
     def is_bound(self) -> bool:
         """Whether the states still hold this bucket's tensors: false once somebody put others there."""
@@ -98,11 +108,34 @@ class Bucket:
         """The members' gradients as one stack: a copy, but for a single member of the state's dtype."""
         return self.view.stack_all(self.part, self._parts([gradient(m.param) for m in self.members])).to(self.dtype)
 
+    def fixed(self, structure: Structure) -> Structure:
+        """The structure for what is here of the matrices: all."""
+        return structure
+
+    def join(self, norms: Tensor) -> Wait | None:
+        """Start to make the norms ``(b, 1, 1)`` of what is here those of whole matrices, in place: they are."""
+        return None
+
+    def whole(self, norms: Tensor) -> Tensor:
+        """The norms of whole matrices, once they are here."""
+        wait = self.join(norms)
+        if wait is not None:
+            wait()
+        return norms
+
+    def sum(self, measurement: Tensor) -> Wait | None:
+        """Start to add up the measurements of shards of matrices, those of `own`, in place: there are no shards."""
+        return None
+
+    def precondition(self, structure: Structure, direction: Stack) -> Stack:
+        """The direction rescaled."""
+        return structure.precondition(self.state, direction)
+
     def rows(self, due: Callable[[Member], bool]) -> list[slice]:
-        """The runs of matrices that this rank refreshes and that are due, as few and long as possible."""
+        """The runs of matrices, in `own`, that this rank refreshes and that are due, as few and long as possible."""
         runs: list[slice] = []
         for i, member in enumerate(self.members):
-            start, stop = i * self.slices, (i + 1) * self.slices
+            start, stop = (j * self.slices - (self.own.start or 0) for j in (i, i + 1))
             if not (member.mine and due(member)):
                 continue
             if runs and runs[-1].stop == start:
@@ -165,12 +198,13 @@ def make_buckets(
             pattern = member.view.pattern_of(member.part)
             key = (stack, pattern, piece, state_dtype(param), param.device, where.kind, where.ranks)
             if where.ranks:
-                key = (*key, param.dtype, where.boxes if where.kind == "aligned" else ())
+                key = (*key, param.dtype, where.boxes if where.kind in ("aligned", "summed") else ())
             sorts.setdefault(key, []).append(member)
     keys = ["exp_avg", *structure.init(torch.empty(1, 1, 1)), "failures"]
     buckets = []
     for (stack, *_), alike in sorts.items():
-        for some in _batches(alike, math.prod(stack)):
+        shards = 1 if alike[0].placement.cut is None else len(alike[0].placement.cut.ranks)
+        for some in _batches(alike, -(-math.prod(stack) // shards)):
             buckets.append(kinds[some[0].placement.kind](some, [states[member.param] for member in some], keys))
     return buckets
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from asgo._types import Stack, State
 from asgo.buckets import Bucket, Member, make_buckets
 from asgo.distributed.buckets import KINDS, interleave, pause
 from asgo.distributed.groups import Wait, agree
-from asgo.distributed.placement import entries_of, gradient, local
+from asgo.distributed.placement import Placement, entries_of, gradient, local
 from asgo.distributed.state import assign, export
 from asgo.distributed.work import Division, spread, turns_of
 from asgo.masks import blend, choose
@@ -111,7 +111,7 @@ class StructuredOptimizer(Optimizer, ABC):
 
     def _update_entries(self, params: list[Tensor], group: dict[str, Any]) -> list[Wait]:
         """AdamW on what this rank holds, or is to update, of parameters without a view."""
-        where = [self._division.placement(p, None) for p in params]
+        where = [self._where(p, group)[0] for p in params]
         held, grads = (
             [entries_of(p, at, of(p)) for p, at in zip(params, where, strict=True)] for of in (local, gradient)
         )
@@ -121,35 +121,41 @@ class StructuredOptimizer(Optimizer, ABC):
 
     def _update(self, bucket: Bucket, group: dict[str, Any]) -> Iterator[None]:
         """The step of a bucket. It yields where something is under way between ranks, for others to use the time."""
-        structure, due, update = self.structure(group), partial(self._is_due, group), None
+        structure, due = bucket.fixed(self.structure(group)), partial(self._is_due, group)
         yield from pause(bucket.gather())
-        direction = self._learn(bucket, group, structure, due) if bucket.members else None
+        direction, update = None, None
+        if bucket.members:
+            direction = yield from self._learn(bucket, group, structure, due)
         yield from pause(bucket.share(due, structure.derived))
         if direction is not None:
             with exact_matmul(direction.device):
-                update = structure.precondition(bucket.state, direction)
-            size = SCALINGS[group["adjust_lr"]](update, bucket.slices, bucket.everywhere) * -group["lr"]
+                update = bucket.precondition(structure, direction)
+            size = SCALINGS[group["adjust_lr"]](update, bucket) * -group["lr"]
             update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
         yield from pause(bucket.add(update, 1 - group["lr"] * group["weight_decay"]))
 
     def _learn(
         self, bucket: Bucket, group: dict[str, Any], structure: Structure, due: Callable[[Member], bool]
-    ) -> Stack:
+    ) -> Generator[None, None, Stack]:
         """Momentum, measure, fold and refresh; what to precondition."""
-        (beta1, beta2), state, momentum = group["betas"], bucket.state, bucket.state["exp_avg"]
+        (beta1, beta2), memory, momentum = group["betas"], bucket.memory, bucket.state["exp_avg"]
         grad = bucket.gradients()
         norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
+        yield from pause(bucket.join(norm))
         moved = norm.isfinite() & (norm > 0)
         grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
-        state["failures"] += ~norm.isfinite()[:, 0, 0]
+        memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]
 
         blend(momentum, grad, 1 - beta1, moved)
         direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
         direction = choose(moved, direction, 0.0)
 
         with exact_matmul(grad.device):
-            structure.fold(state, structure.measure(direction if group["statistic"] == "momentum" else grad), beta2)
-            bucket.ladder.refresh(structure, state, bucket.rows(due), group["root"], group["eps"])
+            measurement = structure.measure(direction if group["statistic"] == "momentum" else grad)
+        yield from pause(bucket.sum(measurement))
+        with exact_matmul(grad.device):
+            structure.fold(memory, measurement[bucket.own], beta2)
+            bucket.ladder.refresh(structure, memory, bucket.rows(due), group["root"], group["eps"])
         return direction
 
     def _is_due(self, group: dict[str, Any], member: Member) -> bool:
@@ -197,7 +203,7 @@ class StructuredOptimizer(Optimizer, ABC):
         """
         self._division.share(type(self).__name__, process_group, shard_state)
         self._division.divide(self.param_groups, self.structure)
-        self._division.keep_own(self.param_groups, self.state)
+        self._division.keep_own(self.param_groups, self.state, self.structure)
         self._buckets = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -240,10 +246,8 @@ class StructuredOptimizer(Optimizer, ABC):
         """
         packed = super().state_dict()
         for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):
-            view = View.of(group["view"])
             for param, i in zip(group["params"], saved["params"], strict=True):
-                where, owners = self._division.placement(param, view), self._division.owners(param, view)
-                packed["state"][i] = export(self.state[param], param, where, owners)
+                packed["state"][i] = export(self.state[param], param, *self._where(param, group))
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,10 +277,14 @@ class StructuredOptimizer(Optimizer, ABC):
         self._buckets = {}
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> State:
+        structure = None if group["view"] is None else self.structure(group)
+        return init_state(param, *self._where(param, group), structure, group)
+
+    def _where(self, param: Tensor, group: dict[str, Any]) -> tuple[Placement, Sequence[int | None]]:
+        """The placement of a parameter, and the owner of each of its parts."""
         view = View.of(group["view"])
         structure = None if view is None else self.structure(group)
-        where, owners = self._division.placement(param, view), self._division.owners(param, view)
-        return init_state(param, where, owners, structure, group)
+        return self._division.placement(param, view, structure), self._division.owners(param, view)
 
     def _group_buckets(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Bucket]:
         """The buckets of the parameters that have gradients now; remade when those or their state change."""
@@ -284,8 +292,9 @@ class StructuredOptimizer(Optimizer, ABC):
         known, buckets = self._buckets.get(index, (None, []))
         if known != signature or not all(bucket.is_bound() for bucket in buckets):
             turn_of = turns_of(self.param_groups, self.structure, group["precondition_frequency"])
-            members = self._division.members(params, View.of(group["view"]), turn_of)
+            structure = self.structure(group)
+            members = self._division.members(params, View.of(group["view"]), structure, turn_of)
             states = {param: follow(self.state[param], param, group) for param in params}
-            buckets = make_buckets(members, self.structure(group), states, KINDS)
+            buckets = make_buckets(members, structure, states, KINDS)
             self._buckets[index] = (signature, buckets)
         return buckets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,36 +20,58 @@ RMS = 0.2
 ("Muon is Scalable for LLM Training", Liu et al. 2025; the released ASGO uses the same constant)."""
 
 
-def match_rms(update: Stack, slices: int, everywhere: Callable[[Tensor], Tensor] | None = None) -> PerMatrix:
-    """The factor to a root mean square of 0.2 over each run of `slices` matrices, i.e. over a whole parameter.
+class Extent(Protocol):
+    """What a stack of updates is of.
 
-    ``0.2 * sqrt(moving * m * n) / ||U||_F`` with `moving` the number of matrices of the run that are not zero,
-    so that an expert that rests does not enlarge the steps of the others.
-
-    Args:
-        update: ``(b, m, n)``, `b` a multiple of `slices`.
-        slices: how many consecutive matrices belong to one parameter.
-        everywhere: gives the norms of all matrices of a parameter, also of those on other ranks; None: all are here.
+    Attributes:
+        slices: how many consecutive matrices of the stack belong to one parameter.
+        entries: of a whole matrix; here may be a shard of it.
     """
-    here = torch.linalg.vector_norm(update, dim=(1, 2)).view(-1, slices)
-    norms = here if everywhere is None else everywhere(here)
-    size = (norms > 0).to(update.dtype).sum(1, keepdim=True) * (update.shape[1] * update.shape[2])
-    norm = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
-    factor = torch.where(norm > 0, RMS * size.sqrt() / norm, 0.0)
-    return factor.expand_as(here).reshape(-1, 1, 1)
+
+    slices: int
+    entries: int
+
+    def whole(self, norms: Tensor) -> Tensor:
+        """The norms ``(b, 1, 1)`` of whole matrices for those of what is here of them."""
+        ...
+
+    def everywhere(self, norms: Tensor) -> Tensor:
+        """The norms ``(parameters, matrices)`` of all matrices of a parameter for those that are here."""
+        ...
 
 
-def match_rms_per_slice(update: Stack, slices: int, everywhere: Callable[[Tensor], Tensor] | None = None) -> PerMatrix:
+def match_rms(update: Stack, of: Extent) -> PerMatrix:
+    """The factor to a root mean square of 0.2 over a whole parameter.
+
+    ``0.2 * sqrt(moving * m * n) / ||U||_F`` with `moving` the number of its matrices that are not zero, so that an
+    expert that rests does not enlarge the steps of the others.
+    """
+    here = _norms(update, of).view(-1, of.slices)
+    return _factor(of.everywhere(here), of.entries).expand_as(here).reshape(-1, 1, 1)
+
+
+def match_rms_per_slice(update: Stack, of: Extent) -> PerMatrix:
     """The factor of every matrix of the stack by itself to a root mean square of 0.2."""
-    return match_rms(update, 1)
+    return _factor(_norms(update, of).view(-1, 1), of.entries).view(-1, 1, 1)
 
 
-def unscaled(update: Stack, slices: int, everywhere: Callable[[Tensor], Tensor] | None = None) -> PerMatrix:
+def unscaled(update: Stack, of: Extent) -> PerMatrix:
     """1: leave the size to the preconditioner: the theory form, whose steps decay like AdaGrad's."""
     return update.new_ones(1, 1, 1)
 
 
-SCALINGS: dict[str | None, Callable[[Stack, int, Callable[[Tensor], Tensor] | None], PerMatrix]] = {
+def _norms(update: Stack, of: Extent) -> PerMatrix:
+    return of.whole(torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True))
+
+
+def _factor(norms: Float[Tensor, "p s"], entries: int) -> Float[Tensor, "p 1"]:
+    """The factor of matrices that have one size of step, a row for each parameter."""
+    size = (norms > 0).to(norms.dtype).sum(1, keepdim=True) * entries
+    norm = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+    return torch.where(norm > 0, RMS * size.sqrt() / norm, 0.0)
+
+
+SCALINGS: dict[str | None, Callable[[Stack, Extent], PerMatrix]] = {
     "rms": match_rms,
     "slice_rms": match_rms_per_slice,
     None: unscaled,

@@ -32,7 +32,7 @@ def init_state(
     group: Mapping[str, Any],
 ) -> State:
     """The state of a parameter before its first step: its steps and, part by part, momentum, the structure's own,
-    failures; without a structure that of AdamW. A part that another rank keeps has tensors of no matrices.
+    failures; without a structure that of AdamW. What of a part another rank keeps has no matrices here.
     """
     dtype, device, view = state_dtype(param), param.device, placement.view
     state = {"step": torch.zeros((), device=_device_of_step(param, group))}
@@ -40,13 +40,15 @@ def init_state(
         return state | adamw.init(entries_of(param, placement, local(param.detach())), dtype)
     whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
     pieces = [piece.shape for piece in view.cut(torch.empty(whole, device="meta"))]
-    for part, (_, m, n) in enumerate(view.shapes(whole)):
+    for part, (_, m, n) in enumerate(view.shapes(tuple(param.shape) if placement.cut else whole)):
         if keeps(placement, owners[part]):
             momentum = view.stack(part, torch.zeros(pieces[part], dtype=dtype, device=device))
         else:
             momentum = torch.zeros(0, m, n, dtype=dtype, device=device)
-        own = {"exp_avg": momentum} | structure.init(momentum)
+        own = {"exp_avg": momentum} | (structure.fixed(m, n) if placement.cut else structure).init(momentum)
         own["failures"] = torch.zeros(len(momentum), dtype=torch.int64, device=device)
+        if placement.cut and owners[part] not in (None, placement.me):
+            own |= {key: own[key][:0].clone() for key in placement.cut.owned}
         state |= {part_key(key, part): tensor for key, tensor in own.items()}
     return state
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
 from asgo.buckets import Bucket, Member
-from asgo.distributed.groups import Wait, collect, exchange
-from asgo.distributed.placement import Box, gradient, local, overlap, part_boxes, sizes, within
+from asgo.distributed.groups import Wait, add_up, collect, exchange, join
+from asgo.distributed.placement import Box, Cut, gradient, local, overlap, part_boxes, sizes, within
+from asgo.structures import Structure
 
 
 class Shared(Bucket):
-    """All ranks hold everything; each refreshes the roots of some members and sends them to the others."""
+    """All ranks hold everything; each refreshes the roots of some members and sends them to the others.
+
+    Attributes:
+        told: what goes with the roots.
+    """
+
+    told: ClassVar[tuple[str, ...]] = ("failures",)
 
     def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
         super().__init__(everyone, states, keys)
@@ -30,7 +38,7 @@ class Shared(Bucket):
         incoming: list[list[Tensor]] = [[] for _ in self.placement.ranks]
         for i, member in found:
             rows = slice(i * self.slices, (i + 1) * self.slices)
-            held = [self.state[key][rows].view(-1).view(torch.uint8) for key in (*keys, "failures")]
+            held = [self.state[key][rows].view(-1).view(torch.uint8) for key in (*keys, *self.told)]
             for rank in range(len(self.placement.ranks)) if member.mine else ():
                 outgoing[rank] += held
             incoming[member.owner or 0] += held
@@ -38,6 +46,61 @@ class Shared(Bucket):
         me = self.placement.me
         outgoing[me], incoming[me] = [], []
         return exchange(self.placement.ranks, me, outgoing, incoming, like)
+
+
+class Summed(Shared):
+    """Every rank holds some rows, or some columns, of each matrix and steps those; statistics are sums over ranks.
+
+    The memory of a structure with roots is with the owner of a matrix alone: ranks send it their measurements, which it
+    adds up, and it sends them roots when they are due. Without roots, measurements are added up on all ranks, which
+    remember alike.
+    """
+
+    told = ()
+
+    def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+        super().__init__(everyone, states, keys)
+        mine = [i for i, member in enumerate(everyone) if member.mine]  # side by side, as `make_buckets` sorts them
+        start = mine[0] if mine else 0
+        self.own = slice(start * self.slices, (start + len(mine)) * self.slices)
+        self.cut: Cut = self.placement.cut  # pyright: ignore[reportAttributeAccessIssue]
+        self.memory = {key: x if key in self.cut.owned else x[self.own] for key, x in self.state.items()}
+
+    def fixed(self, structure: Structure) -> Structure:
+        """With what it chooses for whole matrices."""
+        first = self.everyone[0]
+        return structure.fixed(*self.view.shapes(first.param.shape)[self.part][1:])
+
+    def join(self, norms: Tensor) -> Wait | None:
+        """Start to make them those of whole matrices, in place."""
+        return join(norms, self.cut.ranks)
+
+    def sum(self, measurement: Tensor) -> Wait | None:
+        """Start to bring the measurements of this rank's own matrices here, where they are added up in place."""
+        if self.everyone[0].owner is None:
+            return add_up(measurement, self.cut.ranks)
+        me, ranks = self.placement.me, self.placement.ranks
+        near = [place for place, rank in enumerate(ranks) if rank in self.cut.ranks and place != me]
+        outgoing: list[list[Tensor]] = [[] for _ in ranks]
+        incoming: list[list[Tensor]] = [[] for _ in ranks]
+        for member, piece in zip(self.everyone, measurement.split(self.slices), strict=True):
+            if member.owner in near:
+                outgoing[member.owner].append(piece)
+        own = measurement[self.own]
+        arrived = own.new_empty(len(near), *own.shape)
+        for place, piece in zip(near, arrived, strict=True):
+            incoming[place].append(piece)
+        wait = exchange(ranks, me, outgoing, incoming, measurement)
+
+        def arrive() -> None:
+            wait()
+            own.add_(arrived.sum(0))
+
+        return arrive
+
+    def precondition(self, structure: Structure, direction: Stack) -> Stack:
+        """The shards of the direction, rescaled."""
+        return structure.precondition_shard(self.state, direction, self.whole)
 
 
 class Aligned(Bucket):
@@ -137,7 +200,13 @@ def _chosen(member: Member, held: dict[int, Box]) -> dict[Box, int]:
     return {box: ranks[replica % len(ranks)] for box, ranks in by_box.items()}
 
 
-KINDS: dict[str, type[Bucket]] = {"alone": Bucket, "shared": Shared, "aligned": Aligned, "owned": Owned}
+KINDS: dict[str, type[Bucket]] = {
+    "alone": Bucket,
+    "shared": Shared,
+    "aligned": Aligned,
+    "summed": Summed,
+    "owned": Owned,
+}
 """The bucket of every kind of placement with a view."""
 
 

@@ -117,6 +117,28 @@ def agree(flags: Tensor, ranks: Sequence[tuple[int, ...]]) -> Tensor:
     return flags
 
 
+def join(norms: Tensor, ranks: tuple[int, ...]) -> Wait:
+    """Start to make the norms of shards those of what they are shards of, in place: ``sqrt(sum of squares)``."""
+    found = [torch.empty_like(norms) for _ in ranks]
+    work = dist.all_gather(found, norms, group=group_of(ranks), async_op=True)
+
+    def arrive() -> None:
+        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+        torch.linalg.vector_norm(torch.stack(found), dim=0, out=norms)
+
+    return arrive
+
+
+def add_up(tensor: Tensor, ranks: tuple[int, ...]) -> Wait:
+    """Start to add up a tensor over ranks, in place."""
+    work = dist.all_reduce(tensor, group=group_of(ranks), async_op=True)
+
+    def arrive() -> None:
+        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+
+    return arrive
+
+
 def collect(norms: Tensor, ranks: tuple[int, ...], most: int) -> Tensor:
     """The norms of the matrices of every parameter wherever they are, ``(members, ranks * most)``, zeros in between.
 

@@ -23,7 +23,24 @@ from asgo.views import View, axes_of, lengths
 Box: TypeAlias = tuple[tuple[int, int], ...]
 """A box of entries: where it begins and ends along every axis."""
 
-Kind: TypeAlias = Literal["alone", "shared", "owned", "aligned", "entries"]
+Kind: TypeAlias = Literal["alone", "shared", "owned", "aligned", "summed", "entries"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How single matrices are divided among ranks, and their state with them.
+
+    Args:
+        axis: of a stack: 1 if ranks have some rows of each matrix, 2 if they have some columns.
+        ranks: the global ranks that hold the shards of those matrices of which this rank holds one, in order.
+        spread: keys of the state that are cut as the matrices are.
+        owned: keys that the owner of a matrix alone has; all other ranks have what is in neither, whole.
+    """
+
+    axis: int
+    ranks: tuple[int, ...]
+    spread: tuple[str, ...]
+    owned: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,12 +50,14 @@ class Placement:
     Args:
         kind: ``"alone"``: this rank holds all and does all. ``"shared"``: as alone, but ranks divide the roots among
             them. ``"owned"``: every matrix has a rank that keeps its state and computes its update. ``"aligned"``:
-            what this rank holds are whole matrices of the view. ``"entries"``: no view, so any part will do.
+            what this rank holds are whole matrices of the view. ``"summed"``: this rank holds some rows or columns of
+            every matrix, and statistics are sums over ranks. ``"entries"``: no view, so any part will do.
         ranks: the global ranks that have to do with it, in order; none if it is alone.
         me: this rank's place among them.
         boxes: the entries that each of them holds.
         view: through which what is held here is read; None without a view.
         rows: whether the boxes are runs of rows that ranks divide among them although all hold the whole.
+        cut: of ``"summed"``, how.
     """
 
     kind: Kind
@@ -46,8 +65,8 @@ class Placement:
     ranks: tuple[int, ...] = ()
     me: int = 0
     boxes: tuple[Box, ...] = ()
-
     rows: bool = False
+    cut: Cut | None = None
 
     @property
     def box(self) -> Box:

@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 from asgo._types import State
-from asgo.distributed.placement import Placement
+from asgo.distributed.placement import Cut, Placement
 
 
 def export(state: State, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> State:
@@ -37,22 +37,41 @@ def export(state: State, param: Tensor, placement: Placement, owners: Sequence[i
 def _exported(key: str, tensor: Tensor, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> Tensor:
     name, _, part = key.partition(".")
     if key == "spike_sq" or (placement.kind == "entries" and name.startswith("exp_avg")):
-        if isinstance(param, DTensor):
-            return _world(tensor, param.device_mesh, param.placements, param.shape)
-        if placement.rows and key != "spike_sq":
-            return _world(tensor, _mesh(param.device.type, placement.ranks), (Shard(0),), param.shape)
-        return tensor
+        return _entries(key, tensor, param, placement)
     if key == "step" or placement.kind in ("alone", "shared", "entries"):
         return tensor
     if placement.kind == "aligned" and isinstance(param, DTensor):
-        placed = tuple(Shard(0) if each.is_shard() else Replicate() for each in param.placements)
         share = [math.prod(hi - lo for lo, hi in box) for box in placement.boxes]
         matrices = len(tensor) * sum(share) // share[placement.me]
-        return _world(tensor, param.device_mesh, placed, (matrices, *tensor.shape[1:]))
+        return _world(tensor, param.device_mesh, _along(0, param), (matrices, *tensor.shape[1:]))
     number = int(part or 0)
-    matrices = placement.view.shapes(param.shape)[number][0]  # pyright: ignore[reportOptionalMemberAccess]
+    stack = placement.view.shapes(param.shape)[number]  # pyright: ignore[reportOptionalMemberAccess]
+    if placement.cut is not None and name not in placement.cut.owned:
+        return _shard(name, tensor, param, placement.cut, stack)
     mesh = _mesh(param.device.type, (placement.ranks[owners[number] or 0],))
-    return _world(tensor, mesh, (Replicate(),), (matrices, *tensor.shape[1:]))
+    return _world(tensor, mesh, (Replicate(),), (stack[0], *tensor.shape[1:]))
+
+
+def _entries(key: str, tensor: Tensor, param: Tensor, placement: Placement) -> Tensor:
+    """A tensor with an entry for each of the parameter's, held as those are."""
+    if isinstance(param, DTensor):
+        return _world(tensor, param.device_mesh, param.placements, param.shape)
+    if placement.rows and key != "spike_sq":
+        return _world(tensor, _mesh(param.device.type, placement.ranks), (Shard(0),), param.shape)
+    return tensor
+
+
+def _shard(name: str, tensor: Tensor, param: Tensor, cut: Cut, stack: tuple[int, int, int]) -> Tensor:
+    """A tensor of a matrix of which ranks have rows or columns, cut as those are or whole on every rank."""
+    if not isinstance(param, DTensor) or (name != "exp_avg" and name not in cut.spread):
+        return tensor
+    shape = [*tensor.shape[: cut.axis], stack[cut.axis], *tensor.shape[cut.axis + 1 :]]
+    return _world(tensor, param.device_mesh, _along(cut.axis, param), shape)
+
+
+def _along(axis: int, param: DTensor) -> tuple[TorchPlacement, ...]:
+    """Shards of an axis of a stack, by the ranks that have shards of the parameter."""
+    return tuple(Shard(axis) if placed.is_shard() else Replicate() for placed in param.placements)
 
 
 def _world(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[TorchPlacement], shape: Sequence[int]) -> Tensor:

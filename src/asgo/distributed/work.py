@@ -14,6 +14,7 @@ from asgo._types import State
 from asgo.buckets import Member
 from asgo.distributed.groups import Wait, exchange, register
 from asgo.distributed.placement import Placement, find, keeps, local, on_all, whole, within
+from asgo.distributed.summing import summed
 from asgo.structures import Structure
 from asgo.views import View
 
@@ -41,8 +42,8 @@ class Unit:
 def cost(structure: Structure, kind: str, shape: tuple[int, int, int]) -> float:
     """What an owner does for a stack ``(b, m, n)``: its roots, and all the rest where the state is the owner's too."""
     b, m, n = shape
-    if kind == "shared":
-        return b * structure.cost(m, n)
+    if kind in ("shared", "summed"):
+        return b * structure.cost(m, n) * (1 if kind == "shared" else ROOT_PRODUCTS)
     return b * (ROOT_PRODUCTS * structure.cost(m, n) + structure.work(m, n) + m * n)
 
 
@@ -124,10 +125,12 @@ class Division:
         self._placements: dict[Tensor, Placement] = {}
         self._shared: tuple[tuple[int, ...], int, bool] | None = None
 
-    def placement(self, param: Tensor, view: View | None) -> Placement:
-        """Where the entries of a parameter are."""
+    def placement(self, param: Tensor, view: View | None, structure: Structure | None) -> Placement:
+        """Where the entries of a parameter are, and so how it is stepped; None for both without a view."""
         if param not in self._placements:
             found = find(param, view, "a parameter")
+            if view is not None and structure is not None:
+                found = summed(found, param, view, structure)
             if found.kind == "alone" and self._shared is not None:
                 found = on_all(param, view, *self._shared)
             self._placements[param] = found
@@ -138,13 +141,17 @@ class Division:
         return self._owners.get(param) or [None] * (1 if view is None else view.parts)
 
     def members(
-        self, params: Sequence[Tensor], view: View | None, turn_of: Mapping[tuple[Tensor, int], int]
+        self,
+        params: Sequence[Tensor],
+        view: View | None,
+        structure: Structure,
+        turn_of: Mapping[tuple[Tensor, int], int],
     ) -> list[Member]:
         """The parts of parameters of one view."""
         if view is None:
             return []
         return [
-            Member(param, view, part, turn_of[param, part], self.placement(param, view), owner)
+            Member(param, view, part, turn_of[param, part], self.placement(param, view, structure), owner)
             for param in params
             for part, owner in enumerate(self.owners(param, view))
         ]
@@ -160,13 +167,16 @@ class Division:
         units: dict[tuple[Tensor, int], Unit] = {}
         for group in groups:
             view = View.of(group["view"])
-            if view is None or all(not self.placement(param, view).ranks for param in group["params"]):
+            if view is None:
                 continue
             structure, interval = structure_of(group), group["precondition_frequency"]
+            placements = [self.placement(param, view, structure) for param in group["params"]]
+            if not any(where.ranks for where in placements):
+                continue
             turn_of = turns_of(groups, structure_of, interval)
-            for param in group["params"]:
-                kind, ranks = self.placement(param, view).kind, self.placement(param, view).ranks
-                if kind == "owned" or (kind == "shared" and structure.derived):
+            for param, where in zip(group["params"], placements, strict=True):
+                kind, ranks = where.kind, where.ranks
+                if kind == "owned" or (kind in ("shared", "summed") and structure.derived):
                     known = self.owners(param, view)
                     for part, shape in enumerate(view.shapes(param.shape)):
                         price, turn = cost(structure, kind, shape), (interval, turn_of[param, part])
@@ -195,14 +205,20 @@ class Division:
             self._shared = (ranks, ranks.index(dist.get_rank()), sharded)
             self._placements.clear()
 
-    def keep_own(self, groups: Sequence[dict[str, Any]], states: Mapping[Tensor, State]) -> None:
+    def keep_own(
+        self,
+        groups: Sequence[dict[str, Any]],
+        states: Mapping[Tensor, State],
+        structure_of: Callable[[dict[str, Any]], Structure],
+    ) -> None:
         """Let go of the state that other ranks keep."""
         for group in groups:
+            view = View.of(group["view"])
+            structure = None if view is None else structure_of(group)
             for param in group["params"]:
-                self._keep_own(states[param], param, View.of(group["view"]))
+                self._keep_own(states[param], param, self.placement(param, view, structure), self.owners(param, view))
 
-    def _keep_own(self, state: State, param: Tensor, view: View | None) -> None:
-        where, owned_by = self.placement(param, view), self.owners(param, view)
+    def _keep_own(self, state: State, param: Tensor, where: Placement, owned_by: Sequence[int | None]) -> None:
         for key, tensor in state.items():
             name, _, part = key.partition(".")
             if where.rows and name.startswith("exp_avg"):

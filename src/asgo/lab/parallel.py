@@ -96,10 +96,10 @@ class Parallel:
         return not float(self.accelerator.reduce(bad, "sum"))  # pyright: ignore[reportArgumentType]
 
     def failed_roots(self, optimizer: Optimizer) -> int:
-        """As of one process: what is kept apart is added up."""
-        failed = failed_roots(optimizer)
+        """As of one process: every failed matrix counts once, whoever keeps it."""
         if self.kind not in ("zero1", "fsdp2"):
-            return failed
+            return failed_roots(optimizer)
+        failed = own_failures(optimizer, self.accelerator.is_main_process)
         counted = torch.tensor(float(failed), device=self.accelerator.device)
         return int(self.accelerator.reduce(counted, "sum"))  # pyright: ignore[reportArgumentType]
 
@@ -123,6 +123,17 @@ class Parallel:
         else:
             model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+
+
+def own_failures(optimizer: Optimizer, first: bool) -> int:
+    """The failures that this process alone has counted, and on the first one those too that all count alike."""
+    if not isinstance(optimizer, (StructuredOptimizer, SPAM)):
+        return 0
+    states = optimizer.state_dict()["state"].values()
+    counts = [tensor for state in states for key, tensor in state.items() if key.startswith("failures")]
+    own = [count.to_local() if isinstance(count, DTensor) else count for count in counts]
+    apart = [isinstance(count, DTensor) for count in counts]
+    return sum(int(count.sum()) for count, alone in zip(own, apart, strict=True) if alone or first)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
 from asgo.masks import blend, choose, holds
+
+Axis: TypeAlias = Literal["rows", "columns"]
+"""Along which a matrix is cut into shards."""
 
 
 class Structure(ABC):
@@ -18,13 +23,21 @@ class Structure(ABC):
     stand in one tensor. A structure holds settings only; the state belongs to the optimizer.
 
     Laws (tested for every structure): a stack gives what each matrix gives alone; the result equals the
-    textbook formula in float64; measurements of row shards add up where it says so; a matrix whose gradient is zero
-    rests: nothing of its state changes.
+    textbook formula in float64; shards of a matrix give what the whole gives where it says so (`additive`); a matrix
+    whose gradient is zero rests: nothing of its state changes.
     """
 
-    @abstractmethod
-    def additive_rows(self, m: int, n: int) -> bool:
-        """Whether measurements of row shards of an ``m x n`` matrix add up to the measurement of the whole."""
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
+        """Whether shards of an ``m x n`` matrix, cut along an axis, give what the whole gives.
+
+        That is two laws for `fixed`: measurements of shards add up to the measurement of the whole; and a shard of the
+        direction is preconditioned by the whole state, of which only `spread` is cut, to the shard of the whole result.
+        """
+        return False
+
+    def fixed(self, m: int, n: int) -> Structure:
+        """This structure with what it chooses for an ``m x n`` matrix: a shard of it could suggest another side."""
+        return self
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -40,6 +53,11 @@ class Structure(ABC):
     def entrywise(self) -> bool:
         """Whether `fold` adds a symmetric measurement to its like entry by entry, so that triangles do as well."""
         return False
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """The keys of the state that are cut where the matrix is, along an axis that is `additive`."""
+        return ()
 
     @abstractmethod
     def init(self, like: Stack) -> State:
@@ -64,6 +82,17 @@ class Structure(ABC):
     @abstractmethod
     def precondition(self, state: State, direction: Stack) -> Stack:
         """Rescale a direction by the refreshed memory; cheap, every step."""
+
+    def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
+        """As `precondition`, for shards along an axis that is `additive`.
+
+        Args:
+            state: of the whole, but for `spread`.
+            direction: the shards.
+            whole: gives the norms of whole matrices for those ``(b, 1, 1)`` of the shards; all ranks that hold one meet
+                in it.
+        """
+        return self.precondition(state, direction)
 
     @abstractmethod
     def cost(self, m: int, n: int) -> float:

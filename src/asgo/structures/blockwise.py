@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.structures.base import Algebra, average, count, given, moving, rootless
+from asgo.structures.base import Algebra, Axis, average, count, given, moving, rootless
 
 Blocks = Literal["matrix", "row", "column", "entry", "auto"]
 AXES: dict[str, tuple[int, ...]] = {"matrix": (1, 2), "row": (2,), "column": (1,), "entry": ()}
@@ -48,13 +48,17 @@ class Blockwise(Algebra):
     corrected: bool = False
     momentum: float | None = None
 
-    def block(self, m: int, n: int) -> str:
+    def block(self, m: int, n: int) -> Blocks:
         """What a block of an ``m x n`` matrix is."""
         return self.blocks if self.blocks != "auto" else ("row" if m < n else "column")
 
-    def additive_rows(self, m: int, n: int) -> bool:
-        """Sums over a column or the whole add up; means do not, and rows have numbers of their own."""
-        return self.total and self.block(m, n) in ("matrix", "column")
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
+        """Sums over what is cut add up; means do not, and blocks along the cut have numbers of their own."""
+        return self.total and self.block(m, n) in ("matrix", "column" if axis == "rows" else "row")
+
+    def fixed(self, m: int, n: int) -> Blockwise:
+        """With the blocks that ``"auto"`` would take."""
+        return replace(self, blocks=self.block(m, n))
 
     def init(self, like: Stack) -> State:
         """Zeros."""

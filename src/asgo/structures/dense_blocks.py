@@ -45,10 +45,6 @@ class DenseBlocks(Algebra):
     clip: float | None = None
     gamma: float = 1e-3
 
-    def additive_rows(self, m: int, n: int) -> bool:
-        """Rows of different shards meet in a run."""
-        return False
-
     def runs(self, m: int, n: int) -> tuple[int, int]:
         """How many runs there are, and how long they are: no longer than a column."""
         size = min(self.size, m)

@@ -30,10 +30,6 @@ class Difference(Structure):
     momentum: float
     delta: float
 
-    def additive_rows(self, m: int, n: int) -> bool:
-        """Rows have entries of their own."""
-        return False
-
     def init(self, like: Stack) -> State:
         """Zeros."""
         b = len(like)

@@ -33,10 +33,6 @@ class Kronecker(Structure):
         """The sizes of both grams; 0 for a side that is left alone."""
         return (m if m <= self.max_size else 0), (n if n <= self.max_size else 0)
 
-    def additive_rows(self, m: int, n: int) -> bool:
-        """Rows of different shards meet in the left gram."""
-        return False
-
     @property
     def derived(self) -> tuple[str, ...]:
         """What the memory alone determines."""

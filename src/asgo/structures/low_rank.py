@@ -38,10 +38,6 @@ class LowRank(Structure):
         """The rank that is kept of d."""
         return d if self.rank is None else min(self.rank, d)
 
-    def additive_rows(self, m: int, n: int) -> bool:
-        """Rows of different shards meet in the statistic."""
-        return False
-
     def measure(self, grad: Stack) -> Tensor:
         """The gradient as a column."""
         return grad.reshape(len(grad), -1, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from asgo._types import Root, Stack, State
 from asgo.masks import blend, choose
 from asgo.matmul import gram, times
-from asgo.structures.base import Algebra
+from asgo.structures.base import Algebra, Axis
 from asgo.triangles import diagonal
 
 CROSS_DECAY = 0.95
@@ -38,19 +39,26 @@ class OneSided(Algebra):
         cross_normalize: afterwards divide by the running root mean square of the result taken along the
             preconditioned side, one number per index of the other side.
         mean: divide the gram by the length of the other side, as one-sided Shampoo does: the projection itself.
+        length: that length, where shards of the other side are measured; None: what is measured is whole.
     """
 
     side: Literal["auto", "left", "right"] = "auto"
     cross_normalize: bool = False
     mean: bool = False
+    length: int | None = None
 
     def left(self, m: int, n: int) -> bool:
         """Whether an ``m x n`` matrix is preconditioned from the left."""
         return self.side == "left" or (self.side == "auto" and m < n)
 
-    def additive_rows(self, m: int, n: int) -> bool:
-        """On the right: ``G^T G`` is a sum over rows, unless it is divided by their number."""
-        return not self.left(m, n) and not self.mean
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
+        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
+        return axis == ("columns" if self.left(m, n) else "rows")
+
+    def fixed(self, m: int, n: int) -> OneSided:
+        """With the side that ``"auto"`` would take, and the length of the other one."""
+        left = self.left(m, n)
+        return replace(self, side="left" if left else "right", length=n if left else m)
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -66,6 +74,11 @@ class OneSided(Algebra):
     def entrywise(self) -> bool:
         """It is an average or a sum."""
         return True
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """One number per index of the other side, along which shards are cut."""
+        return ("cross",) if self.cross_normalize else ()
 
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
@@ -86,7 +99,7 @@ class OneSided(Algebra):
         _, m, n = grad.shape
         left = self.left(m, n)
         product = gram(grad if left else grad.mT)
-        return product / max(n if left else m, 1) if self.mean else product
+        return product / max(self.length or (n if left else m), 1) if self.mean else product
 
     def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
@@ -104,13 +117,17 @@ class OneSided(Algebra):
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The root times the direction, evened out along the other side if asked."""
+        return self.precondition_shard(state, direction, lambda norms: norms)
+
+    def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
+        """As `precondition`; `whole` tells which matrices rest, as some shard of one that moves may be zero."""
         left = self.left(*direction.shape[1:])
         # The computed root is symmetric only up to its error, and accurate in this order of the products.
         result = times(state["root"], direction) if left else times(state["root"], direction.mT).mT
         if not self.cross_normalize:
             return result
         square = result.square().mean(1 if left else 2, keepdim=True)
-        moved = square.sum((1, 2), keepdim=True) > 0
+        moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
         blend(state["cross"], square, 1 - CROSS_DECAY, moved)
         return result.mul_(state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt())
 

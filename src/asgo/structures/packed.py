@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
 from asgo.masks import choose
-from asgo.structures.base import Structure
+from asgo.structures.base import Axis, Structure
 from asgo.triangles import pack, size, unpack
 
 
@@ -29,9 +29,18 @@ class Packed(Structure):
 
     inner: Structure
 
-    def additive_rows(self, m: int, n: int) -> bool:
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
         """As the inner structure."""
-        return self.inner.additive_rows(m, n)
+        return self.inner.additive(axis, m, n)
+
+    def fixed(self, m: int, n: int) -> Packed:
+        """The inner structure fixed."""
+        return Packed(self.inner.fixed(m, n))
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """As the inner structure."""
+        return self.inner.spread
 
     @property
     def derived(self) -> tuple[str, ...]:
@@ -71,6 +80,10 @@ class Packed(Structure):
     def precondition(self, state: State, direction: Stack) -> Stack:
         """As the inner structure does."""
         return self.inner.precondition(self.whole(state, self._roots()), direction)
+
+    def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
+        """As the inner structure does."""
+        return self.inner.precondition_shard(self.whole(state, self._roots()), direction, whole)
 
     def cost(self, m: int, n: int) -> float:
         """As the inner structure."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from asgo.buckets import part_key
+from asgo.distributed.summing import most_shards, sent
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import names_of
 from asgo.structures import Packed
@@ -36,6 +37,9 @@ class Part:
         statistic: bytes of the statistic.
         root: bytes of the root.
         rest: bytes of all else that goes with the matrices.
+        spread: bytes of that which are cut where the rows or columns of the matrices are, if statistics are summed.
+        summed: for each axis of the parameter, into how many shards it may be cut so that statistics are summed.
+        measured: numbers of the statistics of one gradient.
         counter: bytes of the parameter's count of steps, and for AdamW of failures, which every rank has.
     """
 
@@ -53,6 +57,9 @@ class Part:
     statistic: int
     root: int
     rest: int
+    spread: int
+    summed: tuple[int, ...]
+    measured: int
     counter: int
 
     @property
@@ -84,6 +91,7 @@ def read(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Par
                 found.append(_plain(name, param, state, tp_dim))
                 continue
             structure = optimizer.structure(group)
+            summed = tuple(most_shards(view, param.shape, dim, structure) for dim in range(param.ndim))
             for part, stack in enumerate(view.shapes(param.shape)):
                 own = {
                     key: state[part_key(key, part)]
@@ -97,16 +105,17 @@ def read(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Par
                 costs = b * structure.cost(m, n), b * structure.work(m, n), packed
                 counter = _bytes(state["step"]) if part == 0 else 0
                 where = (name, tuple(param.shape), view, part, stack, k)
-                found.append(Part(*where, *costs, tp_dim, momentum, statistic, root, sum(sizes.values()), counter))
+                kept = momentum, statistic, root, sum(sizes.values()), sum(sizes[key] for key in structure.spread)
+                measured = b * sent(structure, m, n)[0]
+                found.append(Part(*where, *costs, tp_dim, *kept, summed, measured, counter))
     return found
 
 
 def _plain(name: str, param: nn.Parameter, state: Mapping[str, Tensor], tp_dim: int | None) -> Part:
     moments = sum(_bytes(state[key]) for key in ("exp_avg", "exp_avg_sq"))
     counters = sum(map(_bytes, state.values())) - moments
-    return Part(
-        name, tuple(param.shape), None, 0, (1, 1, param.numel()), 0, 0.0, 0.0, False, tp_dim, moments, 0, 0, 0, counters
-    )
+    where = (name, tuple(param.shape), None, 0, (1, 1, param.numel()))
+    return Part(*where, 0, 0.0, 0.0, False, tp_dim, moments, 0, 0, 0, 0, (), 0, counters)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -20,8 +20,10 @@ Range: TypeAlias = tuple[int, int]
 Box: TypeAlias = tuple[Range, Range]
 """Ranges of a parameter's first axis and of one other, see `_second`; the remaining axes are whole."""
 
-Kind: TypeAlias = Literal["alone", "shared", "owned", "aligned", "rows"]
+Kind: TypeAlias = Literal["alone", "shared", "owned", "aligned", "summed", "rows"]
 Stagger: TypeAlias = Literal["model", "rank"]
+HAVE_OWNERS = ("shared", "owned", "summed")
+"""Kinds whose roots are refreshed by one rank."""
 Grid: TypeAlias = NDArray[np.float64]
 """One number for each rank, ``(replicate, fsdp, tp)``."""
 
@@ -34,7 +36,9 @@ class Placed:
         part: which.
         kind: ``alone``: every rank holds it and does all of what it holds. ``shared``: as alone, but ranks divide the
             roots. ``owned``: one rank keeps the state and computes the update. ``aligned``: every rank holds whole
-            matrices and does them. ``rows``: of AdamW: every rank holds it whole and does a run of its rows.
+            matrices and does them. ``summed``: every rank holds and does some rows or columns of each matrix, and one
+            rank adds up their statistics and keeps those. ``rows``: of AdamW: every rank holds it whole and does a run
+            of its rows.
         held: how many of its numbers each rank of a shard group holds, ``fsdp`` by `across` in the order of rows.
         across: ranks of tensor parallel that cut it: 1 or the mesh's ``tp``.
         owner: of roots or of all, as a place among ``sharing x fsdp x across``; None: there is none.
@@ -66,7 +70,7 @@ def place(parts: Sequence[Part], mesh: Mesh, interval: int, stagger: Stagger = "
         for i, turn in zip(stacks, turns([parts[i].cost for i in stacks], interval), strict=True):
             found[i] = replace(found[i], turn=turn)
     for across in {placed.across for placed in found}:
-        mine = [i for i in stacks if found[i].kind in ("shared", "owned") and found[i].across == across]
+        mine = [i for i in stacks if found[i].kind in HAVE_OWNERS and found[i].across == across]
         for i, owner in zip(mine, _owners([found[i] for i in mine], mesh.sharing * mesh.fsdp * across), strict=True):
             found[i] = replace(found[i], owner=owner)
     if stagger == "rank":
@@ -92,7 +96,9 @@ def _owners(units: Sequence[Placed], ranks: int) -> list[int]:
 def _cost(unit: Placed) -> float:
     """What an owner does: the roots, and all the rest where the state is the owner's too."""
     part = unit.part
-    return part.cost if unit.kind == "shared" else ROOT_PRODUCTS * part.cost + part.work + part.numel
+    if unit.kind == "owned":
+        return ROOT_PRODUCTS * part.cost + part.work + part.numel
+    return part.cost if unit.kind == "shared" else ROOT_PRODUCTS * part.cost
 
 
 @lru_cache(maxsize=65_536)
@@ -106,20 +112,24 @@ def _place(part: Part, mesh: Mesh) -> Placed:
 def _kind(part: Part, mesh: Mesh, across: int, cuts: Sequence[Box]) -> Kind:
     if part.view is None:
         return "rows" if mesh.whole and mesh.zero1 and part.shape else "alone"
-    if mesh.ranks == 1:
-        return "alone"
-    if mesh.whole:
+    if mesh.whole and mesh.ranks > 1:
         return "owned" if mesh.zero1 else "shared"
-    if len(cuts) == 1:
-        return "alone"
-    one_axis = min(mesh.fsdp, across) == 1
-    return "aligned" if one_axis and _is_aligned(part, 0 if mesh.fsdp > 1 else part.tp_dim, cuts) else "owned"
+    return "alone" if len(cuts) == 1 else _kind_of_shards(part, mesh, across, cuts)
 
 
-def _is_aligned(part: Part, dim: int | None, cuts: Sequence[Box]) -> bool:
+def _kind_of_shards(part: Part, mesh: Mesh, across: int, cuts: Sequence[Box]) -> Kind:
+    dim = 0 if mesh.fsdp > 1 else part.tp_dim
+    if min(mesh.fsdp, across) > 1 or dim is None:
+        return "owned"
+    if _is_aligned(part, dim, cuts):
+        return "aligned"
+    return "summed" if len(cuts) <= part.summed[dim] else "owned"
+
+
+def _is_aligned(part: Part, dim: int, cuts: Sequence[Box]) -> bool:
     """Whether every rank holds one or more whole matrices of the stack; a split parameter never counts as that."""
     view = part.view
-    if view is None or view.split is not None or dim is None:
+    if view is None or view.split is not None:
         return False
     source, target = map(axes_of, view.pattern_of(0).split("->"))
     if len(target[0]) != 1 or not target[0][0].isidentifier() or source[dim][:1] != target[0]:
@@ -201,12 +211,24 @@ def owner(placed: Placed, mesh: Mesh) -> Grid:
 
 
 def share(placed: Placed, mesh: Mesh) -> Grid:
-    """The share of a part's statistic, application and state that each rank has."""
+    """The share of a part's statistic, application and momentum that each rank has."""
     if placed.kind in ("alone", "shared"):
         return np.ones((mesh.replicate, mesh.fsdp, mesh.tp))
     if placed.kind == "owned":
         return owner(placed, mesh)
+    if placed.kind == "summed":
+        return everywhere(placed, mesh, [held / placed.part.numel for held in placed.held])
     return everywhere(placed, mesh, [count / placed.part.stack[0] for count in matrices(placed)])
+
+
+def remembers(placed: Placed, mesh: Mesh) -> Grid:
+    """The share of a part's memory that each rank has: where statistics are summed, one rank has all of it."""
+    return owner(placed, mesh) if placed.kind == "summed" else share(placed, mesh)
+
+
+def applies(placed: Placed, mesh: Mesh) -> Grid:
+    """The share of a part's roots that each rank has: whole ones where statistics are summed."""
+    return np.ones((mesh.replicate, mesh.fsdp, mesh.tp)) if placed.kind == "summed" else share(placed, mesh)
 
 
 def updated(placed: Placed, mesh: Mesh) -> Grid:

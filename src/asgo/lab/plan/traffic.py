@@ -46,21 +46,46 @@ def nothing(mesh: Mesh) -> Traffic:
 
 
 def roots(due: Sequence[Placed], mesh: Mesh, itemsize: int = 4) -> Traffic:
-    """Data parallel: the owner of each part that is due sends its roots to all others.
+    """The owner of each part that is due sends its roots to all others, where all apply them.
 
-    ``b (k^2 itemsize + 8)`` bytes to each of ``N - 1`` ranks; packed, ``k (k + 1) / 2`` in place of ``k^2``.
+    Data parallel, ``b (k^2 itemsize + 8)`` bytes to each of ``N - 1`` ranks; where statistics are summed over shards,
+    without the flag. Packed, ``k (k + 1) / 2`` in place of ``k^2``.
 
     Args:
-        due: parts whose roots are refreshed in this step; those that are not shared cost nothing.
+        due: parts whose roots are refreshed in this step; those that are neither shared nor summed cost nothing.
         mesh: the ranks.
         itemsize: bytes of a number of the root.
     """
-    own = np.zeros(mesh.ranks, dtype=np.int64)
+    own, found = np.zeros(mesh.ranks, dtype=np.int64), nothing(mesh)
     for placed in due:
+        bytes_of_roots = placed.part.stack[0] * placed.part.square * itemsize
         if placed.kind == "shared":
-            own[placed.owner] += placed.part.stack[0] * (placed.part.square * itemsize + FLAG)
+            own[placed.owner] += bytes_of_roots + placed.part.stack[0] * FLAG
+        if placed.kind == "summed":
+            held, owner, sent, received = _grid(placed, mesh)
+            received += bytes_of_roots
+            received[owner] = 0
+            sent[owner] = bytes_of_roots * (held.size - 1)
+            found = found + _spread(sent, received, mesh)
     grid = (mesh.replicate, mesh.fsdp, mesh.tp)
-    return Traffic((own * (mesh.ranks - 1)).reshape(grid), (own.sum() - own).reshape(grid))
+    return found + Traffic((own * (mesh.ranks - 1)).reshape(grid), (own.sum() - own).reshape(grid))
+
+
+def sums(placed: Placed, mesh: Mesh, itemsize: int = 4) -> Traffic:
+    """The ranks of the owner's replica send it the statistics of what they hold of matrices.
+
+    Args:
+        placed: a part; one whose statistics are not summed costs nothing.
+        mesh: the ranks.
+        itemsize: bytes of a number of the state.
+    """
+    if placed.kind != "summed":
+        return nothing(mesh)
+    _, owner, sent, received = _grid(placed, mesh)
+    sent[owner[0]] = placed.part.measured * itemsize
+    sent[owner] = 0
+    received[owner] = placed.part.measured * itemsize * (len(placed.held) - 1)
+    return _spread(sent, received, mesh)
 
 
 def to_owner(placed: Placed, mesh: Mesh, itemsize: int) -> Traffic:
@@ -105,15 +130,22 @@ def to_holders(placed: Placed, mesh: Mesh, itemsize: int = 4) -> Traffic:
 def norms(placed: Placed, mesh: Mesh, itemsize: int = 4) -> Traffic:
     """Ranks with whole matrices tell each other one number for each, so that a parameter has one size of step.
 
+    Ranks with shards of matrices do so for the norm of the gradient, that of the update, and if it is evened out along
+    the other side that of what is evened out.
+
     Args:
-        placed: a part; one that is not aligned costs nothing.
+        placed: a part; one that is neither aligned nor summed costs nothing.
         mesh: the ranks.
         itemsize: bytes of a norm.
     """
-    if placed.kind != "aligned":
+    if placed.kind == "aligned":
+        count = max(matrices(placed))
+    elif placed.kind == "summed":
+        count = placed.part.stack[0] * (3 if placed.part.spread else 2)
+    else:
         return nothing(mesh)
     others = len(placed.held) - 1
-    each = np.full((mesh.replicate, mesh.fsdp, mesh.tp), max(matrices(placed)) * itemsize * others, dtype=np.int64)
+    each = np.full((mesh.replicate, mesh.fsdp, mesh.tp), count * itemsize * others, dtype=np.int64)
     return Traffic(each, each)
 
 
@@ -142,9 +174,9 @@ def fixed(placed: Sequence[Placed], mesh: Mesh, param: int, state: int = 4) -> T
     """
     found = nothing(mesh)
     for p in placed:
-        if p.kind in ("owned", "aligned", "rows"):
+        if p.kind in ("owned", "aligned", "summed", "rows"):
             there, back = to_owner(p, mesh, param), to_holders(p, mesh, state)
-            found = found + there + back + norms(p, mesh, state) + rows(p, mesh, param)
+            found = found + there + back + sums(p, mesh, state) + norms(p, mesh, state) + rows(p, mesh, param)
     return found
 
 

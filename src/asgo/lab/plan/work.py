@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from asgo import roots
 from asgo.lab.plan.mesh import Mesh
 from asgo.lab.plan.parts import Part
-from asgo.lab.plan.placing import Grid, Placed, everywhere, owner, share, updated
+from asgo.lab.plan.placing import Grid, Placed, applies, everywhere, owner, remembers, share, updated
 from asgo.matmul import PANELS, SMALLEST_PANEL
 
 PASSES = 19
@@ -116,14 +116,14 @@ def work(placed: Sequence[Placed], mesh: Mesh, interval: int, products: float, n
             elements += updated(p, mesh) * numbers.adamw
             continue
         mine = share(p, mesh)
-        refreshes = owner(p, mesh) if p.kind == "shared" else mine
+        refreshes = owner(p, mesh) if p.kind in ("shared", "summed") else mine
         statistic += mine * statistic_flops(part)
         application += mine * application_flops(part)
         elements += everywhere(p, mesh, p.held) * numbers.holder
         squares = (PACKED if part.packed else FOLD) * b * part.k**2
-        elements += mine * (part.numel * numbers.worker + squares * numbers.state)
+        elements += mine * part.numel * numbers.worker + remembers(p, mesh) * squares * numbers.state
         cubic[p.turn] += refreshes * root_flops(part, products)
-        count += mine * 2 * b
+        count += applies(p, mesh) * 2 * b
         count[p.turn] += refreshes * b * products
         refreshed[p.turn] += b
     return Work(statistic, application, elements, cubic, count, refreshed)
@@ -171,11 +171,11 @@ def kept(placed: Sequence[Placed], mesh: Mesh, numbers: Numbers, state_scale: fl
         if p.part.view is None:
             found["adamw"] += updated(p, mesh) / max(p.part.numel, 1) * p.part.momentum * state_scale
             continue
-        mine = share(p, mesh)
+        mine, memory = share(p, mesh), remembers(p, mesh)
         found["momentum"] += mine * p.part.momentum * state_scale
-        found["statistics"] += mine * p.part.statistic * state_scale
-        found["roots"] += mine * p.part.root * state_scale
-        found["rest"] += mine * p.part.rest
+        found["statistics"] += memory * p.part.statistic * state_scale
+        found["roots"] += applies(p, mesh) * p.part.root * state_scale
+        found["rest"] += mine * p.part.spread + memory * (p.part.rest - p.part.spread)
     return {name: grid.round() for name, grid in found.items()}
 
 
