@@ -30,7 +30,8 @@ def summed(found: Placement, param: Tensor, view: View, structure: Structure) ->
     Less: for every matrix its S shards send q numbers of a measurement to an owner and get r numbers of roots back,
     ``(S - 1) (q + r)`` in all (without roots the measurement is all-reduced: r = q). To gather the gradient and send
     the update back takes ``2 m n (S - 1) / S``. So the rule is ``S (q + r) < 2 m n``, summed over the parts of a split:
-    for a one-sided statistic ``S k^2 < m n``, packed ``S k (k + 1) / 2 < m n``. It asks for shapes, mesh and structure only: all ranks answer alike.
+    for a one-sided statistic ``S k^2 < m n``, packed ``S k (k + 1) / 2 < m n``. It asks for shapes, mesh and structure
+    only: all ranks answer alike.
 
     Args:
         found: by `asgo.distributed.placement.find`.
