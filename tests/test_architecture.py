@@ -21,7 +21,7 @@ FLOORS = [
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
     {"ladder"},
     {"buckets", "settings", "state", *(f"distributed.{path.stem}" for path in (ROOT / "distributed").glob("[!_]*.py"))},
-    {"optimizer", "sites", "attention", "routing"},
+    {"optimizer", "sites", "attention", "gated", "labels", "routing"},
     {
         "presets",
         *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")),

@@ -259,10 +259,20 @@ class Small(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)))
+
+
+def cut(model, layout):
+    if layout in ("ddp", "zero1"):
+        return ddp(model)
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
+    if layout == "fsdp+tp":
+        parallelize_module(model, mesh["tp"], {"first": ColwiseParallel(), "second": RowwiseParallel()})
+    fully_shard(model.first, mesh=mesh["dp"])
+    return fully_shard(model, mesh=mesh["dp"]), data_share(mesh["dp"].get_local_rank(), 2)
 
 
 def family(layout, names):
@@ -270,30 +280,27 @@ def family(layout, names):
     found = {}
     for name in names:
         torch.manual_seed(1)
-        model, wrapped, share = Small().double(), None, slice(None)
-        if layout == "fsdp":
-            fully_shard(model.first)
-            wrapped = fully_shard(model)
-        elif layout:
-            wrapped = DistributedDataParallel(model)
-        share = slice(dist.get_rank(), None, 2) if layout else share
+        model = Small().double()
+        wrapped, share = cut(model, layout) if layout else (model, slice(None))
         optimizer = PRESETS[name](list(model.named_parameters()))
         if layout in ("ddp", "zero1"):
             optimizer.distribute(shard_state=layout == "zero1")
         for step in range(STEPS):
             dice = torch.Generator().manual_seed(step)
-            x = torch.randn(4, 6, dtype=torch.float64, generator=dice)[share]
-            (wrapped or model)(x).square().mean().backward()
+            for x in torch.randn(2, 4, 6, dtype=torch.float64, generator=dice):  # accumulated
+                wrapped(x[share]).square().mean().backward()
+            if step % 2:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             optimizer.step()
             optimizer.zero_grad()
         found[name] = parameters(model)
     return found
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_the_family(worlds, layout):
+@pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("zero1", 2), ("fsdp", 2), ("fsdp+tp", 4)])
+def test_the_family(worlds, layout, size):
     expected = family(None, PRESETS)
-    for found in worlds(2)(family, layout, tuple(PRESETS)):
+    for found in worlds(size)(family, layout, tuple(PRESETS)):
         assert {name: params for name, params in found.items() if distance(params, expected[name]) >= 1e-8} == {}
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from asgo.routing import Rule
 from asgo.routing import route as route_by_default
-from asgo.views import MATRIX, View, heads
+from asgo.views import MATRIX, STACK, View, heads
 
 route = partial(route_by_default, per_head=True)
 
@@ -159,14 +159,15 @@ MODELS = {
     ),
     "mixtral": (
         lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=3)),
-        {"*.experts.gate_up_proj": "stack", "*.experts.down_proj": "stack", "*.mlp.gate.weight": "matrix"},
+        {"*.gate_up_proj": "stack of gates (g=2)", "*.experts.down_proj": "stack", "*.mlp.gate.weight": "matrix"},
     ),
     "gpt-oss": (
         lambda: hf.GptOssForCausalLM(
             hf.GptOssConfig(**TEXT, num_key_value_heads=2, num_local_experts=3, head_dim=6, **IDS)
         ),
         {
-            "*.experts.*_proj": "stack",
+            "*.experts.gate_up_proj": "stack of gates (g=2)",
+            "*.experts.down_proj": "stack",
             "*.experts.*_bias": "adamw",
             "*.sinks": "adamw",
             "*.k_proj.weight": "heads (h=2)",
@@ -178,7 +179,7 @@ MODELS = {
     ),
     "phi3": (
         lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**TEXT, num_key_value_heads=2, **IDS)),
-        {"*.qkv_proj.weight": "fused qkv (d=6, 24+12+12)", "*.gate_up_proj.weight": "matrix"},
+        {"*.qkv_proj.weight": "fused qkv (d=6, 24+12+12)", "*.gate_up_proj.weight": "gates (g=2)"},
     ),
     "gpt-neox": (
         lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**TEXT)),
@@ -733,3 +734,42 @@ def test_heads_are_whole_by_default():
     mine = [Rule("*.q_proj.weight", heads(2))]
     kept = {str(g["view"]["sizes"]) for g in route_by_default(llama(), mine) if g["view"]}
     assert "{'h': 2}" in kept  # a rule's view is obeyed as it stands
+
+
+# ---- gated MLPs --------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Experts with a fused projection of gate and up, which `halves` takes out of the weight."""
+
+    def __init__(self, fused, down):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(fused)), nn.Parameter(torch.randn(down))
+
+
+class GptOssExperts(Gated):
+    """Known by its name."""
+
+
+GATED = {
+    "rows": (Gated, (3, 10, 4), (3, 4, 5), lambda w: w.chunk(2, 1)),
+    "rows, as wide as tall": (Gated, (3, 8, 8), (3, 8, 4), lambda w: w.chunk(2, 1)),
+    "columns": (Gated, (3, 4, 10), (3, 5, 4), lambda w: w.chunk(2, 2)),
+    "columns, twice as wide": (Gated, (3, 4, 8), (3, 4, 4), lambda w: w.chunk(2, 2)),
+    "alternating columns": (GptOssExperts, (3, 4, 10), (3, 5, 4), lambda w: (w[..., ::2], w[..., 1::2])),
+}
+
+
+@pytest.mark.parametrize(("kind", "fused", "down", "halves"), GATED.values(), ids=GATED)
+def test_gate_and_up_are_matrices_of_their_own(kind, fused, down, halves):
+    mlp = kind(fused, down)
+    group = next(g for g in route(mlp) if g["params"][0][0] == "gate_up_proj")
+    gate, up = halves(mlp.gate_up_proj)
+    (stack,) = View.of(group["view"]).matrices(mlp.gate_up_proj)
+    assert torch.equal(stack, torch.stack([gate, up], 1).flatten(0, 1))
+
+
+@pytest.mark.parametrize(("fused", "down"), [((3, 10, 4), (3, 4, 6)), ((3, 10, 4), (2, 4, 5)), ((3, 4, 10), (3, 4, 5))])
+def test_a_projection_that_fits_no_neighbour_stays_whole(fused, down):
+    group = next(g for g in route(Gated(fused, down)) if g["params"][0][0] == "gate_up_proj")
+    assert View.of(group["view"]) == STACK

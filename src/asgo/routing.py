@@ -7,6 +7,7 @@ name: a Linear called ``embed_norm`` is a matrix. The first row of `DEFAULTS` th
 - one matrix each for query, key and value inside a fused projection (`asgo.attention`), and with ``per_head``
   one per head for queries and keys, also with grouped queries; where the heads are unknown or do not divide the
   rows, the weight stays whole;
+- one matrix each for gate and up inside a fused projection (`asgo.gated`);
 - one matrix, or a stack of them, for other layers.
 """
 
@@ -21,13 +22,14 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from asgo.attention import head_view
+from asgo.gated import GATE_UP, GATES, gated_view
+from asgo.labels import label
 from asgo.sites import TABLES, Site, find_sites
-from asgo.views import MATRIX, STACK, TRANSPOSED, View, blocks, conv, fused_qkv, head_columns, heads, whole
+from asgo.views import MATRIX, STACK, TRANSPOSED, View, conv, whole
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
 Found: TypeAlias = "View | Literal['adamw'] | None"
 
-GATES = "(g m) n -> g m n"
 ADAMW: Literal["adamw"] = "adamw"
 DEFAULT = "default"
 """The view of a `Rule` that changes options only: the view stays what it would be without the rule."""
@@ -149,40 +151,14 @@ def default_view(site: Site, per_head: bool = False) -> View | None:
 
 def _add(groups: list[dict[str, Any]], site: Site, view: View | None, rule: Rule) -> None:
     """Append to the group of equal view, options and name, or to a new one."""
-    label = ", ".join([_label(view), *(f"{key}={value}" for key, value in rule.options.items())])
-    group = {"view": None if view is None else view.to_dict(), "name": rule.name or label, **rule.options}
+    title = ", ".join([label(view), *(f"{key}={value}" for key, value in rule.options.items())])
+    group = {"view": None if view is None else view.to_dict(), "name": rule.name or title, **rule.options}
     same = (other for other in groups if {key: other[key] for key in other if key != "params"} == group)
     home = next(same, None)
     if home is None:
         home = {"params": [], **group}
         groups.append(home)
     home["params"].append((site.names[0], site.param))
-
-
-def _label(view: View | None) -> str:
-    if view is None:
-        return "adamw"
-    kind = _KINDS.get(view.pattern, "")
-    if " k0" in view.pattern:
-        kind = f"conv{str(view.pattern).count(' k') // 2}d"
-    notes = [f"{axis}={size}" for axis, size in view.sizes if (axis, size) != ("g", 1)]
-    notes += ["+".join(map(str, view.split))] if view.split else []
-    return kind + (f" ({', '.join(notes)})" if notes else "") if kind else str(view)
-
-
-_KINDS = {
-    MATRIX.pattern: "matrix",
-    TRANSPOSED.pattern: "transposed matrix",
-    STACK.pattern: "stack",
-    heads(2).pattern: "heads",
-    "n (h d) -> h d n": "transposed heads",
-    head_columns(2).pattern: "head columns",
-    blocks(2, 2).pattern: "blocks",
-    GATES: "gates",
-    **{fused_qkv(1, 1, 1, 1, t).pattern: "fused qkv" for t in (False, True)},
-    **{whole(fused_qkv(1, 1, 1, 1, t)).pattern: "fused qkv" for t in (False, True)},
-    fused_qkv(1, 1, 1, 1, True).pattern[1:]: "fused kv",
-}
 
 
 def _unused(rule: Rule, sites: Sequence[Site]) -> str:
@@ -230,6 +206,14 @@ def _attention(site: Site) -> Found:
     if site.parent is None or not _is_dense(site):
         return None
     return head_view(site.parent, site.slot, site.shape, _is_transposed(site.module))
+
+
+def _gated(site: Site) -> Found:
+    if site.leaf == GATE_UP and site.param.ndim == 3:
+        return gated_view(site.module, site.shape)
+    if site.slot != GATE_UP or site.parent is None or not _is_dense(site) or _is_transposed(site.module):
+        return None
+    return gated_view(site.parent, site.shape)
 
 
 def _dense(site: Site) -> Found:
@@ -280,6 +264,7 @@ DEFAULTS: tuple[Callable[[Site], Found], ...] = (
     _vector,
     _embedding_head_or_gain,
     _attention,
+    _gated,
     _dense,
     _convolution,
     _recurrent,
