@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import asgo
-from asgo import ASGO, AdaBlock, OneSidedShampoo, Shampoo, View, checkpoint
+from asgo import ASGO, AdaBlock, OneSidedShampoo, Shampoo, View, checkpoint, route
 from asgo.diagnostics import GradientProbe
 from asgo.roots import ROOTS
 from asgo.structures import Kronecker, OneSided, Packed, opened
@@ -335,3 +335,26 @@ def test_splits_and_stacks():
         train(params, optimizer, 2)
         results.append(params)
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_a_state_of_before_packed_state_loads():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Embedding(3, 4)) for _ in range(2))
+    saved = stepped(ours).state_dict()
+    for group in saved["param_groups"]:
+        group.pop("packed_state", None)
+    optimizer = ASGO(route(theirs))
+    optimizer.load_state_dict(saved)
+    assert [group.get("packed_state") for group in optimizer.param_groups] == [
+        None if group["view"] is None else False for group in optimizer.param_groups
+    ]
+    again = optimizer.state_dict()["state"]
+    assert all(torch.equal(x, again[i][key]) for i, state in saved["state"].items() for key, x in state.items())
+
+
+def stepped(model):
+    optimizer = ASGO(route(model))
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    return optimizer

@@ -257,7 +257,7 @@ class StructuredOptimizer(Optimizer, ABC):
         Raises:
             ValueError: state of another optimizer, model or view; nothing has changed then.
         """
-        settings.check_state(self, state_dict)
+        state_dict = settings.check_state(self, state_dict)
         own, exported = dict(self.state), self.state_dict()["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict({**state_dict, "state": {}})

@@ -196,8 +196,16 @@ def _check_param(what: str, param: Tensor) -> None:
         )
 
 
-def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if a state dict is of another optimizer, model or view."""
+ADDED: dict[str, Any] = {"packed_state": False}
+"""Hyperparameters that states saved by earlier versions lack, and what those versions did."""
+
+
+def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict, with what earlier versions did not save.
+
+    Raises:
+        ValueError: it is of another optimizer, model or view.
+    """
     who, saved = type(optimizer).__name__, state_dict.get("param_groups", [])
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in optimizer.param_groups]:
         raise ValueError(
@@ -205,6 +213,8 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
             f"of {[len(g['params']) for g in optimizer.param_groups]}. Build it with the same groups, or load by "
             "name with asgo.checkpoint.load_named_state_dict."
         )
+    pairs = zip(saved, optimizer.param_groups, strict=True)
+    saved = [{**{key: value for key, value in ADDED.items() if key in group}, **old} for old, group in pairs]
     names, own, place = names_of(optimizer), optimizer.state_dict()["state"], 0
     for old, group in zip(saved, optimizer.param_groups, strict=True):
         if (set(group) & set(optimizer.defaults)) - set(old) or old.get("view") != group["view"]:
@@ -215,6 +225,7 @@ def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         for i, param in zip(old["params"], group["params"], strict=True):
             check_tensors(who, names[param], state_dict["state"].get(i, {}), own[place])
             place += 1
+    return {**state_dict, "param_groups": saved}
 
 
 def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
