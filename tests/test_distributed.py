@@ -24,7 +24,7 @@ from asgo import ASGO, DASGO, View, folders, route
 from asgo.distributed.work import Unit, cost, owners, turns_of
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
 from family import PRESETS
-from worlds import World
+from worlds import World, on
 
 STEPS = 50
 
@@ -474,10 +474,6 @@ def continue_from(layout, folder, steps):
     extra = folders.load(folder, wrapped, optimizer)
     train(wrapped, optimizer, steps, start=extra["step"], share=share)
     return parameters(model)
-
-
-def on(worlds, size, function, *args):
-    return worlds(size)(function, *args) if size > 1 else [function(*args)]
 
 
 ROUTES = [

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from asgo import ASGO, DASGO, SPAM, View, folders
 from asgo.views import MATRIX, conv
-from worlds import World
+from worlds import World, on
 
 STEPS = 50
 
@@ -387,10 +387,6 @@ def continue_from(layout, folder, steps):
     for each in ((model, optimizer), (again, other)):
         train(*each, 2, start=extra["step"] + steps)
     return values(model), far(values(again), values(model))
-
-
-def on(worlds, size, function, *args):
-    return worlds(size)(function, *args) if size > 1 else [function(*args)]
 
 
 ROUTES = [

@@ -437,6 +437,20 @@ def test_one_product_in_float64_halves_the_error(monkeypatch: pytest.MonkeyPatch
     assert fine <= 2e-3 < plain <= 4e-3
 
 
+@pytest.mark.parametrize(("rounded", "least"), [(tf32, 0.1), (bf16, 0.5)])
+def test_the_first_product_of_y_fails_in_lower_precision(monkeypatch: pytest.MonkeyPatch, rounded: Any, least: float):
+    def coarse(C: Tensor, A: Tensor, B: Tensor, c: float, ab: float, precision: str = "ieee") -> Tensor:
+        if precision == "double":
+            A, B = rounded(A), rounded(B)
+        return torch.baddbmm(C, A, B, beta=c, alpha=ab)
+
+    G = low_rank(128, 128, 8)
+    monkeypatch.setattr("asgo.minimax.baddbmm", coarse)
+    monkeypatch.setattr("asgo.minimax.probe", lambda A, Z: torch.ones(len(A), dtype=torch.bool))
+    Z, _ = minimax((G @ G.T)[None], EPS)
+    assert error(Z[0], exact_root(G @ G.T, EPS), G) >= least
+
+
 # Cost and names
 
 

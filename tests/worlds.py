@@ -83,3 +83,8 @@ def _serve(pipe, rank, size, port, backend):
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def on(worlds, size, function, *args):
+    """What a function returns on every rank of a world of this size; on this process if it is 1."""
+    return worlds(size)(function, *args) if size > 1 else [function(*args)]
