@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
-from asgo.routing import Rule
+from asgo.labels import label
+from asgo.routing import Rule, default_views
 from asgo.routing import route as route_by_default
 from asgo.views import MATRIX, STACK, View, heads
 
@@ -359,37 +361,47 @@ MODELS = {
 }
 
 
+def members(groups):
+    """Every (name, parameter, view) of the groups."""
+    return [
+        (name, param, View.of(view))
+        for group in groups
+        for (name, param), view in zip(group["params"], group["views"], strict=True)
+    ]
+
+
+def views(groups):
+    return {name: view for name, _, view in members(groups)}
+
+
 def labels(groups):
-    return {name: group["name"] for group in groups for name, _ in group["params"]}
+    return {name: label(view) for name, view in views(groups).items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_kinds(name):
     make, expected = MODELS[name]
     got = labels(route(make()))
-    for pattern, label in expected.items():
+    for pattern, kind in expected.items():
         matching = {key: value for key, value in got.items() if fnmatchcase(key, pattern)}
         assert matching, f"no parameter is called {pattern}"
-        assert set(matching.values()) == {label}, matching
+        assert set(matching.values()) == {kind}, matching
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_in_one_group_and_fits_its_view(name):
     model = MODELS[name][0]()
     groups = route(model)
-    members = [member for group in groups for member in group["params"]]
-    assert Counter(n for n, _ in members) == Counter(n for n, p in model.named_parameters() if p.requires_grad)
-    assert all(param is dict(model.named_parameters())[n] for n, param in members)
-    for group in groups:
-        view = View.of(group["view"])
-        for n, param in group["params"]:
-            if view is None:
-                assert group["name"] == "adamw"
-            else:
-                view.check(n, param.shape)
-                assert sum(b * m * k for b, m, k in view.shapes(param.shape)) == param.numel()
+    found = members(groups)
+    assert Counter(n for n, _, _ in found) == Counter(n for n, p in model.named_parameters() if p.requires_grad)
+    assert all(param is dict(model.named_parameters())[n] for n, param, _ in found)
+    for n, param, view in found:
+        if view is not None:
+            view.check(n, param.shape)
+            assert sum(b * m * k for b, m, k in view.shapes(param.shape)) == param.numel()
+    assert {group["name"] for group in groups} <= {"matrices", "adamw"}
+    assert all((view is None) == (group["name"] == "adamw") for group in groups for view in group["views"])
     plain = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    assert all(plain.count(each) == 1 for each in plain)
     torch.save(plain, file := io.BytesIO())
     file.seek(0)
     assert torch.load(file, weights_only=True) == plain
@@ -484,11 +496,9 @@ def test_each_slice_is_one_head_of_the_models_own_attention(name):
             nn.init.zeros_(param)
     before = attention_of(model, inputs)
     hit = []
-    for group in route(model):
-        if group["name"].startswith(("heads", "transposed heads", "fused")):
-            hit += [
-                head for n, _ in group["params"] for head in heads_hit(model, n, View.of(group["view"]), before, inputs)
-            ]
+    for n, _, view in members(route(model)):
+        if label(view).startswith(("heads", "transposed heads", "fused")):
+            hit += heads_hit(model, n, view, before, inputs)
     assert len(hit) == len(set(hit))
     proved = {role for role, _ in hit}
     assert proved >= ({"q"} if name in ONLY_QUERIES else {"q", "k"})
@@ -589,6 +599,44 @@ def test_wrappers_do_not_change_names():
     assert labels(route(torch.compile(model))) == expected  # pyright: ignore
 
 
+class Nested(nn.Module):
+    """Wrappers inside a model, around a projection and around a whole block."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.num_heads = 2
+        self.q_proj, self.k_proj = wrap(nn.Linear(4, 4)), wrap(nn.Linear(4, 4))
+        self.block = wrap(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper, nn.DataParallel])
+def test_wrappers_inside_a_model_change_neither_names_nor_views(wrap):
+    expected = views(route(Nested(lambda module: module)))
+    assert str(expected["q_proj.weight"]) == str(heads(2))
+    assert views(route(Nested(wrap))) == expected
+    assert views(route(Nested(wrap), [Rule("block.0.weight", None)]))["block.0.weight"] is None
+
+
+def test_a_prefix_keeps_two_models_apart():
+    groups = [
+        *route(nn.Linear(3, 2), prefix="first"),
+        *route(nn.Linear(3, 2), [Rule("bias", name="b")], prefix="second."),
+    ]
+    assert [n for group in groups for n, _ in group["params"]] == [
+        *("first.weight", "first.bias", "second.weight", "second.bias"),
+    ]
+
+
+def test_names_alone_tell_tables_and_heads():
+    named = [(n, p) for n, p in gpt2(tie_word_embeddings=False).named_parameters()]
+    got = {n: view for (n, _), view in zip(named, default_views(named), strict=True)}
+    assert {n for n, view in got.items() if view is not None} == {
+        f"transformer.h.0.{layer}.weight" for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    w = nn.Parameter(torch.zeros(4, 3))
+    assert default_views([("weight", w), ("lm_head_norm.weight", w), ("pos_embed", w)]) == [MATRIX, MATRIX, None]
+
+
 # ---- rules --------------------------------------------------------------------------------------------------
 
 
@@ -600,11 +648,12 @@ def test_the_first_rule_wins():
     blocked = Rule("0.weight", heads(2), {"lr": 1.0})
     groups = route(model, [blocked, whole])
     assert labels(groups) == {
-        "0.weight": "heads (h=2), lr=1.0",
+        "0.weight": "heads (h=2)",
         "0.bias": "adamw",
         "1.weight": "matrix",
         "1.bias": "adamw",
     }
+    assert [group["name"] for group in groups] == ["lr=1.0", "adamw", "matrices"]
     assert groups[0]["lr"] == 1.0
     assert "lr" not in groups[1]
 
@@ -632,17 +681,17 @@ def test_what_a_rule_matches(rule, expected):
 
 
 def test_a_rule_without_a_view_changes_options_only():
-    plain = {n: View.of(g["view"]) for g in route(llama()) for n, _ in g["params"]}
+    plain = views(route(llama()))
     groups = route(llama(), [Rule("*.self_attn.*", options={"lr": 3e-3})])
-    assert {n: View.of(g["view"]) for g in groups for n, _ in g["params"]} == plain
+    assert views(groups) == plain
     assert all(("self_attn" in n) == (g.get("lr") == 3e-3) for g in groups for n, _ in g["params"])
 
 
-def test_equal_views_and_options_share_a_group_unless_named():
+def test_equal_options_share_a_group_unless_named():
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
     rules = [Rule("0.weight", "m n -> 1 m n"), Rule("1.weight", MATRIX.to_dict()), Rule("2.weight", MATRIX, name="two")]
     assert [(g["name"], [n for n, _ in g["params"]]) for g in route(model, rules)] == [
-        ("matrix", ["0.weight", "1.weight", "3.weight"]),
+        ("matrices", ["0.weight", "1.weight", "3.weight"]),
         ("two", ["2.weight"]),
     ]
 
@@ -727,13 +776,15 @@ def test_wrong_arguments(make, error, message):
 
 
 def test_heads_are_whole_by_default():
-    views = [group["view"] for group in route_by_default(gpt2()) if group["view"]]
-    assert {str(view["pattern"]) for view in views} == {str(["n m -> 1 m n"] * 3), "n m -> 1 m n"}
-    assert {g["view"]["pattern"] for g in route_by_default(llama()) if g["view"]} == {"m n -> 1 m n"}
-    assert "(h d) n -> h d n" in {g["view"]["pattern"] for g in route(llama()) if g["view"]}
+    assert set(labels(route_by_default(gpt2())).values()) == {
+        "adamw",
+        "fused qkv (24+24+24)",
+        "transposed matrix",
+    }
+    assert set(labels(route_by_default(llama())).values()) == {"adamw", "matrix"}
+    assert "heads (h=4)" in labels(route(llama())).values()
     mine = [Rule("*.q_proj.weight", heads(2))]
-    kept = {str(g["view"]["sizes"]) for g in route_by_default(llama(), mine) if g["view"]}
-    assert "{'h': 2}" in kept  # a rule's view is obeyed as it stands
+    assert "heads (h=2)" in labels(route_by_default(llama(), mine)).values()  # a rule's view is obeyed as it stands
 
 
 # ---- gated MLPs --------------------------------------------------------------------------------------------------
@@ -763,13 +814,11 @@ GATED = {
 @pytest.mark.parametrize(("kind", "fused", "down", "halves"), GATED.values(), ids=GATED)
 def test_gate_and_up_are_matrices_of_their_own(kind, fused, down, halves):
     mlp = kind(fused, down)
-    group = next(g for g in route(mlp) if g["params"][0][0] == "gate_up_proj")
     gate, up = halves(mlp.gate_up_proj)
-    (stack,) = View.of(group["view"]).matrices(mlp.gate_up_proj)
+    (stack,) = views(route(mlp))["gate_up_proj"].matrices(mlp.gate_up_proj)
     assert torch.equal(stack, torch.stack([gate, up], 1).flatten(0, 1))
 
 
 @pytest.mark.parametrize(("fused", "down"), [((3, 10, 4), (3, 4, 6)), ((3, 10, 4), (2, 4, 5)), ((3, 4, 10), (3, 4, 5))])
 def test_a_projection_that_fits_no_neighbour_stays_whole(fused, down):
-    group = next(g for g in route(Gated(fused, down)) if g["params"][0][0] == "gate_up_proj")
-    assert View.of(group["view"]) == STACK
+    assert views(route(Gated(fused, down)))["gate_up_proj"] == STACK

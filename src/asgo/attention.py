@@ -78,7 +78,8 @@ def head_view(attention: nn.Module, slot: str, shape: Sequence[int], transposed:
     query, key = pairs[0]
     if slot == query:
         return per_head(h, transposed) if rows % (h * max(d, 1)) == 0 else None
-    d = d or getattr(getattr(attention, query), "out_features", 0) // h
+    layer = getattr(attention, query)
+    d = d or getattr(getattr(layer, "module", layer), "out_features", 0) // h
     return per_head(rows // d) if key != "kv_b_proj" and _are_heads(rows, h, d) else None
 
 

@@ -14,7 +14,7 @@ name: a Linear called ``embed_norm`` is a matrix. The first row of `DEFAULTS` th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
@@ -23,9 +23,9 @@ from torch import nn
 
 from asgo.attention import head_view
 from asgo.gated import GATE_UP, GATES, gated_view
-from asgo.labels import label
 from asgo.sites import TABLES, Site, find_sites
 from asgo.views import MATRIX, STACK, TRANSPOSED, View, conv, whole
+from asgo.views import default_view as axes_view
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
 Found: TypeAlias = "View | Literal['adamw'] | None"
@@ -47,7 +47,7 @@ class Rule:
         view: a `View`, an einops pattern, the dict of `View.to_dict`, or ``None`` for AdamW. By default the
             view stays what it would be without the rule.
         options: hyperparameters of the group, such as ``lr`` or ``weight_decay``.
-        name: the group's name; parameters of equal view and options share a group unless their names differ.
+        name: the group's name; parameters of equal options share a group unless their names differ.
         parameter: with a module class, the one parameter that is meant, e.g. ``"weight_hh_l0"``.
 
     Raises:
@@ -71,7 +71,7 @@ class Rule:
             )
         if self.parameter is not None and not self.types:
             raise ValueError(f"parameter={self.parameter!r} needs a module class to match; got {self.match!r}.")
-        reserved = sorted({"params", "param_names", "view", "name"} & set(self.options))
+        reserved = sorted({"params", "param_names", "view", "views", "name"} & set(self.options))
         if reserved:
             raise ValueError(f"options may not set {', '.join(reserved)}: the rule has arguments for view and name.")
         if self.view != DEFAULT:
@@ -100,12 +100,35 @@ class Rule:
         return f"rule {self.name or shown}"
 
 
-def route(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = False) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Decision:
+    """How one parameter is read, and why.
+
+    Args:
+        name: the parameter's name, with the prefix.
+        shape: its shape.
+        view: how it is read; ``None`` for AdamW.
+        how: what decided: a rule, or the row of the defaults.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    view: View | None
+    how: str
+
+
+def route(
+    model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = False, prefix: str = ""
+) -> list[dict[str, Any]]:
     """Named groups of all trainable parameters, each in exactly one: ``ASGO(route(model), lr=1e-2)``.
 
+    There are few groups: ``"matrices"``, ``"adamw"``, and one for every distinct name and options of the rules.
+    The view belongs to the parameter, not to the group.
+
     The first rule that matches decides, then the defaults (see `asgo.routing`). Frozen parameters are left
-    out; tied ones appear once, and a weight tied to an embedding is an embedding. Names are those of the
-    module inside `DistributedDataParallel` or `torch.compile`, so that checkpoints fit the bare model too.
+    out; tied ones appear once, and a weight tied to an embedding is an embedding. Names are those without
+    wrappers (`DistributedDataParallel`, `torch.compile`, checkpoint wrappers, also nested), so that checkpoints
+    fit the bare model too.
 
     Args:
         model: any module.
@@ -113,32 +136,55 @@ def route(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = False) 
         per_head: read queries and keys as one matrix per head (the paper's transformer form, whose roots are
             cheaper by the square of the number of heads) instead of one matrix in all. Off by default because
             whole ones trained better in every run recorded in ``benchmarks/defaults``.
+        prefix: put before every name, with a dot, as in `torch.nn.Module.named_parameters`: two models can share
+            an optimizer. Rules match names without it.
 
     Returns:
-        Groups ``{"params": [(name, parameter), ...], "view": dict | None, "name": str, **options}`` for a
-        `torch.optim.Optimizer`, in the order of their first parameter.
+        Groups ``{"params": [(name, parameter), ...], "views": [dict | None, ...], "name": str, **options}`` for a
+        `torch.optim.Optimizer`, in the order of their first parameter; ``views`` has one entry per parameter,
+        plain data of `View.to_dict`, ``None`` for AdamW.
 
     Raises:
         TypeError: if `model` is not a module, or `rules` not a sequence of rules.
         ValueError: a view that does not fit, a rule that decides no parameter, a model with nothing to train,
             a parameter without a shape of its own (lazy, or flattened by `FullyShardedDataParallel`).
     """
+    groups: dict[str, dict[str, Any]] = {}
+    for site, decision, rule in _decide(model, rules, per_head, prefix):
+        title = rule.name or ", ".join(f"{key}={value}" for key, value in rule.options.items())
+        title = title or ("adamw" if decision.view is None else "matrices")
+        key = repr((title, sorted(rule.options.items())))
+        group = groups.setdefault(key, {"params": [], "views": [], "name": title, **rule.options})
+        group["params"].append((decision.name, site.param))
+        group["views"].append(None if decision.view is None else decision.view.to_dict())
+    return list(groups.values())
+
+
+def explain(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = False, prefix: str = "") -> list[Decision]:
+    """What `route` decides for every trainable parameter, and why; arguments and errors as there."""
+    return [decision for _, decision, _ in _decide(model, rules, per_head, prefix)]
+
+
+def _decide(model: nn.Module, rules: Sequence[Rule], per_head: bool, prefix: str) -> list[tuple[Site, Decision, Rule]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"route needs a torch.nn.Module; got {type(model).__name__}.")
     if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
         raise TypeError("rules must be a list of asgo.Rule, e.g. [Rule(torch.nn.Linear, 'm n -> 1 m n')].")
     sites, otherwise = find_sites(model), Rule("*")
-    groups: list[dict[str, Any]] = []
     winners = [next((rule for rule in rules if rule.matches(site)), otherwise) for site in sites]
+    found = []
     for site, rule in zip(sites, winners, strict=True):
-        view = default_view(site, per_head) if rule.view == DEFAULT else View.of(rule.view)
+        view, how = default_view(site, per_head), "default" if rule is otherwise else str(rule)
+        if rule.view != DEFAULT:
+            view = View.of(rule.view)
         if view is not None:
             view.check(site.names[0], site.shape)
-        _add(groups, site, view, rule)
+        name = f"{prefix.removesuffix('.')}.{site.names[0]}" if prefix else site.names[0]
+        found.append((site, Decision(name, site.shape, view, how), rule))
     for rule in rules:
         if not any(rule is winner for winner in winners):
             raise ValueError(_unused(rule, sites))
-    return groups
+    return found
 
 
 def default_view(site: Site, per_head: bool = False) -> View | None:
@@ -149,16 +195,19 @@ def default_view(site: Site, per_head: bool = False) -> View | None:
     return found if per_head else whole(found)
 
 
-def _add(groups: list[dict[str, Any]], site: Site, view: View | None, rule: Rule) -> None:
-    """Append to the group of equal view, options and name, or to a new one."""
-    title = ", ".join([label(view), *(f"{key}={value}" for key, value in rule.options.items())])
-    group = {"view": None if view is None else view.to_dict(), "name": rule.name or title, **rule.options}
-    same = (other for other in groups if {key: other[key] for key in other if key != "params"} == group)
-    home = next(same, None)
-    if home is None:
-        home = {"params": [], **group}
-        groups.append(home)
-    home["params"].append((site.names[0], site.param))
+def default_views(named_params: Iterable[tuple[str, nn.Parameter]]) -> list[View | None]:
+    """The views of ``(name, parameter)`` pairs without the module that they belong to.
+
+    Vectors, and parameters with an exact name of a table of embeddings or positions, a vocabulary head or a
+    gain (``lm_head.weight``, ``h.0.wte.weight``, ``pos_embed``) are AdamW's; others go by their number of axes,
+    as in `asgo.views.default_view`. Fused projections and experts cannot be told by a name alone: use `route`.
+    """
+    return [None if _is_named_table(name) else axes_view(param.ndim) for name, param in named_params]
+
+
+def _is_named_table(name: str) -> bool:
+    *_, slot, leaf = ["", *name.split(".")]
+    return leaf in _ELEMENTWISE or leaf in NAMED_TABLES or (leaf == "weight" and slot in NAMED_TABLES)
 
 
 def _unused(rule: Rule, sites: Sequence[Site]) -> str:
@@ -189,6 +238,15 @@ _ELEMENTWISE = {
     *("bias_u", "bias_v", "r_w_bias", "r_r_bias", "r_s_bias", "A_log"),
 }
 """Exact names of parameters that are no matrices though they have two axes: positions, biases, decays."""
+
+
+NAMED_TABLES = {
+    *("lm_head", "embed_out", "output_projection", "embed_tokens", "embed_positions", "embed_in", "shared"),
+    *("wte", "wpe", "tok_emb", "tok_embed", "tok_embedding", "tok_embeddings", "token_embedding", "token_embeddings"),
+    *("embed", "embedding", "embeddings", "pos_emb", "word_embeddings", "token_type_embeddings", "patch_positions"),
+    *("relative_attention_bias", "cls_token", "mask_token", "dist_token", "class_embedding"),
+}
+"""Exact names of tables and heads, for parameters whose module is not known."""
 
 
 def _vector(site: Site) -> Found:

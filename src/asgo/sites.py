@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """Modules whose weight is looked up by index."""
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What wrappers of `torch.compile`, activation checkpointing and sharding call the module inside."""
+
+PARALLEL = ("DataParallel", "DistributedDataParallel")
+"""Wrappers that call the module inside ``module``."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,6 @@ def find_sites(model: nn.Module) -> list[Site]:
     Raises:
         ValueError: if there is none, or one has no shape of its own.
     """
-    model = _unwrap(model)
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad:
@@ -50,11 +54,21 @@ def find_sites(model: nn.Module) -> list[Site]:
     return [_site(modules, param, aliases, heads) for param, aliases in names.items()]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside data parallel and compiled wrappers."""
-    inner = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else None
-    inner = getattr(model, "_orig_mod", inner)
-    return _unwrap(inner) if isinstance(inner, nn.Module) else model
+def without_wrappers(modules: Mapping[str, nn.Module], name: str) -> str:
+    """The name of a parameter as it is without compiled, checkpointed and data parallel wrappers around modules."""
+    kept, path = [], ""
+    for part in name.split("."):
+        if not is_wrapper(modules[path], part):
+            kept.append(part)
+        path = f"{path}.{part}" if path else part
+        if path not in modules:
+            break  # the leaf
+    return ".".join(kept)
+
+
+def is_wrapper(module: nn.Module, inner: str) -> bool:
+    """Whether a module only wraps the one it calls `inner`."""
+    return inner in WRAPPED or (inner == "module" and type(module).__name__ in PARALLEL)
 
 
 def _site(modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence[str], heads: set[nn.Module]) -> Site:
@@ -67,7 +81,10 @@ def _site(modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence
     path, leaf = next((place for place in places if isinstance(modules[place[0]], TABLES)), places[0])
     above, _, slot = path.rpartition(".")
     is_head = any(modules[place] in heads for place, _ in places)
-    return Site(tuple(names), param, modules[path], leaf, modules[above] if path else None, slot, is_head)
+    clean = tuple(without_wrappers(modules, name) for name in names)
+    while path and is_wrapper(modules[above], slot):
+        above, _, slot = above.rpartition(".")
+    return Site(clean, param, modules[path], leaf, modules[above] if slot else None, slot, is_head)
 
 
 def _place(modules: Mapping[str, nn.Module], name: str, param: nn.Parameter) -> tuple[str, str]:
