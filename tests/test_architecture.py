@@ -15,13 +15,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = [path for path in FILES if "lab" not in path.relative_to(ROOT).parts]
 FLOORS = [
     {"_types"},
-    {"views", "partition", "masks", "matmul", "scaling", "triangles"},
+    {"views", "views.view", "views.patterns", "masks", "matmul", "scaling", "triangles"},
     {"minimax", "eigen", "powers", "roots"},
     {"adamw"},
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
     {"ladder"},
     {"buckets", "settings", "state", *(f"distributed.{path.stem}" for path in (ROOT / "distributed").glob("[!_]*.py"))},
-    {"optimizer", "sites", "attention", "gated", "labels", "routing"},
+    {"optimizer", *(f"views.{name}" for name in ("layouts", "model_scan", "route"))},
     {
         "presets",
         *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")),
@@ -112,7 +112,7 @@ def test_internal_imports_stand_at_the_top(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_sizes(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 400
     for function in functions(path):
         assert body_lines(function) <= 45, f"{function.name} has {body_lines(function)} lines"
 

@@ -14,8 +14,8 @@ import torch
 
 import asgo
 from asgo import ASGO, Rule, View, checkpoint, roots, route, settings, views
-from asgo.attention import FUSED, HEADS, OTHERWISE, QUERY_KEY
-from asgo.routing import DEFAULT
+from asgo.views.layouts import FUSED, HEADS, OTHERWISE, QUERY_KEY
+from asgo.views.route import DEFAULT
 
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 

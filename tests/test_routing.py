@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
-from asgo.labels import label
-from asgo.routing import Rule, default_views
-from asgo.routing import route as route_by_default
 from asgo.views import MATRIX, STACK, View, heads
+from asgo.views.patterns import label
+from asgo.views.route import Rule, default_views
+from asgo.views.route import route as route_by_default
 
 route = partial(route_by_default, per_head=True)
 

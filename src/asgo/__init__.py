@@ -9,8 +9,8 @@ from asgo.advise import Advice, advise
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.report import Report, report, state_bytes
-from asgo.routing import Rule, route
 from asgo.views import View
+from asgo.views.route import Rule, route
 
 __all__ = [
     "AGD",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from asgo.diagnostics.evidence import LAGS, SIDES, STATISTICS, Choice, Collector, Evidence, Side
 from asgo.diagnostics.losses import gradients
-from asgo.routing import Rule, route
 from asgo.views import View
+from asgo.views.route import Rule, route
 
 SLACK = 0.05
 """What differs by less than this share counts as equal."""

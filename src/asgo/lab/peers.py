@@ -22,7 +22,7 @@ from asgo.lab.errors import LabError
 from asgo.lab.rules import read_rules
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-from asgo.routing import route
+from asgo.views.route import route
 
 Named = list[tuple[str, nn.Parameter]]
 Build = Callable[[nn.Module, dict[str, Any], float], Optimizer]

@@ -9,8 +9,8 @@ from typing import Any
 
 from asgo.lab.errors import LabError
 from asgo.lab.files import write_json
-from asgo.routing import Rule
 from asgo.views import View
+from asgo.views.route import Rule
 
 
 def write_rules(path: Path, rules: Sequence[Rule]) -> None:

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo import partition
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import tensors
 from asgo.structures import LowRankFactor, LowRankSymmetric, Structure
 from asgo.views import View
+from asgo.views import patterns as partition
 
 
 class AdaGram(StructuredOptimizer):

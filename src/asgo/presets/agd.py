@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo import partition
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import LOOP
 from asgo.structures import Difference
 from asgo.views import View
+from asgo.views import patterns as partition
 
 
 class AGD(StructuredOptimizer):

@@ -8,12 +8,13 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from asgo import partition, settings
+from asgo import settings
 from asgo.optimizer import StructuredOptimizer
-from asgo.routing import Rule, route
 from asgo.structures import Blockwise
 from asgo.structures.blockwise import Blocks
 from asgo.views import View
+from asgo.views import patterns as partition
+from asgo.views.route import Rule, route
 
 Partition: TypeAlias = Literal["tensor", "row", "kernel", "column"] | int | View
 

@@ -12,8 +12,8 @@ from asgo.lab.batches import DataConfig, open_data
 from asgo.lab.config import ModelConfig
 from asgo.lab.corpora import CorpusConfig
 from asgo.lab.models import build_model, token_loss
-from asgo.routing import route
 from asgo.views import View
+from asgo.views.route import route
 
 COUNT = 4
 """Matrices of a drawn problem."""

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asgo.routing import route
+from asgo.views.route import route
 
 Named: TypeAlias = tuple[str, nn.Parameter]
 Group: TypeAlias = dict[str, Any]

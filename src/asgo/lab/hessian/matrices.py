@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from asgo.attention import FUSED, QUERY_KEY
-from asgo.routing import default_view
-from asgo.sites import Site, find_sites
+from asgo.views.layouts import FUSED, QUERY_KEY
+from asgo.views.model_scan import Site, find_sites
+from asgo.views.route import default_view
 
 Role = Literal["query", "key", "value", "output", "fused", "other"]
 
 VALUES = ("v_proj", "value", "v_lin", "v", "linear_v", "to_v", "Wv", "value_proj", "v_proj_weight")
-"""Names of the value's projection beside those of `asgo.attention.QUERY_KEY`."""
+"""Names of the value's projection beside those of `asgo.views.layouts.QUERY_KEY`."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from asgo.lab.plan.parts import Part, read
 from asgo.lab.plan.work import Numbers, products_of
 from asgo.lab.progress import LiveLine
 from asgo.presets import ASGO
-from asgo.routing import route
+from asgo.views.route import route
 
 BATCH, LEAST_TOKENS = 2**19, 8192
 """Tokens of a step unless --tokens says otherwise: of all GPUs, and at least of each."""

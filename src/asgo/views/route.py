@@ -4,10 +4,10 @@ The defaults look at module types, tied weights and exact attributes of attentio
 name: a Linear called ``embed_norm`` is a matrix. The first row of `DEFAULTS` that knows a parameter decides:
 
 - AdamW for vectors and scalars, embeddings, vocabulary heads and gains;
-- one matrix each for query, key and value inside a fused projection (`asgo.attention`), and with ``per_head``
+- one matrix each for query, key and value inside a fused projection (`asgo.views.layouts`), and with ``per_head``
   one per head for queries and keys, also with grouped queries; where the heads are unknown or do not divide the
   rows, the weight stays whole;
-- one matrix each for gate and up inside a fused projection (`asgo.gated`);
+- one matrix each for gate and up inside a fused projection (`asgo.views.layouts`);
 - one matrix, or a stack of them, for other layers.
 """
 
@@ -21,11 +21,11 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from asgo.attention import head_view
-from asgo.gated import GATE_UP, GATES, gated_view
-from asgo.sites import TABLES, Site, find_sites
-from asgo.views import MATRIX, STACK, TRANSPOSED, View, conv, whole
-from asgo.views import default_view as axes_view
+from asgo.views.layouts import GATE_UP, gated_view, head_view
+from asgo.views.model_scan import TABLES, Site, find_sites
+from asgo.views.patterns import GATES, MATRIX, STACK, TRANSPOSED, conv, whole
+from asgo.views.patterns import default_view as axes_view
+from asgo.views.view import View
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
 Found: TypeAlias = "View | Literal['adamw'] | None"
@@ -125,7 +125,7 @@ def route(
     There are few groups: ``"matrices"``, ``"adamw"``, and one for every distinct name and options of the rules.
     The view belongs to the parameter, not to the group.
 
-    The first rule that matches decides, then the defaults (see `asgo.routing`). Frozen parameters are left
+    The first rule that matches decides, then the defaults (see `asgo.views.route`). Frozen parameters are left
     out; tied ones appear once, and a weight tied to an embedding is an embedding. Names are those without
     wrappers (`DistributedDataParallel`, `torch.compile`, checkpoint wrappers, also nested), so that checkpoints
     fit the bare model too.

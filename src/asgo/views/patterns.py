@@ -1,0 +1,178 @@
+"""The named patterns: matrices, heads, blocks, convolutions, fused projections, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from asgo.views.view import View
+
+MATRIX = View("m n -> 1 m n")
+"""A `torch.nn.Linear` weight, whole."""
+
+TRANSPOSED = View("n m -> 1 m n")
+"""A weight stored as (in, out): Hugging Face's `Conv1D`."""
+
+STACK = View("e m n -> e m n")
+"""A stack of matrices in one parameter: mixture-of-experts weights ``(experts, out, in)``."""
+
+
+def heads(h: int, transposed: bool = False) -> View:
+    """One matrix ``(d, n)`` per attention head: query and key, whose Hessians are block-diagonal by head.
+
+    With `transposed`, for layers that store (in, out).
+    """
+    return View("n (h d) -> h d n" if transposed else "(h d) n -> h d n", {"h": h})
+
+
+def whole(view: View) -> View:
+    """The view with the heads of each part read as one matrix; a view without heads is returned as it is."""
+    merge = {heads(1).pattern: MATRIX.pattern, heads(1, True).pattern: TRANSPOSED.pattern}
+    patterns = (view.pattern,) if isinstance(view.pattern, str) else view.pattern
+    merged = tuple(str(merge.get(pattern, pattern)) for pattern in patterns)
+    if merged == patterns:
+        return view
+    return View(merged[0] if view.split is None else merged, (), view.split, view.split_dim)
+
+
+def head_columns(h: int) -> View:
+    """One matrix ``(m, d)`` per head for an output projection, whose columns belong to heads."""
+    return View("m (h d) -> h m d", {"h": h})
+
+
+def blocks(r: int, c: int) -> View:
+    """Independent blocks of `r` rows and `c` columns."""
+    return View("(a r) (b c) -> (a b) r c", {"r": r, "c": c})
+
+
+def fused_qkv(q: int, k: int, v: int, d: int, transposed: bool = False) -> View:
+    """A fused projection of `q`, `k` and `v` rows: query and key per head of `d` rows, value whole.
+
+    Covers grouped-query attention (``k < q``) and, with `transposed`, layers that store (in, out).
+    """
+    per_head, whole = ("n (h d) -> h d n", "n m -> 1 m n") if transposed else ("(h d) n -> h d n", MATRIX.pattern)
+    return View((per_head, per_head, str(whole)), {"d": d}, (q, k, v), 1 if transposed else 0)
+
+
+def conv(ndim: int, groups: int = 1, transposed: bool = False) -> View:
+    """A convolution weight with `ndim` axes as ``out x (in * kernel)``, one matrix per group.
+
+    Read depthwise convolutions with ``groups=1``, as one matrix ``channels x kernel``: in a stack of single rows
+    there would be nothing to precondition.
+    """
+    kernel = " ".join(f"k{i}" for i in range(ndim - 2))
+    if transposed:
+        return View(f"(g i) o {kernel} -> g o (i {kernel})", {"g": groups})
+    return View(f"(g o) i {kernel} -> g o (i {kernel})", {"g": groups})
+
+
+def default_view(ndim: int) -> View | None:
+    """The view of a bare parameter by its number of axes.
+
+    A vector or scalar has none (AdamW); two axes are one matrix, three a convolution over time, four and five
+    convolutions over images and volumes. Stacks of experts need a view of their own or `asgo.route`.
+    """
+    if ndim < 2:
+        return None
+    return MATRIX if ndim == 2 else conv(ndim)
+
+
+GATES = "(g m) n -> g m n"
+EXPERT_GATES = "e (g m) n -> (e g) m n"
+TRANSPOSED_GATES = "e m (g n) -> (e g) m n"
+ALTERNATING_GATES = "e m (n g) -> (e g) m n"
+
+
+# ---- views of parameters with any number of axes -----------------------------------------------------------
+
+
+def flat(ndim: int) -> View:
+    """The whole parameter as one row: ``"m n -> 1 1 (m n)"``."""
+    axes = _axes(ndim)
+    return _view(axes, "1", axes)
+
+
+def rows(ndim: int) -> View:
+    """One row per output feature: ``"o i k0 -> 1 o (i k0)"``; a vector or a scalar is one row."""
+    axes = _axes(ndim)
+    return flat(ndim) if ndim < 2 else _view(axes, axes[0], axes[1:])
+
+
+def entries(ndim: int) -> View:
+    """One row per entry of a vector; `rows` for others."""
+    return View("n -> 1 n 1") if ndim == 1 else rows(ndim)
+
+
+def kernels(ndim: int) -> View:
+    """One row per kernel of a convolution, ``"o i k0 -> 1 (o i) k0"``; `entries` for others."""
+    axes = _axes(ndim)
+    return entries(ndim) if ndim < 3 else _view(axes, "(o i)", axes[2:])
+
+
+def columns(ndim: int) -> View:
+    """One column per input feature: ``"o i k0 -> 1 (o k0) i"``; a vector or a scalar is one column."""
+    axes = _axes(ndim)
+    return _view(axes, _joined(axes), ()) if ndim < 2 else _view(axes, _joined([axes[0], *axes[2:]]), axes[1:2])
+
+
+def equal(count: int, ndim: int) -> View:
+    """`count` rows of equal length, each a run of the flattened parameter; its first axis must divide into them."""
+    if ndim == 0:
+        return flat(0)
+    first, *rest = _axes(ndim)
+    return View(f"{' '.join([f'(c {first})', *rest])} -> 1 c {_joined([first, *rest])}", {"c": count})
+
+
+def head_rows(view: View) -> View:
+    """The view with every head as one row of one matrix, so that a number per row is a number per head.
+
+    ``"(h d) n -> h d n"`` becomes ``"(h d) n -> 1 h (d n)"``, in each part of a split; others stay.
+    """
+    merge = {heads(1).pattern: "(h d) n -> 1 h (d n)", heads(1, True).pattern: "n (h d) -> 1 h (d n)"}
+    if isinstance(view.pattern, str):
+        return View(merge.get(view.pattern, view.pattern), view.sizes, view.split, view.split_dim)
+    return View(tuple(merge.get(part, part) for part in view.pattern), view.sizes, view.split, view.split_dim)
+
+
+def _axes(ndim: int) -> list[str]:
+    if ndim < 3:
+        return ["m", "n"][2 - ndim :]
+    return ["o", "i", *(f"k{i}" for i in range(ndim - 2))]
+
+
+def _joined(axes: Sequence[str]) -> str:
+    """One axis of the stack that holds these: ``1``, a name, or several in parentheses."""
+    return f"({' '.join(axes)})" if len(axes) > 1 else "".join(axes) or "1"
+
+
+def _view(axes: Sequence[str], row: str, column: Sequence[str]) -> View:
+    return View(f"{' '.join(axes)} -> 1 {row} {_joined(column)}".strip())
+
+
+# ---- what views are called ---------------------------------------------------------------------------------
+
+KINDS: dict[object, str] = {
+    MATRIX.pattern: "matrix",
+    TRANSPOSED.pattern: "transposed matrix",
+    STACK.pattern: "stack",
+    heads(2).pattern: "heads",
+    "n (h d) -> h d n": "transposed heads",
+    head_columns(2).pattern: "head columns",
+    blocks(2, 2).pattern: "blocks",
+    GATES: "gates",
+    **dict.fromkeys((EXPERT_GATES, TRANSPOSED_GATES, ALTERNATING_GATES), "stack of gates"),
+    **{fused_qkv(1, 1, 1, 1, t).pattern: "fused qkv" for t in (False, True)},
+    **{whole(fused_qkv(1, 1, 1, 1, t)).pattern: "fused qkv" for t in (False, True)},
+    fused_qkv(1, 1, 1, 1, True).pattern[1:]: "fused kv",
+}
+
+
+def label(view: View | None) -> str:
+    """The kind of a view and its numbers, such as ``heads (h=4)``; the pattern of one that has no name."""
+    if view is None:
+        return "adamw"
+    kind = KINDS.get(view.pattern, "")
+    if " k0" in view.pattern:
+        kind = f"conv{str(view.pattern).count(' k') // 2}d"
+    notes = [f"{axis}={size}" for axis, size in view.sizes if (axis, size) != ("g", 1)]
+    notes += ["+".join(map(str, view.split))] if view.split else []
+    return kind + (f" ({', '.join(notes)})" if notes else "") if kind else str(view)
