@@ -1,6 +1,6 @@
 """The optimizers that can be trained and compared, by name.
 
-All of them share one routing (`asgo.routing.route`): the named optimizer has the hidden matrices, AdamW has
+All of them share one routing (`asgo.views.route.route`): the named optimizer has the hidden matrices, AdamW has
 embeddings, vectors and the output head. Peers are torch's own classes, not copies. A row's ``lr`` is the
 default of ``--optimizer.lr``.
 """
