@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from asgo import ASGO, DASGO, View, folders, route
+from asgo import ASGO, DASGO, folders, route
 from asgo.distributed.work import Unit, cost, owners, turns_of
+from asgo.settings import views_of
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
 from family import PRESETS
 from worlds import World, on
@@ -410,12 +411,12 @@ def test_root_work_of_gpt2_is_balanced(ranks, interval, kind):
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     optimizer = ASGO(route(model), precondition_frequency=interval)
-    turn_of = turns_of(optimizer.param_groups, optimizer.structure, interval)
+    turn_of = turns_of(optimizer.param_groups, optimizer._members.views, optimizer.structure)
     units, cubes = [], []
     for group in optimizer.param_groups:
-        view, structure = View.of(group["view"]), View.of(group["view"]) and optimizer.structure(group)
-        for param in group["params"] if view else ():
-            for part, shape in enumerate(view.shapes(param.shape)):
+        structure = optimizer.structure(group)
+        for param, view in zip(group["params"], views_of(group), strict=True):
+            for part, shape in enumerate(view.shapes(param.shape) if view else ()):
                 units.append(Unit(cost(structure, kind, shape), tuple(range(ranks)), (interval, turn_of[param, part])))
                 cubes.append(shape[0] * structure.cost(*shape[1:]))
     chosen = owners(units)

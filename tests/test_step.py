@@ -14,6 +14,7 @@ from asgo import ASGO, buckets, eigen, matmul, route
 from asgo.distributed.work import turns, turns_of
 from asgo.masks import choose, holds
 from asgo.roots import ROOTS
+from asgo.settings import views_of
 from asgo.views import MATRIX, TRANSPOSED, View, heads
 from family import every_preset
 
@@ -57,7 +58,7 @@ def test_a_bucket_has_at_most_so_many_bytes_or_one_member(monkeypatch, limit):
     params, same = parameters(SHAPES), parameters(SHAPES)
     optimizer = ASGO(groups(params))
     optimizer.step()
-    made = [bucket for _, some in optimizer._buckets.values() for bucket in some]
+    made = [bucket for plan in optimizer._plans.values() for bucket in plan.buckets]
     sizes = [bucket.state["exp_avg"].numel() * 4 for bucket in made]
     assert all(size <= limit or len(bucket.members) == 1 for size, bucket in zip(sizes, made, strict=True))
     assert sum(len(bucket.members) for bucket in made) == 5
@@ -72,7 +73,7 @@ def test_momentum_lies_in_the_memory_order_of_the_gradients():
     params = parameters([(4, 6)] * 2)
     optimizer = ASGO([{"params": params, "view": TRANSPOSED}])
     optimizer.step()
-    ((_, (bucket,)),) = optimizer._buckets.values()
+    ((bucket,),) = [plan.buckets for plan in optimizer._plans.values()]
     assert bucket.state["exp_avg"].shape == (2, 6, 4)
     assert bucket.state["exp_avg"].stride() == bucket.gradients().stride() == (24, 1, 6)
 
@@ -83,7 +84,7 @@ def test_a_single_gradient_is_read_where_it_is_and_never_written():
     optimizer = ASGO([param], maximize=True)
     optimizer.step()
     assert torch.equal(param.grad, before)
-    ((_, (bucket,)),) = optimizer._buckets.values()
+    ((bucket,),) = [plan.buckets for plan in optimizer._plans.values()]
     assert bucket.gradients().data_ptr() == param.grad.data_ptr()
 
 
@@ -118,11 +119,10 @@ def test_no_step_has_much_more_roots_than_the_median_step(interval, per_head):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     optimizer = ASGO(route(model, per_head=per_head), precondition_frequency=interval)
     load = [0.0] * interval
-    turn_of = turns_of(optimizer.param_groups, optimizer.structure, interval)
+    turn_of = turns_of(optimizer.param_groups, optimizer._members.views, optimizer.structure)
     for group in optimizer.param_groups:
-        view = asgo.View.of(group["view"])
-        for param in group["params"] if view else []:
-            for part, (b, m, n) in enumerate(view.shapes(param.shape)):
+        for param, view in zip(group["params"], views_of(group), strict=True):
+            for part, (b, m, n) in enumerate(view.shapes(param.shape) if view else ()):
                 load[turn_of[param, part]] += b * min(m, n) ** 3
     assert max(load) <= 1.5 * statistics.median(load)
 

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from asgo._types import State
+from asgo.masks import holds as known_all_true
 
 DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 """What a group without a view uses unless it says otherwise: the released ASGO's settings for Adam."""
@@ -38,9 +39,8 @@ def adamw(
 ) -> None:
     """One step of AdamW on parameters that have gradients, in place.
 
-    Parameters of lower precision than their state are updated in the state's precision and rounded once. Where a
-    gradient is not finite, all of the call on that device rest, and the failure is counted for its parameter;
-    the device is not waited for.
+    Parameters of lower precision than their state are updated in the state's precision and rounded once. One whose
+    gradient is not finite rests, state and all, and the failure is counted; a device is not waited for.
 
     Args:
         params: what this rank holds of them.
@@ -53,29 +53,43 @@ def adamw(
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (param, state) in enumerate(zip(params, states, strict=True)):
         kinds.setdefault((param.device, state["exp_avg"].dtype), []).append(i)
-    for (device, dtype), some in kinds.items():
+    for (_, dtype), some in kinds.items():
         work = [params[i].to(dtype) for i in some]  # itself where it has that dtype
         alike = [_in_order(grads[i], of) for i, of in zip(some, work, strict=True)]
         finite = agree(torch.stack(torch._foreach_norm(alike)).isfinite(), some)
-        _alike(work, alike, [states[i] for i in some], finite, group, device)
+        _update_finite(work, alike, [states[i] for i in some], finite, group)
         for i, updated in zip(some, work, strict=True):
             if updated is not params[i]:
                 params[i].copy_(updated)
 
 
-def _alike(
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    finite: Tensor,
-    group: dict[str, Any],
-    device: torch.device,
+def _update_finite(
+    params: list[Tensor], grads: list[Tensor], states: list[State], finite: Tensor, group: dict[str, Any]
 ) -> None:
-    """The step for parameters of one device in the precision of their state."""
+    """Update the parameters whose gradients are finite, and count the others.
+
+    The fused kernel can be told to leave out all of a call and not some: where flags cannot be read without waiting,
+    every parameter has a call of its own.
+    """
     torch._foreach_add_([state["failures"] for state in states], list((~finite).long().unbind()))
-    fused = device.type in (*_get_fused_kernels_supported_devices(), "meta")
-    if not fused:
-        grads = [torch.where(finite.all(), grad, 0) for grad in grads]
+    if known_all_true(finite):
+        _update(params, grads, states, group, None)
+    elif finite.device.type == "cpu" and not torch.compiler.is_compiling():
+        kept = [i for i, fine in enumerate(finite.tolist()) if fine]
+        _update([params[i] for i in kept], [grads[i] for i in kept], [states[i] for i in kept], group, None)
+    else:
+        for param, grad, state, skip in zip(params, grads, states, (~finite).float().unbind(), strict=True):
+            _update([param], [grad], [state], group, skip)
+
+
+def _update(
+    params: list[Tensor], grads: list[Tensor], states: list[State], group: dict[str, Any], skip: Tensor | None
+) -> None:
+    """The step for parameters of one device in the precision of their state; none where `skip` is 1."""
+    if not params:
+        return
+    fused = params[0].device.type in (*_get_fused_kernels_supported_devices(), "meta")
+    before = None if fused or skip is None else [x.clone() for x in _touched(params, states)]
     torch_adamw(
         params,
         grads,
@@ -84,7 +98,7 @@ def _alike(
         [],
         [state["step"] for state in states],
         fused=fused,
-        found_inf=(~finite.all()).float() if fused else None,  # pyright: ignore[reportArgumentType]
+        found_inf=skip if fused else None,  # pyright: ignore[reportArgumentType]
         amsgrad=False,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
@@ -93,6 +107,13 @@ def _alike(
         eps=group["eps"],
         maximize=group["maximize"],
     )
+    for now, then in zip(_touched(params, states), before, strict=True) if before else ():
+        now.copy_(torch.where(skip > 0, then, now))  # pyright: ignore[reportOptionalOperand]
+
+
+def _touched(params: list[Tensor], states: list[State]) -> list[Tensor]:
+    """What a step changes."""
+    return [*params, *(state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step"))]
 
 
 def _in_order(grad: Tensor, like: Tensor) -> Tensor:

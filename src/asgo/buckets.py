@@ -100,6 +100,12 @@ class Bucket:
         """Whether the states still hold this bucket's tensors: false once somebody put others there."""
         return all(state.get(name) is rows for state, name, rows in self._bound)
 
+    def release(self) -> None:
+        """Give the states that still hold views into this bucket memory of their own, once it is no longer used."""
+        for state, name, rows in self._bound:
+            if state.get(name) is rows:
+                state[name] = compact(rows)
+
     def gather(self) -> Wait | None:
         """Start to bring the gradients of the members here: they are."""
         return None
@@ -155,8 +161,7 @@ class Bucket:
         """Multiply the members by `decay`, then add the update to them, in place."""
         # Detached: a graph that breaks here would meet views of leaves, which it cannot take up again.
         targets = self._parts([local(member.param.detach()) for member in self.members])
-        torch._foreach_mul_(targets, decay)
-        torch._foreach_add_(targets, self._pieces(update))
+        add_rounded(targets, self._pieces(update), decay)
         return None
 
     def _pieces(self, update: Stack | None) -> list[Tensor]:
@@ -166,16 +171,39 @@ class Bucket:
         return list(self.view.unstack_all(self.part, update, self.shape, len(self.members)))
 
     def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [self.view.cut(x)[m.part] for x, m in zip(tensors, self.members, strict=True)]
+        return [view_here(m).cut(x)[m.part] for x, m in zip(tensors, self.members, strict=True)]
 
     def _joined(self, momenta: list[Tensor]) -> Stack:
         """Momenta in the memory order that gradients will have, so that both run along memory together."""
         parts = [self.view.unstack(self.part, momentum, self.shape) for momentum in momenta]
-        return momenta[0] if len(parts) == 1 else self.view.stack_all(self.part, parts)
+        return compact(momenta[0]) if len(parts) == 1 else self.view.stack_all(self.part, parts)
+
+
+def view_here(member: Member) -> View:
+    """Through which what this rank holds of a member's parameter is read."""
+    return member.placement.view  # pyright: ignore[reportReturnType]
+
+
+def add_rounded(targets: Sequence[Tensor], updates: Sequence[Tensor], decay: float | Tensor) -> None:
+    """``w <- decay w + u`` in place, in the precision of the updates and rounded once."""
+    if not targets:
+        return
+    exact = list(targets) if targets[0].dtype == updates[0].dtype else [w.to(updates[0].dtype) for w in targets]
+    torch._foreach_mul_(exact, decay)
+    torch._foreach_add_(exact, list(updates))
+    if exact[0] is not targets[0]:
+        torch._foreach_copy_(list(targets), exact)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is all of its memory, else a copy in the same order of memory."""
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor
+    return tensor.clone()
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return compact(tensors[0]) if len(tensors) == 1 else torch.cat(tensors)
 
 
 def make_buckets(

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo.distributed.state import assign
-from asgo.settings import check_tensors
+from asgo.loading import Saved, check_saved
+from asgo.settings import OF_MEMBERS, views_of
+from asgo.views import View
 
 FORMAT = 1
 
@@ -65,8 +67,10 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
             f"{who}: {len(differing)} parameters are not on both sides, first {differing[0]!r}, only in {side}: the "
             "checkpoint is of another model. Build the model it was saved from."
         )
-    for name, state in own.items():
-        check_tensors(who, name, saved["state"][name], state)
+    named, views = _named(optimizer), _views(optimizer)
+    saved_views = {name: view for group in saved["groups"] for name, view in _views_of_saved(group)}
+    found = {param: Saved(saved["state"][name], saved_views.get(name, ...)) for name, param in named.items()}
+    check_saved(optimizer, found, {param: own[name] for name, param in named.items()}, views)
     with torch.no_grad():
         for name, state in own.items():
             assign(state, saved["state"][name])
@@ -78,7 +82,21 @@ def take_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any
     hyperparameters = {frozenset(group["params"]): group for group in groups}
     for group in optimizer.param_groups:
         same = hyperparameters.get(frozenset(group["param_names"]), {})
-        group.update({key: value for key, value in same.items() if key != "params"})
+        group.update({key: value for key, value in same.items() if key not in OF_MEMBERS})
+
+
+def _views_of_saved(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Names and views of a saved group; one of an earlier version has one view for all."""
+    views = group["views"] if "views" in group else [group.get("view", ...)] * len(group["params"])
+    return list(zip(group["params"], views, strict=True))
+
+
+def _views(optimizer: Optimizer) -> dict[Tensor, View | None]:
+    return {
+        param: view
+        for group in optimizer.param_groups
+        for param, view in zip(group["params"], views_of(group), strict=True)
+    }
 
 
 def save(obj: Any, path: str | os.PathLike[str]) -> None:

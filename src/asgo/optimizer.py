@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from asgo import adamw, settings
+from asgo import adamw, loading, settings
 from asgo._types import Stack, State
 from asgo.buckets import Bucket, Member, make_buckets
 from asgo.distributed.buckets import KINDS, interleave, pause
@@ -23,10 +27,13 @@ from asgo.distributed.state import assign, export
 from asgo.distributed.work import Division, spread, turns_of
 from asgo.masks import blend, choose
 from asgo.matmul import exact_matmul
+from asgo.membership import Membership
 from asgo.scaling import SCALINGS
-from asgo.state import follow, init_state
+from asgo.settings import adamw_of, learning_rate
+from asgo.state import check_shape, follow, init_state, is_made
 from asgo.structures import Structure
 from asgo.views import View, default_view
+from asgo.views.route import default_views
 
 WARM_STEPS = 10
 """The first steps refresh every root whatever the interval: the statistic changes fastest there."""
@@ -35,41 +42,78 @@ WARM_STEPS = 10
 class StructuredOptimizer(Optimizer, ABC):
     """A structured adaptive optimizer: views of parameters, a structure, a root and a rule for the step size.
 
-    A preset names its hyperparameters and chooses the structure; nothing overrides `step`. Each group has one
-    view (`asgo.View`) through which its parameters are read as stacks of matrices, or none: then it is AdamW.
-    Groups that name no view, and bare parameters, are split by `default_view`.
+    A preset names its hyperparameters and chooses the structure; nothing overrides `step`. Each parameter has a
+    view (`asgo.View`) through which it is read as a stack of matrices, or none: then it is AdamW's. A group gives
+    ``views``, one for each of its parameters, or one ``view`` for all; what it gives none has that of `default_views`.
+
+    ``param_groups`` are the groups given, in number, order and identity, each with its ``views`` as plain data. Keys
+    that are not known are a framework's own and stay; misspelt ones are refused.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them, as for every `torch.optim.Optimizer`.
         defaults: hyperparameters of groups that do not set their own; what the step loop reads beside them is fixed
             by the class attribute `loop`, and groups may not set it.
+        adamw: hyperparameters of the parameters without a view: ``lr``, ``betas``, ``eps``, ``weight_decay``; by
+            default the same ``lr`` and `asgo.adamw.DEFAULTS`. Schedules of a group move its ``lr`` by the same factor.
 
     Raises:
-        ValueError: a hyperparameter out of range, an unknown key of a group, a view that does not fit.
+        ValueError: a hyperparameter out of range, a misspelt key of a group, a view that does not fit.
         TypeError: a parameter that is complex or not of floating point.
     """
 
     loop: ClassVar[Mapping[str, Any]] = settings.LOOP
     """What the step loop reads where a preset has no hyperparameter for it."""
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
         settings.check_ordered(params)
         settings.check(type(self).__name__, defaults)
-        self._buckets: dict[int, tuple[object, list[Bucket]]] = {}
-        self._division = Division()
-        super().__init__(params, defaults)
+        settings.check_adamw(type(self).__name__, adamw or {})
+        self._plans: dict[int, Plan] = {}
+        self._division, self._members, self._warned = Division(), Membership(), False
+        super().__init__(params, {**defaults, "adamw": dict(adamw or {})})
         self._begin()
 
     @abstractmethod
     def structure(self, group: dict[str, Any]) -> Structure:
         """The structure that a group's hyperparameters describe."""
 
-    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
-        """The view of a parameter whose group names none; `group` holds what the user set. None is AdamW."""
-        return default_view(param.ndim)
+    def default_views(
+        self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[View | None]:
+        """The views of parameters for which their group gives none; `group` holds what the user set.
 
-    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Raise `ValueError` for the parts of a group, each with its view, that fit no structure of this optimizer."""
+        By their names where they have some: tables and vocabulary heads are AdamW's then. By their number of axes where
+        they have none, with a warning if there are matrices among them.
+
+        Args:
+            members: their names, None for those without, and the parameters.
+            group: whose members they are.
+        """
+        named = iter(default_views([(name, param) for name, param in members if name is not None]))
+        views = [default_view(param.ndim) if name is None else next(named) for name, param in members]
+        if any(view is not None and name is None for view, (name, _) in zip(views, members, strict=True)):
+            self._warn_nameless()
+        return views
+
+    def _warn_nameless(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: parameters without names are read by their number of axes, so embeddings and "
+                "output heads are trained as matrices. Pass asgo.route(model), or model.named_parameters().",
+                stacklevel=_frames_to_the_caller(),
+            )
+
+    def read(self, view: View, group: Mapping[str, Any]) -> View:
+        """The view to use where a group gives this one.
+
+        Raises:
+            ValueError: it does not fit the hyperparameters of the group.
+        """
+        return view
+
+    def check_members(self, group: Mapping[str, Any], views: Sequence[View | None], params: Sequence[Tensor]) -> None:
+        """Raise `ValueError` for a group whose hyperparameters do not fit its parameters."""
 
     # ---- the step ---------------------------------------------------------------------------------------------
 
@@ -78,7 +122,8 @@ class StructuredOptimizer(Optimizer, ABC):
         """One step: decoupled decay, momentum, measure, fold, refresh, precondition, rescale.
 
         Parameters without a gradient stay as they are. A matrix whose gradient is zero rests (only decay moves
-        it); one whose gradient is not finite rests too and is counted by `failures`.
+        it); one whose gradient is not finite rests too and is counted by `failures`, as does a parameter without a
+        view.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -94,45 +139,46 @@ class StructuredOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         settings.refuse_sparse(self)
+        plans = self._current_plans()
         waits: list[Wait] = []
         tasks: list[Iterator[None]] = []
-        for index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None]
-            if group["view"] is None:
-                waits += self._update_entries(params, group)
-                continue
-            if params:
-                torch._foreach_add_([self.state[p]["step"] for p in params], 1)
-            tasks += [self._update(bucket, group) for bucket in self._group_buckets(index, group, params)]
+        for group, plan in zip(self.param_groups, plans, strict=True):
+            waits += self._update_entries(plan, group)
+            if plan.viewed:
+                torch._foreach_add_([self.state[p]["step"] for p in plan.viewed], 1)
+            tasks += [self._update(bucket, group) for bucket in plan.buckets]
         interleave(tasks)
         for wait in waits:
             wait()
         return loss
 
-    def _update_entries(self, params: list[Tensor], group: dict[str, Any]) -> list[Wait]:
+    def _update_entries(self, plan: Plan, group: dict[str, Any]) -> list[Wait]:
         """AdamW on what this rank holds, or is to update, of parameters without a view."""
-        where = [self._where(p, group)[0] for p in params]
+        if not plan.entries:
+            return []
         held, grads = (
-            [entries_of(p, at, of(p)) for p, at in zip(params, where, strict=True)] for of in (local, gradient)
+            [entries_of(p, at, of(p)) for p, at in zip(plan.entries, plan.where, strict=True)]
+            for of in (local, gradient)
         )
-        states = [follow(self.state[p], p, group) for p in params]
-        adamw.adamw(held, grads, states, group, lambda flags, of: agree(flags, [where[i].ranks for i in of]))
-        return spread(params, where)
+        states = [self.state[p] for p in plan.entries]
+        ranks = [at.ranks for at in plan.where]
+        adamw.adamw(held, grads, states, adamw_of(group), lambda flags, of: agree(flags, [ranks[i] for i in of]))
+        return spread(plan.entries, plan.where)
 
     def _update(self, bucket: Bucket, group: dict[str, Any]) -> Iterator[None]:
         """The step of a bucket. It yields where something is under way between ranks, for others to use the time."""
         structure, due = bucket.fixed(self.structure(group)), partial(self._is_due, group)
         yield from pause(bucket.gather())
-        direction, update = None, None
+        direction, update, lr = None, None, learning_rate(group)
         if bucket.members:
             direction = yield from self._learn(bucket, group, structure, due)
         yield from pause(bucket.share(due, structure.derived))
         if direction is not None:
             with exact_matmul(direction.device):
                 update = bucket.precondition(structure, direction)
-            size = SCALINGS[group["adjust_lr"]](update, bucket) * -group["lr"]
+            size = SCALINGS[group["adjust_lr"]](update, bucket) * -lr
             update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
-        yield from pause(bucket.add(update, 1 - group["lr"] * group["weight_decay"]))
+        yield from pause(bucket.add(update, 1 - lr * group["weight_decay"]))
 
     def _learn(
         self, bucket: Bucket, group: dict[str, Any], structure: Structure, due: Callable[[Member], bool]
@@ -172,18 +218,19 @@ class StructuredOptimizer(Optimizer, ABC):
         ever failed. Counts matrices and steps: non-finite gradients and failed roots. Synchronises the device."""
         counts = {}
         for param, name in settings.names_of(self).items():
-            failed = sum(int(t.sum()) for key, t in self.state[param].items() if key.startswith("failures"))
+            state = self.state.get(param, {})
+            failed = sum(int(t.sum()) for key, t in state.items() if key.startswith("failures"))
             counts |= {name: failed} if failed else {}
         return counts
 
     def reset(self) -> None:
         """Put all state back to what it was before the first step, except for the counts of failures."""
+        self._follow_groups()
         for group in self.param_groups:
             for param in group["params"]:
-                fresh = self._init_state(param, group)
-                state = follow(self.state[param], param, group)
-                for key in fresh.keys() - {key for key in fresh if key.startswith("failures")}:
-                    state[key].copy_(fresh[key])
+                for key, fresh in self._init_state(param, group).items():
+                    if not key.startswith("failures"):
+                        self.state[param][key].copy_(fresh)
 
     def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
         """From now on share the work on parameters that every rank holds whole, as under `DistributedDataParallel`.
@@ -201,70 +248,111 @@ class StructuredOptimizer(Optimizer, ABC):
             ValueError: called twice.
             RuntimeError: `torch.distributed` is not initialized.
         """
+        self._follow_groups()
         self._division.share(type(self).__name__, process_group, shard_state)
-        self._division.divide(self.param_groups, self.structure)
-        self._division.keep_own(self.param_groups, self.state, self.structure)
-        self._buckets = {}
+        self._division.divide(self.param_groups, self._members.views, self.structure)
+        self._division.keep_own(self.param_groups, self._members.views, self.state, self.structure)
+        self._plans = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checked before anything changes; without a ``view`` it is split by number of axes.
+        """Add a group, checked before anything changes. It is kept as it is, filled up with defaults and ``views``."""
+        who = type(self).__name__
+        members = settings.members_of(param_group)
+        given = settings.given_views(who, param_group, len(members))
+        views = self.default_views(members, param_group) if given is None else given
+        views = [view if view is None or given is None else self.read(view, param_group) for view in views]
+        settings.check_group(who, param_group, members, views, self.defaults, settings.names_of(self))
+        self.check_members({**self.defaults, **param_group}, views, [param for _, param in members])
+        own = settings.with_adamw(who, param_group, views, self.defaults)
 
-        The part of a split that has no view keeps the group's ``lr`` and AdamW's own defaults for the rest.
-        """
-        who, groups = type(self).__name__, settings.split_by_view(param_group, self.default_view)
-        taken = [p for group in self.param_groups for p in group["params"]]
-        for group in groups:
-            view = View.of(group["view"])
-            group["view"] = None if view is None else view.to_dict()
-            settings.check_group(who, group, self.defaults, taken)
-        self.check_groups(groups)
-        for group in groups:
-            if group["view"] is None:
-                group.update({key: value for key, value in adamw.DEFAULTS.items() if key not in group})
-            super().add_param_group(group)
-            if group["view"] is None:
-                for key in set(self.defaults) - settings.WITHOUT_VIEW:
-                    del group[key]
-            else:
-                group.update({key: value for key, value in self.loop.items() if key not in self.defaults})
+        param_group.pop("view", None)
+        named = [name for name, _ in members if name is not None]
+        param_group["params"] = members if len(named) == len(members) else [param for _, param in members]
+        param_group |= {**own, "views": settings.plain(views)}
+        super().add_param_group(param_group)
+        param_group |= {key: value for key, value in self.loop.items() if key not in self.defaults}
+        self._members.add(param_group)
         if self._division.begun:
             self._begin()
 
     def _begin(self) -> None:
         """State of the parameters that have none, once all groups of a call are known: work is divided among them."""
-        self._division.divide(self.param_groups, self.structure)
+        self._division.divide(self.param_groups, self._members.views, self.structure)
         for group in self.param_groups:
             for param in group["params"]:
-                if param not in self.state:
-                    self.state[param] = self._init_state(param, group)
+                if not is_made(self.state[param]):
+                    self.state[param].update(self._init_state(param, group))
 
+    def _follow_groups(self) -> None:
+        """Take up parameters that were put into the groups or lost their state, and forget those that are gone."""
+        if not self._members.is_current(self.param_groups):
+            for param in self._members.follow(type(self).__name__, self.param_groups, self.default_views):
+                self.state.pop(param, None)
+            self._division.forget(self._members.views)
+            self._plans = {}
+        elif len(self.state) == len(self._members.views) and all(map(is_made, self.state.values())):
+            return
+        self._begin()
+
+    @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As of every `torch.optim.Optimizer`, with the same keys and shapes on every rank whatever it keeps.
 
         Of what is spread over ranks, tensors are `DTensor`, placed like the parameter or on the one rank that keeps
         them, as `torch.distributed.checkpoint` takes them.
         """
-        packed = super().state_dict()
-        for group, saved in zip(self.param_groups, packed["param_groups"], strict=True):
-            for param, i in zip(group["params"], saved["params"], strict=True):
-                packed["state"][i] = export(self.state[param], param, *self._where(param, group))
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        numbers: dict[Tensor, int] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                numbers.setdefault(param, len(numbers))
+        packed = {
+            "state": {numbers[param]: state for param, state in self.export_state().items()},
+            "param_groups": [
+                {**group, "params": [numbers[param] for param in group["params"]]} for group in self.param_groups
+            ],
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, packed)
+            packed = packed if changed is None else changed
         return packed
 
+    def export_state(self) -> dict[Tensor, State]:
+        """The state of every parameter with the keys and shapes of a single process, see `state_dict`."""
+        self._follow_groups()
+        return {
+            param: export(self.state[param], param, *self._where(param, group))
+            for group in self.param_groups
+            for param in group["params"]
+        }
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, keeping the precision of the state (torch alone would cast fp32 statistics
         to bf16 parameters).
 
+        The state of a parameter is found by its name where a saved group has the same names, else by its place.
+        Parameters of which nothing was saved keep their state; names and views stay this optimizer's own.
+
         Raises:
             ValueError: state of another optimizer, model or view; nothing has changed then.
         """
-        state_dict = settings.check_state(self, state_dict)
-        own, exported = dict(self.state), self.state_dict()["state"]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state.update(own)
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        own = self.export_state()
+        saved = loading.saved_by_param(self, state_dict)
+        loading.check_saved(self, saved, own, self._members.views)
         with torch.no_grad():
-            for place, i in enumerate(ids):
-                assign(exported[place], state_dict["state"][i])
+            for param, found in saved.items():
+                assign(own[param], found.state)
+                self.state[param].update(deepcopy(loading.foreign(found.state)))
+        for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group |= {key: deepcopy(value) for key, value in old.items() if key not in settings.OF_MEMBERS}
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Compact copies: a view into a bucket would drag the whole bucket along, once per parameter.
@@ -274,27 +362,91 @@ class StructuredOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = {}
+        self._plans, self._members, self._warned = {}, Membership(self.param_groups), True
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        structure = None if group["view"] is None else self.structure(group)
+        structure = None if self._members.views[param] is None else self.structure(group)
         return init_state(param, *self._where(param, group), structure, group)
 
     def _where(self, param: Tensor, group: dict[str, Any]) -> tuple[Placement, Sequence[int | None]]:
         """The placement of a parameter, and the owner of each of its parts."""
-        view = View.of(group["view"])
+        view = self._members.views[param]
         structure = None if view is None else self.structure(group)
         return self._division.placement(param, view, structure), self._division.owners(param, view)
 
-    def _group_buckets(self, index: int, group: dict[str, Any], params: list[Tensor]) -> list[Bucket]:
-        """The buckets of the parameters that have gradients now; remade when those or their state change."""
-        signature = (group["precondition_frequency"], [(id(p), p.device, p.dtype) for p in params])
-        known, buckets = self._buckets.get(index, (None, []))
-        if known != signature or not all(bucket.is_bound() for bucket in buckets):
-            turn_of = turns_of(self.param_groups, self.structure, group["precondition_frequency"])
-            structure = self.structure(group)
-            members = self._division.members(params, View.of(group["view"]), structure, turn_of)
-            states = {param: follow(self.state[param], param, group) for param in params}
-            buckets = make_buckets(members, structure, states, KINDS)
-            self._buckets[index] = (signature, buckets)
-        return buckets
+    def _current_plans(self) -> list[Plan]:
+        """The plan of every group, remade where its parameters with gradients, or their state, are others now."""
+        self._follow_groups()
+        signatures = [_signature(group) for group in self.param_groups]
+        stale = [i for i, signature in enumerate(signatures) if not self._is_current(i, signature)]
+        for i in stale:
+            self._check_shapes(self.param_groups[i])
+        if stale:
+            phases = turns_of(self.param_groups, self._members.views, self.structure)
+            for i in stale:
+                old = self._plans.pop(i, None)
+                self._plans[i] = self._plan(self.param_groups[i], signatures[i], phases)
+                for bucket in old.buckets if old else ():
+                    bucket.release()
+        return [self._plans[i] for i in range(len(signatures))]
+
+    def _is_current(self, i: int, signature: object) -> bool:
+        plan = self._plans.get(i)
+        return plan is not None and plan.signature == signature and all(bucket.is_bound() for bucket in plan.buckets)
+
+    def _check_shapes(self, group: dict[str, Any]) -> None:
+        """Raise for a parameter that no longer has the shape of its state; state that was never used is made anew."""
+        for name, param in settings.names_of_group(group):
+            view = self._members.views[param]
+            if view is not None:
+                view.check(name or "a parameter", param.shape)
+            if not check_shape(type(self).__name__, name, param, self.state[param], *self._where(param, group)):
+                self._division.forget_one(param)
+                self.state[param].update(self._init_state(param, group))
+
+    def _plan(self, group: dict[str, Any], signature: object, phases: Mapping[tuple[Tensor, int], int]) -> Plan:
+        params = [param for param in group["params"] if param.grad is not None]
+        for param in params:
+            follow(self.state[param], param, group, self._members.views[param])
+        viewed = [param for param in params if self._members.views[param] is not None]
+        entries = [param for param in params if self._members.views[param] is None]
+        structure = self.structure(group) if viewed else None
+        buckets = []
+        if structure is not None:
+            members = self._division.members(viewed, self._members.views, structure, phases)
+            buckets = make_buckets(members, structure, self.state, KINDS)
+        return Plan(signature, entries, [self._where(param, group)[0] for param in entries], viewed, buckets)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step does with the parameters of a group that have gradients.
+
+    Args:
+        signature: of what it was made for.
+        entries: the parameters without a view.
+        where: their placements.
+        viewed: the parameters with a view.
+        buckets: of those.
+    """
+
+    signature: object
+    entries: list[Tensor]
+    where: list[Placement]
+    viewed: list[Tensor]
+    buckets: list[Bucket]
+
+
+def _frames_to_the_caller() -> int:
+    """How many frames above the one that asks the first is that is neither of this library nor of torch."""
+    frame, depth = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("asgo", "torch"):
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+def _signature(group: Mapping[str, Any]) -> object:
+    """What a plan is made for: it must be remade when this changes."""
+    return group["precondition_frequency"], [
+        (id(p), p.shape, p.stride(), p.dtype, p.device) for p in group["params"] if p.grad is not None
+    ]

@@ -14,9 +14,8 @@ from asgo._types import State
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets.asgo import ASGO
 from asgo.roots import products
-from asgo.settings import names_of
+from asgo.settings import names_of, views_of
 from asgo.structures import Packed, Structure
-from asgo.views import View
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
     """
     rows, names = [], names_of(optimizer)
     for group in optimizer.param_groups:
-        view = View.of(group["view"])
-        for param in group["params"]:
+        for param, view in zip(group["params"], views_of(group), strict=True):
             name = names[param]
             size = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state[param].values())
             if view is None:

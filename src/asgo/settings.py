@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from asgo.adamw import DEFAULTS as ADAMW_DEFAULTS
 from asgo.distributed.placement import find
 from asgo.roots import ROOTS, check_eps
 from asgo.scaling import SCALINGS
-from asgo.triangles import rectangle
 from asgo.views import View
 
 LOOP: dict[str, Any] = {
@@ -30,8 +30,14 @@ LOOP: dict[str, Any] = {
 }
 """What the step loop reads, with neutral values: those of a preset that has no hyperparameter for them."""
 
-ALWAYS_ALLOWED = {"params", "param_names", "view", "name", "initial_lr"}
-WITHOUT_VIEW = {"lr", "maximize", *ADAMW_DEFAULTS}
+OF_EVERY_GROUP = frozenset({"params", "param_names", "view", "views", "name", "adamw"})
+"""Keys that a group may have whatever the optimizer."""
+
+OF_MEMBERS = frozenset({"params", "param_names", "view", "views", "name"})
+"""Keys of a group that say which parameters it has, and how each is read."""
+
+LIKE = 0.84
+"""How alike (`difflib`) an unknown key must be to a known one to be taken for a misspelling of it."""
 
 
 def _number(value: Any, low: float, high: float = math.inf) -> bool:
@@ -117,63 +123,111 @@ def check_ordered(params: Any) -> None:
         raise TypeError("params must be in order, and a set has none: pass a list, or model.named_parameters().")
 
 
-def split_by_view(group: Any, view_of: Callable[[Tensor, Mapping[str, Any]], View | None]) -> list[dict[str, Any]]:
-    """A group as it is if it names a view, else one group per view that `view_of` gives its parameters."""
+def members_of(group: Any) -> list[tuple[str | None, Tensor]]:
+    """The parameters of a group and their names, None where it gives none.
+
+    Raises:
+        TypeError: no mapping with the key ``params``, a set, members that are no tensors.
+    """
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(f"a group must be a dict with the key 'params'; got {type(group).__name__}.")
     params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
     check_ordered(params)
     members = list(params)
-    if "view" in group:
-        return [{**group, "params": members}]
-    kinds: dict[View | None, list[Any]] = {}
-    for member in members:
-        kinds.setdefault(view_of(_tensor(member), group), []).append(member)
-    shared = {key: value for key, value in group.items() if key not in ADAMW_DEFAULTS}
-    return [{**(group if view is not None else shared), "params": some, "view": view} for view, some in kinds.items()]
+    names = list(group.get("param_names") or ())
+    return [_named(member, names[i] if i < len(names) else None) for i, member in enumerate(members)]
 
 
-def tensors(group: Mapping[str, Any]) -> list[Tensor]:
-    """The parameters of a group, with or without names."""
-    return [_tensor(member) for member in group["params"]]
-
-
-def _tensor(member: Any) -> Tensor:
-    tensor = member[1] if isinstance(member, tuple) and len(member) == 2 else member
-    if not isinstance(tensor, Tensor):
+def _named(member: Any, name: str | None) -> tuple[str | None, Tensor]:
+    if isinstance(member, tuple) and len(member) == 2:
+        name, member = member
+    if not isinstance(member, Tensor):
         raise TypeError(f"parameters must be tensors or (name, tensor) pairs; got {type(member).__name__}.")
-    return tensor
+    return name, member
 
 
-def check_group(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any], taken: Sequence[Tensor]) -> None:
-    """Refuse unknown keys, values out of range, views that do not fit and parameters that cannot be optimized.
+def given_views(who: str, group: Mapping[str, Any], count: int) -> list[View | None] | None:
+    """The views that a group gives its `count` parameters, by ``views`` or one ``view`` for all; None: it gives none.
+
+    Raises:
+        ValueError: views of another number, or that are not understood.
+    """
+    if "views" in group:
+        views = [View.of(view) for view in group["views"]]
+        if len(views) != count:
+            raise ValueError(f"{who}: a group has {count} parameters and {len(views)} views; pass one for each.")
+        return views
+    return [View.of(group["view"])] * count if "view" in group else None
+
+
+def views_of(group: Mapping[str, Any]) -> list[View | None]:
+    """The views of the parameters of a group of an optimizer, in order; None for AdamW."""
+    return [View.of(view) for view in group["views"]]
+
+
+def plain(views: Iterable[View | None]) -> list[dict[str, Any] | None]:
+    """Views as plain data; equal ones are one object, so that a saved group holds each of them once."""
+    dicts: dict[View, dict[str, Any]] = {}
+    return [None if view is None else dicts.setdefault(view, view.to_dict()) for view in views]
+
+
+def check_group(
+    who: str,
+    group: Mapping[str, Any],
+    members: Sequence[tuple[str | None, Tensor]],
+    views: Sequence[View | None],
+    defaults: Mapping[str, Any],
+    taken: Mapping[Tensor, str],
+) -> None:
+    """Refuse misspelt keys, values out of range, views that do not fit and parameters that cannot be optimized.
 
     Args:
         who: the optimizer, for messages.
-        group: a group whose ``view`` is plain data.
+        group: as the user gave it.
+        members: names and parameters.
+        views: one for each of them.
         defaults: the optimizer's hyperparameters.
-        taken: the parameters that it has already.
+        taken: the parameters that it has already, and their names.
     """
-    view = View.of(group["view"])
-    allowed = WITHOUT_VIEW if view is None else set(defaults)
-    for key in set(group) - ALWAYS_ALLOWED - allowed:
-        known = "in a group without a view" if key in defaults else "known"
-        raise ValueError(f"{who}: the key {key!r} of a group is not {known}; choose from {sorted(allowed)}.")
+    check_keys(f"{who}: the key", group, {*defaults, *OF_EVERY_GROUP})
     check(who, group)
-    if view is not None:
+    if any(view is not None for view in views):
         _check_together(who, {**LOOP, **defaults, **group})
-    if view is None and "betas" in group and group["betas"][1] == 1:
-        raise ValueError(f"{who}: betas of a group without a view must both be below 1; got {group['betas']!r}.")
+    names = {name for name in taken.values() if name}
     seen = {id(param) for param in taken}
-    for i, member in enumerate(group["params"]):
-        param, name = _tensor(member), member[0] if isinstance(member, tuple) else f"parameter {len(taken) + i}"
-        _check_param(f"{who}: {name!r} {tuple(param.shape)}", param)
+    for i, ((name, param), view) in enumerate(zip(members, views, strict=True)):
+        shown = name if name is not None else f"parameter {len(taken) + i}"
+        what = f"{who}: {shown!r} {tuple(param.shape)}"
+        _check_param(what, param)
         if id(param) in seen:
-            raise ValueError(f"{who}: {name!r} {tuple(param.shape)} is given twice; pass every parameter once.")
+            raise ValueError(f"{what} is given twice; pass every parameter once.")
+        if name is not None and name in names:
+            raise ValueError(
+                f"{what} has the name of another parameter. Parameters of several models need names of their own: "
+                "asgo.route(model, prefix='generator.') or model.named_parameters(prefix='generator')."
+            )
         seen.add(id(param))
+        names.add(name or "")
         if view is not None:
-            view.check(name, param.shape)
-        find(param, view, f"{who}: {name!r} {tuple(param.shape)}")
+            view.check(shown, param.shape)
+        find(param, view, what)
+
+
+def check_keys(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `ValueError` for a key that is not known but nearly; other unknown keys are a framework's own."""
+    known = set(known)
+    for key in given:
+        close = difflib.get_close_matches(str(key), known, 1, LIKE) if key not in known else ()
+        if close:
+            raise ValueError(f"{what} {key!r} is not known; did you mean {close[0]!r}?")
+
+
+def _check_flat(what: str, param: Tensor) -> None:
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{what} is flattened by FullyShardedDataParallel, so its matrices cannot be seen. Shard the model with "
+            "torch.distributed.fsdp.fully_shard instead."
+        )
 
 
 def _check_together(who: str, values: Mapping[str, Any]) -> None:
@@ -189,6 +243,7 @@ def _check_together(who: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_param(what: str, param: Tensor) -> None:
+    _check_flat(what, param)
     if not param.is_floating_point():
         raise TypeError(
             f"{what} is {param.dtype}; parameters must be real floating point. Optimize the real and imaginary "
@@ -196,68 +251,77 @@ def _check_param(what: str, param: Tensor) -> None:
         )
 
 
-ADDED: dict[str, Any] = {"packed_state": False}
-"""Hyperparameters that states saved by earlier versions lack, and what those versions did."""
-
-
-def check_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict, with what earlier versions did not save.
-
-    Raises:
-        ValueError: it is of another optimizer, model or view.
-    """
-    who, saved = type(optimizer).__name__, state_dict.get("param_groups", [])
-    if [len(g["params"]) for g in saved] != [len(g["params"]) for g in optimizer.param_groups]:
-        raise ValueError(
-            f"{who}: the saved state has groups of {[len(g['params']) for g in saved]} parameters, this optimizer "
-            f"of {[len(g['params']) for g in optimizer.param_groups]}. Build it with the same groups, or load by "
-            "name with asgo.checkpoint.load_named_state_dict."
-        )
-    pairs = zip(saved, optimizer.param_groups, strict=True)
-    saved = [{**{key: value for key, value in ADDED.items() if key in group}, **old} for old, group in pairs]
-    names, own, place = names_of(optimizer), optimizer.state_dict()["state"], 0
-    for old, group in zip(saved, optimizer.param_groups, strict=True):
-        if (set(group) & set(optimizer.defaults)) - set(old) or old.get("view") != group["view"]:
-            raise ValueError(
-                f"{who}: a saved group has the view {old.get('view')}, this optimizer {group['view']}, or it lacks "
-                "hyperparameters: it is of another optimizer. Build this one as the saved one was built."
-            )
-        for i, param in zip(old["params"], group["params"], strict=True):
-            check_tensors(who, names[param], state_dict["state"].get(i, {}), own[place])
-            place += 1
-    return {**state_dict, "param_groups": saved}
-
-
-def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
-    """Raise `ValueError` unless `saved` holds the same keys and shapes as `own`."""
-    for key in own.keys() | saved.keys():
-        got = tuple(saved[key].shape) if key in saved else None
-        wanted = tuple(own[key].shape) if key in own else None
-        if got != wanted:
-            raise ValueError(
-                f"{who}: the saved state of {name!r} has {_shape(got)} under {key!r}, this optimizer {_shape(wanted)}."
-                f" {_remedy(got or (), wanted or ())}"
-            )
-
-
-def _remedy(saved: Sequence[int], own: Sequence[int]) -> str:
-    for shape, other, packed in ((saved, own, False), (own, saved, True)):
-        if len(shape) > 2 and shape[-1] == shape[-2] and tuple(other) == (*shape[:-2], *rectangle(shape[-1])):
-            return f"It was saved with packed_state={packed}: build this optimizer with that too."
-    return "It is of another model, view or optimizer; build both the same way."
-
-
-def _shape(shape: Sequence[int] | None) -> str:
-    return "nothing" if shape is None else f"a tensor {tuple(shape)}"
-
-
 def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
     """The name of every parameter, or its place among all of them where it has none."""
     names: dict[Tensor, str] = {}
     for group in optimizer.param_groups:
-        given = group.get("param_names") or [f"parameter {len(names) + i}" for i in range(len(group["params"]))]
-        names |= dict(zip(group["params"], given, strict=True))
+        for name, param in names_of_group(group):
+            names[param] = f"parameter {len(names)}" if name is None else name
     return names
+
+
+def names_of_group(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
+    """The names and parameters of a group of an optimizer, None for those without a name."""
+    names = list(group.get("param_names") or ())
+    return [(names[i] if i < len(names) else None, param) for i, param in enumerate(group["params"])]
+
+
+def adamw_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group for its parameters without a view."""
+    own = dict(group["adamw"])
+    return {**group, "lr": learning_rate(group) * own.pop("lr_ratio", 1.0), **own}
+
+
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """The learning rate of a group; a tensor has no axes."""
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr
+
+
+def with_adamw(
+    who: str, group: Mapping[str, Any], views: Sequence[View | None], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a group holds so that its parameters without a view have their own hyperparameters.
+
+    Those that the group itself sets hold for all its parameters; for the others the argument ``adamw`` decides, then
+    `asgo.adamw.DEFAULTS`. A group of such parameters alone has them under the usual keys; any other has them under
+    ``adamw``, with the learning rate as a ratio to the group's, so that schedules move both.
+
+    Raises:
+        ValueError: unknown or unfit hyperparameters.
+    """
+    default, own = dict(defaults["adamw"]), dict(group.get("adamw") or {})
+    check_adamw(who, own)
+    set_here = {key: group[key] for key in ADAMW_DEFAULTS if key in group}
+    chosen = {**ADAMW_DEFAULTS, **default, **set_here, **own}
+    if "lr" in group and "lr" not in own:
+        chosen.pop("lr", None)
+    if chosen["betas"][1] == 1 and None in views:
+        raise ValueError(
+            f"{who}: betas of parameters without a view must both be below 1; got {chosen['betas']!r}. Pass "
+            "adamw=dict(betas=(0.9, 0.95)) for them."
+        )
+    if views and not any(views):
+        chosen.pop("lr_ratio", None)
+        return {**chosen, "adamw": {}}
+    if "lr" in chosen:
+        chosen["lr_ratio"] = _ratio(who, chosen.pop("lr"), group.get("lr", defaults["lr"]))
+    return {"adamw": chosen}
+
+
+def _ratio(who: str, adamw_lr: float | Tensor, lr: float | Tensor) -> float:
+    if float(lr) == 0:
+        raise ValueError(f"{who}: adamw got an lr beside an lr of 0, of which it cannot be a multiple; pass lr > 0.")
+    return float(adamw_lr) / float(lr)
+
+
+def check_adamw(who: str, given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for hyperparameters that AdamW does not have or that are out of range."""
+    known = ("lr", *ADAMW_DEFAULTS)
+    for key in given:
+        if key not in (*known, "lr_ratio"):
+            raise ValueError(f"{who}: adamw has no {key!r}; choose from {', '.join(known)}.")
+    check(f"{who}: adamw", given)
 
 
 def refuse_sparse(optimizer: Optimizer) -> None:

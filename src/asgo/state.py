@@ -11,7 +11,9 @@ from torch import Tensor
 from asgo import adamw
 from asgo._types import State
 from asgo.distributed.placement import Placement, entries_of, keeps, local
+from asgo.loading import is_own
 from asgo.structures import Structure
+from asgo.views import View
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -22,6 +24,11 @@ def state_dtype(param: Tensor) -> torch.dtype:
 def part_key(key: str, part: int) -> str:
     """The name in ``optimizer.state[p]`` of a key of one part: bare for the first, ``gram.1`` for the second."""
     return key if part == 0 else f"{key}.{part}"
+
+
+def is_made(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter has state of this library, whatever a wrapper has put beside it."""
+    return "step" in state and "exp_avg" in state
 
 
 def init_state(
@@ -35,7 +42,7 @@ def init_state(
     failures; without a structure that of AdamW. What of a part another rank keeps has no matrices here.
     """
     dtype, device, view = state_dtype(param), param.device, placement.view
-    state = {"step": torch.zeros((), device=_device_of_step(param, group))}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=_device_of_step(param, group, view))}
     if view is None or structure is None:
         return state | adamw.init(entries_of(param, placement, local(param.detach())), dtype)
     whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
@@ -53,18 +60,72 @@ def init_state(
     return state
 
 
-def follow(state: State, param: Tensor, group: Mapping[str, Any]) -> State:
-    """Move the state of a parameter to where the parameter is now: models move after construction."""
+def follow(state: State, param: Tensor, group: Mapping[str, Any], view: View | None) -> None:
+    """Bring the state of a parameter to where the parameter is now and, entry by entry, into its memory order.
+
+    Models move, are cast and change their memory format after construction.
+    """
     dtype = state_dtype(param)
-    if state["exp_avg"].device != param.device or state["exp_avg"].dtype != dtype:
-        for key, tensor in state.items():
-            if key == "step":
-                state[key] = tensor.to(_device_of_step(param, group))
-            else:
-                state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
-    return state
+    for key, tensor in state.items() if _is_elsewhere(state, param, dtype) else ():
+        if not is_own(key):
+            continue
+        if key == "step":
+            state[key] = tensor.to(_device_of_step(param, group, view), torch.float32)
+        else:
+            state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
+    held = local(param.detach())
+    if view is None and state["exp_avg"].shape == held.shape and state["exp_avg"].stride() != held.stride():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.empty_like(held, dtype=dtype).copy_(state[key])
 
 
-def _device_of_step(param: Tensor, group: Mapping[str, Any]) -> torch.device:
+def _is_elsewhere(state: State, param: Tensor, dtype: torch.dtype) -> bool:
+    return state["exp_avg"].device != param.device or state["exp_avg"].dtype != dtype
+
+
+def check_shape(
+    who: str, name: str | None, param: Tensor, state: State, placement: Placement, owners: Sequence[int | None]
+) -> bool:
+    """Whether the state is of a parameter of this shape, or was never used.
+
+    Args:
+        who: the optimizer, for messages.
+        name: of the parameter.
+        param: the parameter.
+        state: its state.
+        placement: where its entries are.
+        owners: the owner of each of its parts.
+
+    Returns:
+        False if it is of another shape, but was never used.
+
+    Raises:
+        ValueError: it is of another shape and was used.
+    """
+    wanted, found = _momentum_shapes(param, placement, owners), _found_shapes(state)
+    if wanted == found:
+        return True
+    if float(state["step"]) == 0:
+        return False
+    raise ValueError(
+        f"{who}: {name or 'a parameter'!r} has the shape {tuple(param.shape)} now, its momentum {found}. Its state is "
+        "of its old shape: replace the parameter by a new one, or delete optimizer.state[parameter]."
+    )
+
+
+def _found_shapes(state: State) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for key, tensor in state.items() if key.partition(".")[0] == "exp_avg"]
+
+
+def _momentum_shapes(param: Tensor, placement: Placement, owners: Sequence[int | None]) -> list[tuple[int, ...]]:
+    view = placement.view
+    if view is None:
+        return [tuple(entries_of(param, placement, local(param.detach())).shape)]
+    whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
+    stacks = view.shapes(whole)
+    return [stack if keeps(placement, owner) else (0, *stack[1:]) for stack, owner in zip(stacks, owners, strict=True)]
+
+
+def _device_of_step(param: Tensor, group: Mapping[str, Any], view: View | None) -> torch.device:
     """On the host, which reads it to know whose turn it is; the fused AdamW and a captured graph read it on device."""
-    return param.device if group["view"] is None or group["capturable"] else torch.device("cpu")
+    return param.device if view is None or group["capturable"] else torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
-from asgo.buckets import Bucket, Member
+from asgo.buckets import Bucket, Member, add_rounded, view_here
 from asgo.distributed.groups import Wait, add_up, collect, exchange, join
 from asgo.distributed.placement import Box, Cut, gradient, local, overlap, part_boxes, sizes, within
 from asgo.structures import Structure
@@ -122,7 +122,7 @@ class Owned(Bucket):
 
     def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
         super().__init__(everyone, states, keys)
-        self._wholes = [part_boxes(self.view, tuple(member.param.shape))[member.part] for member in everyone]
+        self._wholes = [part_boxes(view_here(member), tuple(member.param.shape))[member.part] for member in everyone]
         self._arrived: list[Tensor] = []
         self._held = [_holders(member, whole) for member, whole in zip(everyone, self._wholes, strict=True)]
         self._sources = [_chosen(member, held) for member, held in zip(everyone, self._held, strict=True)]
@@ -177,9 +177,7 @@ class Owned(Bucket):
 
         def arrive() -> None:
             wait()
-            if targets:
-                torch._foreach_mul_(targets, decay)
-                torch._foreach_add_(targets, buffers)
+            add_rounded(targets, buffers, decay)
 
         return arrive
 

@@ -90,9 +90,12 @@ def assign(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
 
     Args:
         own: of one parameter.
-        saved: tensors of the same shapes: whole ones, or such as `export` gives in the same layout.
+        saved: tensors of the same shapes: whole ones, or such as `export` gives in the same layout. What is not in it
+            stays.
     """
     for key, target in own.items():
+        if key not in saved:
+            continue
         source = saved[key]
         held = target.to_local() if isinstance(target, DTensor) else target
         if isinstance(source, DTensor):

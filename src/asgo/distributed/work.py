@@ -98,18 +98,22 @@ def turns(costs: Sequence[float], interval: int) -> list[int]:
 
 
 def turns_of(
-    groups: Sequence[dict[str, Any]], structure_of: Callable[[dict[str, Any]], Structure], interval: int
+    groups: Sequence[dict[str, Any]],
+    views: Mapping[Tensor, View | None],
+    structure_of: Callable[[dict[str, Any]], Structure],
 ) -> dict[tuple[Tensor, int], int]:
-    """The step (modulo the interval) of every part of all groups of that interval, so that steps cost alike."""
-    costs: dict[tuple[Tensor, int], float] = {}
+    """The step, modulo the refresh interval of its group, of every part of all parameters: so that steps cost alike."""
+    costs: dict[int, dict[tuple[Tensor, int], float]] = {}
     for group in groups:
-        view = View.of(group["view"])
-        if view is not None and group["precondition_frequency"] == interval:
-            structure = structure_of(group)
-            for param in group["params"]:
-                for part, (b, m, n) in enumerate(view.shapes(param.shape)):
-                    costs[param, part] = b * structure.cost(m, n)
-    return dict(zip(costs, turns(list(costs.values()), interval), strict=True))
+        structure, of_interval = structure_of(group), costs.setdefault(group["precondition_frequency"], {})
+        for param in group["params"]:
+            view = views[param]
+            for part, (b, m, n) in enumerate(() if view is None else view.shapes(param.shape)):
+                of_interval[param, part] = b * structure.cost(m, n)
+    found: dict[tuple[Tensor, int], int] = {}
+    for interval, alike in costs.items():
+        found |= dict(zip(alike, turns(list(alike.values()), interval), strict=True))
+    return found
 
 
 class Division:
@@ -143,48 +147,61 @@ class Division:
     def members(
         self,
         params: Sequence[Tensor],
-        view: View | None,
+        views: Mapping[Tensor, View | None],
         structure: Structure,
         turn_of: Mapping[tuple[Tensor, int], int],
     ) -> list[Member]:
-        """The parts of parameters of one view."""
-        if view is None:
-            return []
+        """The parts of parameters that have views."""
         return [
             Member(param, view, part, turn_of[param, part], self.placement(param, view, structure), owner)
             for param in params
+            if (view := views[param]) is not None
             for part, owner in enumerate(self.owners(param, view))
         ]
 
-    def divide(self, groups: Sequence[dict[str, Any]], structure_of: Callable[[dict[str, Any]], Structure]) -> None:
+    def divide(
+        self,
+        groups: Sequence[dict[str, Any]],
+        views: Mapping[Tensor, View | None],
+        structure_of: Callable[[dict[str, Any]], Structure],
+    ) -> None:
         """Choose owners for parameters that should have some and have none yet.
 
         Args:
             groups: of the optimizer.
+            views: of all their parameters.
             structure_of: gives the structure of a group.
         """
         self.begun = True
         units: dict[tuple[Tensor, int], Unit] = {}
+        turn_of: Mapping[tuple[Tensor, int], int] | None = None
         for group in groups:
-            view = View.of(group["view"])
-            if view is None:
-                continue
             structure, interval = structure_of(group), group["precondition_frequency"]
-            placements = [self.placement(param, view, structure) for param in group["params"]]
-            if not any(where.ranks for where in placements):
-                continue
-            turn_of = turns_of(groups, structure_of, interval)
-            for param, where in zip(group["params"], placements, strict=True):
-                kind, ranks = where.kind, where.ranks
-                if kind == "owned" or (kind in ("shared", "summed") and structure.derived):
-                    known = self.owners(param, view)
-                    for part, shape in enumerate(view.shapes(param.shape)):
-                        price, turn = cost(structure, kind, shape), (interval, turn_of[param, part])
-                        units[param, part] = Unit(price, ranks, turn, known[part])
+            for param in group["params"]:
+                view = views[param]
+                where = self.placement(param, view, None if view is None else structure)
+                divided = where.kind == "owned" or (where.kind in ("shared", "summed") and structure.derived)
+                if view is None or not divided:
+                    continue
+                turn_of = turn_of or turns_of(groups, views, structure_of)
+                known = self.owners(param, view)
+                for part, shape in enumerate(view.shapes(param.shape)):
+                    price, turn = cost(structure, where.kind, shape), (interval, turn_of[param, part])
+                    units[param, part] = Unit(price, where.ranks, turn, known[part])
         chosen: dict[Tensor, list[int]] = {}
         for (param, _), owner in zip(units, owners(list(units.values())), strict=True):
             chosen.setdefault(param, []).append(owner)
         self._owners |= chosen
+
+    def forget(self, present: Mapping[Tensor, object]) -> None:
+        """Let go of parameters that are not present."""
+        for param in (self._owners.keys() | self._placements.keys()) - present.keys():
+            self.forget_one(param)
+
+    def forget_one(self, param: Tensor) -> None:
+        """Find out anew where a parameter is."""
+        self._owners.pop(param, None)
+        self._placements.pop(param, None)
 
     def share(self, who: str, group: ProcessGroup | None, sharded: bool) -> None:
         """From now on, the ranks of a group share the work on parameters that all of them hold whole.
@@ -208,15 +225,17 @@ class Division:
     def keep_own(
         self,
         groups: Sequence[dict[str, Any]],
+        views: Mapping[Tensor, View | None],
         states: Mapping[Tensor, State],
         structure_of: Callable[[dict[str, Any]], Structure],
     ) -> None:
         """Let go of the state that other ranks keep."""
         for group in groups:
-            view = View.of(group["view"])
-            structure = None if view is None else structure_of(group)
+            structure = structure_of(group)
             for param in group["params"]:
-                self._keep_own(states[param], param, self.placement(param, view, structure), self.owners(param, view))
+                view = views[param]
+                where = self.placement(param, view, None if view is None else structure)
+                self._keep_own(states[param], param, where, self.owners(param, view))
 
     def _keep_own(self, state: State, param: Tensor, where: Placement, owned_by: Sequence[int | None]) -> None:
         for key, tensor in state.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -47,6 +47,8 @@ class AdaBlock(StructuredOptimizer):
         clip: the rate of the SGD that clipping leads to, in units of lr; None for no clipping.
         gamma: how fast the bounds close; 1e-3 as released.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
 
     Raises:
@@ -70,6 +72,7 @@ class AdaBlock(StructuredOptimizer):
         gamma: float = 1e-3,
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
         packed_state: bool = False,
     ) -> None:
         defaults = {
@@ -85,14 +88,17 @@ class AdaBlock(StructuredOptimizer):
             "maximize": maximize,
             "packed_state": packed_state,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
-    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
-        """A convolution with its kernels as columns; others as usual."""
-        if param.ndim < 3:
-            return super().default_view(param, group)
-        kernel = " ".join(f"k{i}" for i in range(param.ndim - 2))
-        return View(f"o i {kernel} -> 1 ({kernel}) (o i)")
+    def default_views(
+        self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[View | None]:
+        """Convolutions with their kernels as columns; others as usual."""
+        usual = super().default_views(members, group)
+        return [
+            view if view is None or param.ndim < 3 else _kernels_as_columns(param.ndim)
+            for (_, param), view in zip(members, usual, strict=True)
+        ]
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The statistic of every run."""
@@ -100,3 +106,8 @@ class AdaBlock(StructuredOptimizer):
             group["block_size"], group["eps"], group["betas"][0], group["stale"], group["clip"], group["gamma"]
         )
         return packed_if(group["packed_state"], blocks)
+
+
+def _kernels_as_columns(ndim: int) -> View:
+    kernel = " ".join(f"k{i}" for i in range(ndim - 2))
+    return View(f"o i {kernel} -> 1 ({kernel}) (o i)")

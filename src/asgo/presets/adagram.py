@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
-from asgo.settings import tensors
+from asgo.settings import views_of
 from asgo.structures import LowRankFactor, LowRankSymmetric, Structure
 from asgo.views import View
 from asgo.views import patterns as partition
@@ -53,6 +53,8 @@ class AdaGram(StructuredOptimizer):
         compensate: with ``"symmetric"``, spread the energy of dropped directions over all that are not remembered;
             ``"factor"`` has no such form.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a rank above the number of entries.
@@ -70,6 +72,7 @@ class AdaGram(StructuredOptimizer):
         compensate: bool = True,
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -80,22 +83,25 @@ class AdaGram(StructuredOptimizer):
             "compensate": compensate,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
-        _check_rank(rank, self.param_groups)
+        super().__init__(params, defaults, adamw)
+        views = [view for group in self.param_groups for view in views_of(group)]
+        _check_rank(rank, views, [param for group in self.param_groups for param in group["params"]])
 
-    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+    def default_views(
+        self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[View | None]:
         """The whole parameter as one row."""
-        return partition.flat(param.ndim)
+        return [partition.flat(param.ndim) for _, param in members]
 
-    def check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def check_members(self, group: Mapping[str, Any], views: Sequence[View | None], params: Sequence[Tensor]) -> None:
         """Refuse an integrator that does not fit the direction, and a group's own rank above all of its matrices."""
-        options = {**self.defaults, **groups[0]}  # parts of one group share their options
-        if (options["direction"], options["integrator"]) == ("symmetric", "psi"):
+        if (group["direction"], group["integrator"]) == ("symmetric", "psi"):
             raise ValueError(
                 "AdaGram: integrator 'psi' does not keep a matrix symmetric, as direction='symmetric' needs: pass "
                 "'bug', 'eig' or None."
             )
-        _check_rank(groups[0].get("rank"), groups)
+        if group["rank"] != self.defaults["rank"]:
+            _check_rank(group["rank"], views, params)
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """A factor of the statistic, or the statistic itself."""
@@ -106,9 +112,9 @@ class AdaGram(StructuredOptimizer):
         return LowRankSymmetric(rank, eps, integrator or "eig", group["compensate"])
 
 
-def _check_rank(rank: int | Literal["auto"] | None, groups: Sequence[Mapping[str, Any]]) -> None:
-    views = [(View.of(group["view"]), param.shape) for group in groups for param in tensors(group)]
-    largest = max((m * n for view, shape in views if view is not None for _, m, n in view.shapes(shape)), default=0)
+def _check_rank(rank: int | Literal["auto"] | None, views: Sequence[View | None], params: Sequence[Tensor]) -> None:
+    shapes = [view.shapes(param.shape) for view, param in zip(views, params, strict=True) if view is not None]
+    largest = max((m * n for stacks in shapes for _, m, n in stacks), default=0)
     if isinstance(rank, int) and rank > largest > 0:
         raise ValueError(
             f"AdaGram: rank={rank} is above the {largest} entries of the largest matrix: pass {largest} or less, or "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,6 +40,8 @@ class AGD(StructuredOptimizer):
         delta: the least that H is divided by; 1e-5 as released, 1e-14 for the paper's transformers.
         weight_decay: decoupled, multiplied by ``lr``.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -57,6 +59,7 @@ class AGD(StructuredOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -65,11 +68,13 @@ class AGD(StructuredOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
-    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+    def default_views(
+        self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[View | None]:
         """The whole parameter as one row: entries have no neighbours."""
-        return partition.flat(param.ndim)
+        return [partition.flat(param.ndim) for _, param in members]
 
     def structure(self, group: dict[str, Any]) -> Difference:
         """The mean square of the differences of momenta."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -51,6 +52,8 @@ class ASGO(StructuredOptimizer):
             matrix of a stack by itself, None not at all.
         root: one of `asgo.roots.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
             `precondition_frequency` of 1, and an ``lr`` that is a tensor on the device if it is to change.
         packed_state: keep ``gram`` and ``root`` as triangles, in half their memory, see `asgo.structures.Packed`.
@@ -78,6 +81,7 @@ class ASGO(StructuredOptimizer):
         *,
         root: str = "auto",
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
         capturable: bool = False,
         packed_state: bool = False,
     ) -> None:
@@ -97,7 +101,7 @@ class ASGO(StructuredOptimizer):
             "capturable": capturable,
             "packed_state": packed_state,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
     @classmethod
     def paper(

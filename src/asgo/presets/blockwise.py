@@ -27,33 +27,38 @@ VIEWS: dict[str, Callable[[int], View]] = {
 """How ``blocks`` reads a parameter by its number of axes, where the group names no view."""
 
 
+def _view_of_blocks(blocks: Any, ndim: int) -> View | None:
+    if isinstance(blocks, int):
+        return partition.equal(blocks, ndim)
+    return VIEWS[blocks](ndim) if isinstance(blocks, str) else View.of(blocks)
+
+
 class Partitioned(StructuredOptimizer):
     """What BAG and BAGM share: parameters of any number of axes, cut into blocks."""
 
-    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
-        """The view that ``blocks`` describes."""
+    def default_views(
+        self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[View | None]:
+        """The views that ``blocks`` describes."""
         blocks = group.get("blocks", self.defaults["blocks"])
-        if isinstance(blocks, int):
-            return partition.equal(blocks, param.ndim)
-        return VIEWS[blocks](param.ndim) if isinstance(blocks, str) else View.of(blocks)
+        settings.check(type(self).__name__, {"blocks": self.plain(blocks)})
+        return [_view_of_blocks(blocks, param.ndim) for _, param in members]
+
+    def read(self, view: View, group: Mapping[str, Any]) -> View:
+        """As in `StructuredOptimizer`; ``"kernel"`` and numbers need views of their own, so a given one is refused."""
+        blocks = group.get("blocks", self.defaults["blocks"])
+        if blocks == "kernel" or isinstance(blocks, int):
+            raise ValueError(
+                f"{type(self).__name__}: blocks={blocks!r} reads parameters by views of its own, but a group has the "
+                f"view {view}. Leave the view out, or pass blocks='row' and a view with one row per block."
+            )
+        return view
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `StructuredOptimizer`; ``"kernel"`` and numbers need views of their own, so a given one is refused."""
-        if isinstance(param_group, Mapping) and "blocks" in param_group:
-            param_group = {**param_group, "blocks": self.plain(param_group["blocks"])}
-        if isinstance(param_group, Mapping):
-            self._check_blocks(param_group)
+        """As in `StructuredOptimizer`; ``blocks`` are kept as plain data."""
+        if isinstance(param_group, dict) and isinstance(param_group.get("blocks"), View):
+            param_group["blocks"] = self.plain(param_group["blocks"])
         super().add_param_group(param_group)
-
-    def _check_blocks(self, group: Mapping[str, Any]) -> None:
-        who, blocks = type(self).__name__, group.get("blocks", self.defaults["blocks"])
-        settings.check(who, {"blocks": blocks})
-        view = View.of(group.get("view"))
-        if view is not None and (blocks == "kernel" or isinstance(blocks, int)):
-            raise ValueError(
-                f"{who}: blocks={blocks!r} reads parameters by views of its own, but a group has the view {view}. "
-                "Leave the view out, or pass blocks='row' and a view with one row per block."
-            )
 
     @staticmethod
     def plain(blocks: Partition) -> Any:
@@ -99,6 +104,8 @@ class BAG(Partitioned):
             In a group with a view of its own, ``"tensor"`` is each of its matrices, ``"row"`` each row and
             ``"column"`` each column; ``"kernel"`` and numbers are refused there.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, blocks that do not fit.
@@ -113,8 +120,9 @@ class BAG(Partitioned):
         blocks: Partition = "tensor",
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "eps": eps, "blocks": self.plain(blocks), "maximize": maximize})
+        super().__init__(params, {"lr": lr, "eps": eps, "blocks": self.plain(blocks), "maximize": maximize}, adamw)
 
     def structure(self, group: dict[str, Any]) -> Blockwise:
         """The mean square of each block."""
@@ -146,6 +154,8 @@ class BAGM(Partitioned):
         weight_decay: decoupled, multiplied by ``lr``; ours, the paper's adds to the gradient.
         blocks: what a block is, see `BAG`.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, blocks that do not fit.
@@ -162,6 +172,7 @@ class BAGM(Partitioned):
         blocks: Partition = "tensor",
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -171,7 +182,7 @@ class BAGM(Partitioned):
             "blocks": self.plain(blocks),
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
     def structure(self, group: dict[str, Any]) -> Blockwise:
         """The corrected running mean square of each block."""
@@ -202,6 +213,8 @@ class AdamMini(StructuredOptimizer):
         eps: outside the root, as in Adam.
         weight_decay: decoupled, multiplied by ``lr``; 0.1 as in the paper's language models.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -217,9 +230,10 @@ class AdamMini(StructuredOptimizer):
         weight_decay: float = 0.1,
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
     @staticmethod
     def groups(model: nn.Module, rules: Sequence[Rule] = ()) -> list[dict[str, Any]]:
@@ -232,21 +246,22 @@ class AdamMini(StructuredOptimizer):
         """
         groups = route(model, rules, per_head=True)
         for group in groups:
-            if group["view"] is None:
-                del group["view"]
+            if not any(group["views"]):
                 group["name"] = group["name"].replace("adamw", "rows")
                 group.setdefault("weight_decay", 0.0)
+            pairs = zip(group["params"], group["views"], strict=True)
+            group["views"] = [partition.rows(param.ndim) if view is None else view for (_, param), view in pairs]
         return groups
 
-    def default_view(self, param: Tensor, group: Mapping[str, Any]) -> View | None:
+    def default_views(
+        self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
+    ) -> list[View | None]:
         """One row per output feature; a vector is one row."""
-        return partition.rows(param.ndim)
+        return [partition.rows(param.ndim) for _, param in members]
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `StructuredOptimizer`; views of heads are read with one row per head."""
-        if isinstance(param_group, Mapping) and (view := View.of(param_group.get("view"))) is not None:
-            param_group = {**param_group, "view": partition.head_rows(view)}
-        super().add_param_group(param_group)
+    def read(self, view: View, group: Mapping[str, Any]) -> View:
+        """A view of heads is read with one row per head."""
+        return partition.head_rows(view)
 
     def structure(self, group: dict[str, Any]) -> Blockwise:
         """The corrected running mean square of each row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -42,6 +43,8 @@ class DASGO(StructuredOptimizer):
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2 (the paper),
             ``"slice_rms"`` each matrix of a stack by itself, None not at all.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -59,6 +62,7 @@ class DASGO(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -69,7 +73,7 @@ class DASGO(StructuredOptimizer):
             "adjust_lr": adjust_lr,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
     def structure(self, group: dict[str, Any]) -> Blockwise:
         """The sum of squares of each column or row."""

@@ -39,6 +39,8 @@ class OneSidedShampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistic (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
 
     Raises:
@@ -60,6 +62,7 @@ class OneSidedShampoo(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = None,
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
         packed_state: bool = False,
     ) -> None:
         defaults = {
@@ -73,7 +76,7 @@ class OneSidedShampoo(StructuredOptimizer):
             "maximize": maximize,
             "packed_state": packed_state,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The mean gram matrix of the group's side."""
@@ -109,6 +112,8 @@ class Shampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
+            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
 
     Raises:
@@ -130,6 +135,7 @@ class Shampoo(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = None,
         *,
         maximize: bool = False,
+        adamw: Mapping[str, Any] | None = None,
         packed_state: bool = False,
     ) -> None:
         defaults = {
@@ -143,7 +149,7 @@ class Shampoo(StructuredOptimizer):
             "maximize": maximize,
             "packed_state": packed_state,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, adamw)
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrices of both sides."""
