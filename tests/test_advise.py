@@ -198,7 +198,7 @@ def test_advice_can_be_followed(tmp_path):
         groups = {group["params"][0][0]: group for group in route(model, rules)}
         assert groups["w"]["side"] == "left"
         assert "side" not in groups["v"]
-        assert groups["bias"]["view"] is None
+        assert groups["bias"]["views"] == [None]
         optimizer = ASGO(list(groups.values()))
         inner(model, batches[0]).backward()
         optimizer.step()

@@ -420,7 +420,7 @@ def test_errors_of_the_probe():
         GradientProbe(optimizer, every=0)
     with pytest.raises(ValueError, match="done must be a whole number of steps >= 0; got -1"):
         GradientProbe(optimizer, done=-1)
-    with pytest.raises(ValueError, match="has no matrices, all of its groups go to AdamW"):
+    with pytest.raises(ValueError, match="has no matrices, all of its parameters go to AdamW"):
         GradientProbe(ASGO(route(model, [Rule("*", None)])))
     probe = GradientProbe(optimizer)
     with pytest.raises(ValueError, match=r"split: the loss must be one number; got a tensor \(8, 8\)"):

@@ -40,7 +40,7 @@ def build(layout, width=7, make=ASGO, **options):
     torch.manual_seed(0)
     model = Net(width)
     called = fully_shard(model) if layout == "fsdp" else DistributedDataParallel(model)
-    groups = [group | options if group.get("view") else group for group in route(model)]
+    groups = [group | options if any(group["views"]) else group for group in route(model)]
     optimizer = make(groups, lr=0.02)
     if layout != "fsdp":
         optimizer.distribute(shard_state=layout == "zero1")

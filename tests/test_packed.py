@@ -12,6 +12,7 @@ import asgo
 from asgo import ASGO, AdaBlock, OneSidedShampoo, Shampoo, View, checkpoint, route
 from asgo.diagnostics import GradientProbe
 from asgo.roots import ROOTS
+from asgo.settings import with_views
 from asgo.structures import Kronecker, OneSided, Packed, opened
 from asgo.triangles import LEAF, diagonal, pack, rectangle, size, unpack
 from asgo.views import MATRIX, heads
@@ -137,7 +138,7 @@ every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES.keys())
 
 
 def mark(groups, options):
-    return [group | options if group["view"] is not None else group for group in groups]
+    return [group | options if any(group.get("views", [group.get("view")])) else group for group in groups]
 
 
 def build(make, dtype=torch.float32, **options):
@@ -172,7 +173,7 @@ def test_with_symmetric_roots_packed_steps_are_the_same_to_the_bit(make, dtype):
     assert one.failures() == other.failures() != {}
     twin = dict(zip(params, plain, strict=True))
     for group in other.param_groups:
-        for p in group["params"] if group["view"] is not None else ():
+        for p in (p for p, view in with_views(group) if view is not None):
             inner, whole = opened(other.structure(group), other.state[p])
             assert all(torch.equal(tensor, one.state[twin[p]][key]) for key, tensor in whole.items())
             for key in inner.symmetric:
@@ -235,7 +236,7 @@ def test_the_state_of_gpt2_is_one_and_a_half_times_its_matrices(head):
     own = sum(p.nbytes for p in params)
     found = {}
     for packed in (False, True):
-        optimizer = ASGO(groups, packed_state=packed)
+        optimizer = ASGO([dict(group) for group in groups], packed_state=packed)
         found[packed] = asgo.state_bytes(groups, lambda g, packed=packed: ASGO(g, packed_state=packed))
         assert found[packed] == sum(tensor.nbytes for tensor in tensors_of(optimizer))
         assert found[packed] == asgo.report(optimizer).state_bytes
@@ -345,9 +346,7 @@ def test_a_state_of_before_packed_state_loads():
         group.pop("packed_state", None)
     optimizer = ASGO(route(theirs))
     optimizer.load_state_dict(saved)
-    assert [group.get("packed_state") for group in optimizer.param_groups] == [
-        None if group["view"] is None else False for group in optimizer.param_groups
-    ]
+    assert [group["packed_state"] for group in optimizer.param_groups] == [False, False]
     again = optimizer.state_dict()["state"]
     assert all(torch.equal(x, again[i][key]) for i, state in saved["state"].items() for key, x in state.items())
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from asgo.diagnostics.evidence import LAGS, SIDES, STATISTICS, Choice, Collector, Evidence, Side
 from asgo.diagnostics.losses import gradients
+from asgo.settings import with_views
 from asgo.views import View
 from asgo.views.route import Rule, route
 
@@ -172,8 +173,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, dict[str, View]], dict[str,
     params: dict[str, Tensor] = {}
     for word, per_head in (("whole", False), ("heads", True)):
         for group in route(model, per_head=per_head):
-            view = View.of(group["view"])
-            for name, param in group["params"]:
+            for (name, param), view in with_views(group):
                 if view is not None and param.numel() and view not in views.get(name, {}).values():
                     views.setdefault(name, {})[word] = view
                     params[name] = param

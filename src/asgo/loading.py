@@ -62,9 +62,11 @@ def saved_by_param(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[
 
 def _places(old: Mapping[str, Any], group: Mapping[str, Any]) -> Sequence[int]:
     """Where in a saved group each parameter of a group stands."""
-    names, own = list(old.get("param_names") or ()), [name for name, _ in names_of_group(group)]
-    if len(names) == len(own) == len(set(names)) and set(names) == set(own):
-        return [names.index(name) for name in own] if names != own else range(len(own))
+    names: Sequence[str] = old.get("param_names") or ()
+    own = [name for name, _ in names_of_group(group)]
+    places = {name: place for place, name in enumerate(names)}
+    if len(places) == len(names) == len(own) and places.keys() == set(own):
+        return [places[name] for name in own if name is not None]
     return range(len(own))
 
 

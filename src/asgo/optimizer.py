@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -101,7 +100,7 @@ class StructuredOptimizer(Optimizer, ABC):
             warnings.warn(
                 f"{type(self).__name__}: parameters without names are read by their number of axes, so embeddings and "
                 "output heads are trained as matrices. Pass asgo.route(model), or model.named_parameters().",
-                stacklevel=_frames_to_the_caller(),
+                stacklevel=settings.frames_to_the_caller(),
             )
 
     def read(self, view: View, group: Mapping[str, Any]) -> View:
@@ -111,6 +110,10 @@ class StructuredOptimizer(Optimizer, ABC):
             ValueError: it does not fit the hyperparameters of the group.
         """
         return view
+
+    def largest_side(self, group: Mapping[str, Any]) -> int | None:
+        """The largest shorter side that a matrix of this group may have, beyond which it is AdamW's; None: any."""
+        return None
 
     def check_members(self, group: Mapping[str, Any], views: Sequence[View | None], params: Sequence[Tensor]) -> None:
         """Raise `ValueError` for a group whose hyperparameters do not fit its parameters."""
@@ -261,16 +264,18 @@ class StructuredOptimizer(Optimizer, ABC):
         given = settings.given_views(who, param_group, len(members))
         views = self.default_views(members, param_group) if given is None else given
         views = [view if view is None or given is None else self.read(view, param_group) for view in views]
+        settings.check(who, param_group)
+        views = settings.bounded(who, members, views, self.largest_side({**self.defaults, **param_group}))
         settings.check_group(who, param_group, members, views, self.defaults, settings.names_of(self))
         self.check_members({**self.defaults, **param_group}, views, [param for _, param in members])
         own = settings.with_adamw(who, param_group, views, self.defaults)
 
         param_group.pop("view", None)
-        named = [name for name, _ in members if name is not None]
-        param_group["params"] = members if len(named) == len(members) else [param for _, param in members]
+        param_group["params"] = [param for _, param in members]
+        settings.name_alike([*self.param_groups, param_group], [name for name, _ in members])
         param_group |= {**own, "views": settings.plain(views)}
         super().add_param_group(param_group)
-        param_group |= {key: value for key, value in self.loop.items() if key not in self.defaults}
+        param_group |= {key: value for key, value in self.loop.items() if key not in {*self.defaults, *own}}
         self._members.add(param_group)
         if self._division.begun:
             self._begin()
@@ -435,14 +440,6 @@ class Plan:
     where: list[Placement]
     viewed: list[Tensor]
     buckets: list[Bucket]
-
-
-def _frames_to_the_caller() -> int:
-    """How many frames above the one that asks the first is that is neither of this library nor of torch."""
-    frame, depth = sys._getframe(1), 1
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("asgo", "torch"):
-        frame, depth = frame.f_back, depth + 1
-    return depth
 
 
 def _signature(group: Mapping[str, Any]) -> object:

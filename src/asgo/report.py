@@ -14,8 +14,9 @@ from asgo._types import State
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets.asgo import ASGO
 from asgo.roots import products
-from asgo.settings import names_of, views_of
+from asgo.settings import fits_within, names_of, views_of
 from asgo.structures import Packed, Structure
+from asgo.views import default_view
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def report(optimizer: StructuredOptimizer) -> Report:
             name = names[param]
             size = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state[param].values())
             if view is None:
-                rows.append(Row(name, tuple(param.shape), "-", "-", "AdamW", size, 0.0))
+                kind = "AdamW, above max_size" if _is_above(optimizer.largest_side(group), param) else "AdamW"
+                rows.append(Row(name, tuple(param.shape), "-", "-", kind, size, 0.0))
                 continue
             shapes = view.shapes(param.shape)
             structure = optimizer.structure(group)
@@ -109,6 +111,11 @@ def state_bytes(
     shapes = [{**group, "params": [_on_paper(member) for member in group["params"]]} for group in groups]
     held = [tensor for state in optimizer(shapes).state.values() for tensor in state.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _is_above(limit: int | None, param: Tensor) -> bool:
+    view = default_view(param.ndim)
+    return limit is not None and view is not None and not fits_within(view, param.shape, limit)
 
 
 def _on_paper(member: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +88,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "capturable": _one_of(True, False),
     "packed_state": _one_of(True, False),
     "axis": _one_of("column", "row", "auto"),
-    "max_size": (_interval, "a whole number >= 1"),
+    "max_size": (lambda value: value is None or _interval(value), "None or a whole number >= 1"),
     "rank": (lambda value: value in (None, "auto") or _interval(value), "'auto', None or a whole number >= 1"),
     "direction": _one_of("factor", "symmetric"),
     "integrator": _one_of(None, "psi", "bug", "eig"),
@@ -165,10 +167,51 @@ def views_of(group: Mapping[str, Any]) -> list[View | None]:
     return [View.of(view) for view in group["views"]]
 
 
+def with_views(group: Mapping[str, Any]) -> list[tuple[Any, View | None]]:
+    """The parameters of a group, as they stand in it, and their views."""
+    return list(zip(group["params"], views_of(group), strict=True))
+
+
 def plain(views: Iterable[View | None]) -> list[dict[str, Any] | None]:
     """Views as plain data; equal ones are one object, so that a saved group holds each of them once."""
     dicts: dict[View, dict[str, Any]] = {}
     return [None if view is None else dicts.setdefault(view, view.to_dict()) for view in views]
+
+
+def bounded(
+    who: str, members: Sequence[tuple[str | None, Tensor]], views: Sequence[View | None], limit: int | None
+) -> list[View | None]:
+    """The views, without those that have a matrix whose shorter side is above `limit`; a warning names them."""
+    if limit is None:
+        return list(views)
+    fits = [
+        view is None or fits_within(view, param.shape, limit) for (_, param), view in zip(members, views, strict=True)
+    ]
+    found = [member for member, fit in zip(members, fits, strict=True) if not fit]
+    if found:
+        shown = ", ".join(f"{name or 'a parameter'} {tuple(param.shape)}" for name, param in found)
+        warnings.warn(
+            f"{who}: AdamW takes {shown}: the shorter side is above max_size={limit}. Pass a larger max_size, or a "
+            "view that cuts it into blocks.",
+            stacklevel=frames_to_the_caller(),
+        )
+    return [view if fit else None for view, fit in zip(views, fits, strict=True)]
+
+
+def fits_within(view: View, shape: Sequence[int], limit: int) -> bool:
+    """Whether no matrix has a shorter side above `limit`; also where the view does not fit, which is checked apart."""
+    try:
+        return all(min(m, n) <= limit for _, m, n in view.shapes(shape))
+    except ValueError:
+        return True
+
+
+def frames_to_the_caller() -> int:
+    """How many frames above the one that asks the first is that is neither of this library nor of torch."""
+    frame, depth = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("asgo", "torch"):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def check_group(
@@ -190,6 +233,7 @@ def check_group(
         taken: the parameters that it has already, and their names.
     """
     check_keys(f"{who}: the key", group, {*defaults, *OF_EVERY_GROUP})
+    _check_known(who, group, defaults)
     check(who, group)
     if any(view is not None for view in views):
         _check_together(who, {**LOOP, **defaults, **group})
@@ -211,6 +255,13 @@ def check_group(
         if view is not None:
             view.check(shown, param.shape)
         find(param, view, what)
+
+
+def _check_known(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a hyperparameter of another optimizer of this library, unless it changes nothing."""
+    for key in CHECKS.keys() & group.keys() - defaults.keys():
+        if group[key] != LOOP.get(key):
+            raise ValueError(f"{who}: the key {key!r} of a group is not known; choose from {sorted(defaults)}.")
 
 
 def check_keys(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -264,6 +315,24 @@ def names_of_group(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
     """The names and parameters of a group of an optimizer, None for those without a name."""
     names = list(group.get("param_names") or ())
     return [(names[i] if i < len(names) else None, param) for i, param in enumerate(group["params"])]
+
+
+def name_alike(groups: Sequence[dict[str, Any]], names: Sequence[str | None]) -> None:
+    """Give all groups names if one has some, as `torch.optim.Optimizer` asks: places where parameters have none.
+
+    Args:
+        groups: those of an optimizer and a new one, the last.
+        names: of the parameters of the new one.
+    """
+    *_, new = groups
+    new.pop("param_names", None)
+    if not any(names) and not any("param_names" in group for group in groups):
+        return
+    place = 0
+    for group in groups:
+        given = names if group is new else group.get("param_names") or [None] * len(group["params"])
+        group["param_names"] = [name or f"parameter {place + i}" for i, name in enumerate(given)]
+        place += len(given)
 
 
 def adamw_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from asgo.diagnostics.losses import gradients
 from asgo.diagnostics.noise import Moments
 from asgo.diagnostics.sample import Sample, Seen
 from asgo.optimizer import StructuredOptimizer
-from asgo.settings import names_of
+from asgo.settings import names_of, with_views
 from asgo.views import View
 
 
@@ -120,7 +120,7 @@ class GradientProbe:
         self._moments, self._summed = {}, True
         if self.due:
             groups = self.optimizer.param_groups
-            self._watched = {p: v for group in groups if (v := View.of(group["view"])) for p in group["params"]}
+            self._watched = {p: view for group in groups for p, view in with_views(group) if view is not None}
             for param in self._watched:
                 if param.requires_grad:
                     self._gradient_hooks.append(param.register_hook(partial(self._accumulate, param)))
@@ -160,12 +160,12 @@ class GradientProbe:
     def _sample(self) -> None:
         names = names_of(self.optimizer)
         for group in self.optimizer.param_groups:
-            structure = None if group["view"] is None else self.optimizer.structure(group)
-            for param in group["params"]:
-                if structure is not None and param in self._before:
+            structure = self.optimizer.structure(group)
+            for param, view in with_views(group):
+                if view is not None and param in self._before:
                     moments, state = self._moments.get(param, []), self.optimizer.state[param]
                     before = self._before.pop(param)
-                    seen = Seen(names[param], param, before, moments, self._summed, state, group, structure)
+                    seen = Seen(names[param], param, before, moments, self._summed, state, view, group, structure)
                     self.samples += seen.samples(self.done)
 
     @contextmanager
@@ -186,8 +186,8 @@ def _check(optimizer: StructuredOptimizer, every: int, done: int) -> None:
     for name, value, least in (("every", every, 1), ("done", done, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"GradientProbe: {name} must be a whole number of steps >= {least}; got {value!r}.")
-    if all(group["view"] is None for group in optimizer.param_groups):
+    if not any(any(group["views"]) for group in optimizer.param_groups):
         raise ValueError(
-            f"GradientProbe: this {type(optimizer).__name__} has no matrices, all of its groups go to AdamW. Give it "
-            "groups with a view, such as those of asgo.route(model)."
+            f"GradientProbe: this {type(optimizer).__name__} has no matrices, all of its parameters go to AdamW. Give "
+            "it groups with views, such as those of asgo.route(model)."
         )

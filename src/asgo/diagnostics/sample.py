@@ -79,6 +79,7 @@ class Seen:
         moments: of its microbatches, one per part; empty where none were seen.
         summed: whether the gradient is the sum of the microbatches', or their mean.
         state: the optimizer's.
+        view: of the parameter.
         group: of the optimizer.
         structure: of the group.
     """
@@ -89,14 +90,13 @@ class Seen:
     moments: Sequence[Moments]
     summed: bool
     state: State
+    view: View
     group: Mapping[str, Any]
     structure: Structure
 
     def samples(self, step: int) -> list[Sample]:
         """A sample of every matrix that has entries."""
-        view, found = View.of(self.group["view"]), []
-        if view is None:
-            return []
+        view, found = self.view, []
         gradients = None if self.param.grad is None else view.matrices(self.param.grad)
         stacks = zip(view.matrices(self.before), view.matrices(self.param.detach()), strict=True)
         for part, (old, new) in enumerate(stacks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from asgo.lab.peers import build_optimizer, state_bytes
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import SPAM
 from asgo.report import report
+from asgo.settings import with_views
+from asgo.structures import Structure
 from asgo.views import View
 
 ENTRYWISE = 2.0
@@ -184,15 +185,14 @@ def _structured(optimizer: StructuredOptimizer) -> float:
     roots = iter(report(optimizer).rows)
     total = 0.0
     for group in optimizer.param_groups:
-        for param in group["params"]:
+        structure = optimizer.structure(group)
+        for param, view in with_views(group):
             refresh = next(roots).root_flops / group.get("precondition_frequency", 1)
-            total += refresh + 2 * _work(optimizer, group, param)
+            total += refresh + 2 * _work(structure, view, param)
     return total
 
 
-def _work(optimizer: StructuredOptimizer, group: dict[str, Any], param: Tensor) -> float:
-    view = View.of(group["view"])
+def _work(structure: Structure, view: View | None, param: Tensor) -> float:
     if view is None:
         return ENTRYWISE * param.numel()
-    structure = optimizer.structure(group)
     return sum(b * structure.work(m, n) for b, m, n in view.shapes(param.shape))

@@ -22,6 +22,7 @@ from asgo.lab.errors import LabError
 from asgo.lab.rules import read_rules
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo.settings import with_views
 from asgo.views.route import route
 
 Named = list[tuple[str, nn.Parameter]]
@@ -56,8 +57,8 @@ class Peer:
 def split(model: nn.Module) -> tuple[Named, Named]:
     """The named hidden matrices of a model, and everything else, by the routing that ASGO uses."""
     groups = route(model)
-    matrices = [pair for group in groups if group.get("view") is not None for pair in group["params"]]
-    return matrices, [pair for group in groups if group.get("view") is None for pair in group["params"]]
+    pairs = [pair for group in groups for pair in with_views(group)]
+    return [named for named, view in pairs if view is not None], [named for named, view in pairs if view is None]
 
 
 def _asgo(constructor: Callable[..., Optimizer]) -> Build:
@@ -65,7 +66,7 @@ def _asgo(constructor: Callable[..., Optimizer]) -> Build:
         rules = read_rules(arguments.pop("rules", None))
         groups = route(model, rules, arguments.pop("per_head", False))
         for group in groups:
-            if group.get("view") is None:
+            if not any(group["views"]):
                 group["lr"] = adamw_lr
         return constructor(groups, **arguments)
 
@@ -92,7 +93,7 @@ def _beside_adamw(constructor: Callable[..., Optimizer], defaults: dict[str, Any
 def _adam_mini(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
     groups = AdamMini.groups(model)
     for group in groups:
-        if "view" not in group:
+        if group["name"] == "rows":
             group["lr"] = adamw_lr
     return AdamMini(groups, **arguments)
 

@@ -57,6 +57,9 @@ class ASGO(StructuredOptimizer):
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
             `precondition_frequency` of 1, and an ``lr`` that is a tensor on the device if it is to change.
         packed_state: keep ``gram`` and ``root`` as triangles, in half their memory, see `asgo.structures.Packed`.
+        max_size: a parameter that has a matrix whose shorter side is above this is AdamW's, with a warning and a line
+            of `asgo.report`: its statistic and root would take ``8 k^2`` bytes and ``k^3`` work. None: no limit. No
+            layer of published models up to 405B parameters has a shorter side above 16,384.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -84,6 +87,7 @@ class ASGO(StructuredOptimizer):
         adamw: Mapping[str, Any] | None = None,
         capturable: bool = False,
         packed_state: bool = False,
+        max_size: int | None = 16384,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -100,6 +104,7 @@ class ASGO(StructuredOptimizer):
             "maximize": maximize,
             "capturable": capturable,
             "packed_state": packed_state,
+            "max_size": max_size,
         }
         super().__init__(params, defaults, adamw)
 
@@ -143,6 +148,10 @@ class ASGO(StructuredOptimizer):
         the rounding error of float32).
         """
         return cls(params, lr, betas, eps, weight_decay, 1, "gradient", False, False, root="reference")
+
+    def largest_side(self, group: Mapping[str, Any]) -> int | None:
+        """`max_size`, for the shorter side."""
+        return group["max_size"]
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrix of the group's side."""

@@ -107,8 +107,8 @@ class Shampoo(StructuredOptimizer):
         eps: absolute, inside the roots: what L and R start from.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots.
-        max_size: sides longer than this are left alone, and the other side takes the power -1/2: a side of 30,000 would
-            cost 7 GB.
+        max_size: sides longer than this (None: none) are left alone, and the other side takes the power -1/2: a side
+            of 30,000 would cost 7 GB.
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
@@ -131,7 +131,7 @@ class Shampoo(StructuredOptimizer):
         eps: float = 1e-4,
         weight_decay: float = 0.0,
         precondition_frequency: int = 1,
-        max_size: int = 8192,
+        max_size: int | None = 8192,
         adjust_lr: Literal["rms", "slice_rms"] | None = None,
         *,
         maximize: bool = False,

@@ -107,7 +107,7 @@ class SPAM(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         settings.refuse_sparse(self.optimizer)
-        t = self.param_groups[0]["spam_step"] + 1
+        t = self.param_groups[0].setdefault("spam_step", 0) + 1
         since = t % self.interval
         if since == 0:
             self._reset()
@@ -142,8 +142,8 @@ class SPAM(Optimizer):
 
     def _clip(self, param: Tensor, moved: Tensor, armed: bool) -> None:
         """Clip the spikes of a gradient; a gradient of zeros, and entries that are not finite, leave v as it is."""
-        state, grad, dtype = self.state[param], gradient(param), state_dtype(param)
-        v = state["spike_sq"] = state["spike_sq"].to(param.device, dtype)
+        grad, dtype = gradient(param), state_dtype(param)
+        v = self._mean_square(param)
         seen = grad.to(dtype)
         finite = seen.isfinite()
         if armed:
@@ -153,18 +153,27 @@ class SPAM(Optimizer):
         weight = (finite & moved).to(dtype) * (1 - DECAY)
         v.lerp_(torch.where(finite, seen, 0).square(), weight)
 
+    def _mean_square(self, param: Tensor) -> Tensor:
+        """The mean square of a parameter's gradients, where the parameter is; zero when it is first met."""
+        state, held, dtype = self.state[param], local(param.detach()), state_dtype(param)
+        known = state.get("spike_sq")
+        if known is None or known.shape != held.shape:
+            known = torch.zeros_like(held, dtype=dtype)
+        state["spike_sq"] = known.to(param.device, dtype)
+        return state["spike_sq"]
+
     def _reset(self) -> None:
         self.optimizer.reset()
-        for state in self.state.values():
-            state["spike_sq"].zero_()
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._mean_square(param).zero_()
 
     def _start(self, groups: list[dict[str, Any]], t: int) -> None:
         for group in groups:
             group["spam_step"] = t
             for param in group["params"]:
                 find(param, None, "SPAM")  # all ranks meet its group now
-                held, dtype = local(param.detach()), state_dtype(param)
-                self.state[param]["spike_sq"] = torch.zeros_like(held, dtype=dtype)
+                self._mean_square(param)
 
     # ---- the optimizer's own ----------------------------------------------------------------------------------
 

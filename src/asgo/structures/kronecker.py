@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +25,16 @@ class Kronecker(Structure):
     State: ``left (b, m, m)``, ``right (b, n, n)``, ``left_root`` and ``right_root`` alike.
 
     Args:
-        max_size: a longer side is left alone (its tensors are empty), and the other takes the power -1/2.
+        max_size: a longer side, if there is a limit, is left alone (its tensors are empty), and the other takes the power
+            -1/2.
     """
 
-    max_size: int = 8192
+    max_size: int | None = 8192
 
     def sizes(self, m: int, n: int) -> tuple[int, int]:
         """The sizes of both grams; 0 for a side that is left alone."""
-        return (m if m <= self.max_size else 0), (n if n <= self.max_size else 0)
+        limit = math.inf if self.max_size is None else self.max_size
+        return (m if m <= limit else 0), (n if n <= limit else 0)
 
     @property
     def derived(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from asgo.views.layouts import GATE_UP, gated_view, head_view
 from asgo.views.model_scan import TABLES, Site, find_sites
@@ -195,7 +195,7 @@ def default_view(site: Site, per_head: bool = False) -> View | None:
     return found if per_head else whole(found)
 
 
-def default_views(named_params: Iterable[tuple[str, nn.Parameter]]) -> list[View | None]:
+def default_views(named_params: Iterable[tuple[str, Tensor]]) -> list[View | None]:
     """The views of ``(name, parameter)`` pairs without the module that they belong to.
 
     Vectors, and parameters with an exact name of a table of embeddings or positions, a vocabulary head or a

@@ -22,6 +22,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from asgo.lab.bench.shapes import Workload
 from asgo.lab.peers import Composite
 from asgo.presets import ASGO
+from asgo.settings import with_views
 
 LR, DECAY, BETAS = 1e-3, 0.1, (0.9, 0.95)
 COLD_STEPS = 3
@@ -89,7 +90,7 @@ def _reference(workload: Workload, interval: int) -> Optimizer:
 
 def _adamw(foreach: bool) -> Build:
     def build(workload: Workload, interval: int) -> Optimizer:
-        matrices = [named for group in workload.whole if group["view"] for named in group["params"]]
+        matrices = [named for group in workload.whole for named, view in with_views(group) if view is not None]
         groups = [{"params": matrices, "weight_decay": DECAY}, {"params": workload.rest, "weight_decay": 0.0}]
         given = [group for group in groups if group["params"]]
         return AdamW(given, lr=LR, betas=BETAS, foreach=foreach, fused=not foreach)

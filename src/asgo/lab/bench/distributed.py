@@ -35,7 +35,7 @@ from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.peers import state_bytes
 from asgo.lab.plot import STYLES, png
 from asgo.presets import ASGO
-from asgo.views import View
+from asgo.settings import with_views
 
 SENDING = ("all_to_all_single", "all_gather", "all_reduce")
 """The collectives of a step; their second, second and first argument is what a rank sends."""
@@ -190,7 +190,7 @@ def _work(pipe: Any, rank: int, processes: int, layout: str, config: Distributed
 
 def _sizes(groups: list[dict[str, Any]]) -> dict[str, int]:
     """Bytes of all matrices, and of one statistic of each."""
-    viewed = [(View.of(group["view"]), p) for group in groups if group["view"] is not None for _, p in group["params"]]
+    viewed = [(view, p) for group in groups for (_, p), view in with_views(group) if view is not None]
     matrices = [param for _, param in viewed]
     shapes = [shape for view, param in viewed if view is not None for shape in view.shapes(param.shape)]
     return {

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from asgo.settings import with_views
 from asgo.views.route import route
 
 Named: TypeAlias = tuple[str, nn.Parameter]
@@ -223,11 +224,12 @@ def make_workload(
     count = layers if layers is not None and row.layers is not None else row.layers
     with torch.device("meta"):
         model = row.build(count or 0)
-    whole, heads = ([g for g in route(model, per_head=p) if g["view"] or not matrices_only] for p in (False, True))
+    routed = (route(model, per_head=per_head) for per_head in (False, True))
+    whole, heads = ([group for group in groups if any(group["views"]) or not matrices_only] for groups in routed)
     real = {id(p): nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)) for p in model.parameters()}
     for group in (*whole, *heads):
         group["params"] = [(given, real[id(param)]) for given, param in group["params"]]
-    chosen = [(named, group["view"] is not None) for group in whole for named in group["params"]]
+    chosen = [(named, view is not None) for group in whole for named, view in with_views(group)]
     gradients = {id(param): torch.zeros_like(param) for (_, param), _ in chosen}
     shared = [(param, gradients[id(param)]) for (_, param), _ in chosen]
     matrices: list[Named] = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from asgo.buckets import part_key
 from asgo.distributed.summing import most_shards, sent
 from asgo.optimizer import StructuredOptimizer
-from asgo.settings import names_of
+from asgo.settings import names_of, with_views
 from asgo.structures import Packed
 from asgo.triangles import rectangle, size
 from asgo.views import View
@@ -83,8 +83,7 @@ def read(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Par
     found: list[Part] = []
     names = names_of(optimizer)
     for group in optimizer.param_groups:
-        view = View.of(group["view"])
-        for param in group["params"]:
+        for param, view in with_views(group):
             name, state = names[param], optimizer.state[param]
             tp_dim = _tp_dim(name, param, tp_plan)
             if view is None:
