@@ -25,7 +25,7 @@ class Kronecker(Structure):
     State: ``left (b, m, m)``, ``right (b, n, n)``, ``left_root`` and ``right_root`` alike.
 
     Args:
-        max_size: a longer side, if there is a limit, is left alone (its tensors are empty), and the other takes the power
+        max_size: a longer side, if there is a limit, is left alone (its tensors are empty); the other takes the power
             -1/2.
     """
 
