@@ -27,8 +27,8 @@ RESOLUTION = 2
 """Of a statistic V kept in a dtype, eigenvalues below ``RESOLUTION eps ||V||_F`` are rounding (eps of that dtype)."""
 # A rounding of V moves each entry by at most eps/2 of itself, hence V by at most eps/2 ||V||_F. Those of T steps differ
 # in sign and add up to about sqrt(T) eps/2 ||V||_F: measured in float32, 0.7 eps ||V||_F after 300 steps and 6 after
-# 3,000. Call that e and the floor f; W is what is kept, with eigenvalues raised to f. Then W >= V - e I and W >= f I, so
-# W >= f/(e + f) V, and a step by W^(-1/2) is at most sqrt(1 + e/f) times as long as one by V^(-1/2). Without a floor
+# 3,000. Call that e and the floor f; W is what is kept, with eigenvalues raised to f. Then W >= V - e I and W >= f I,
+# so W >= f/(e + f) V, and a step by W^(-1/2) is at most sqrt(1 + e/f) times as long as one by V^(-1/2). Without a floor
 # nothing bounds it: where V has null directions, what is kept has rounding of either sign.
 SMALLEST = 32  # smaller matrices are done before another thread has woken up
 
