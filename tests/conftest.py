@@ -18,14 +18,24 @@ def fresh_accelerate():
 
 
 @pytest.fixture
-def repeatable_eigh(monkeypatch):
-    """``torch.linalg.eigh`` as a function of the bits of a matrix: LAPACK's result may also depend on where it lies."""
-    solve, known = torch.linalg.eigh, {}
+def repeatable_lapack(monkeypatch):
+    """Decompositions as functions of the bits of their matrices: LAPACK's may also depend on where a matrix lies.
 
-    def by_bits(A):
-        key = (A.dtype, tuple(A.shape), A.contiguous().numpy().tobytes())
+    So what is asserted to the bit holds on every machine, and says something of this library alone.
+    """
+    for name in ("eigh", "qr", "svd"):
+        monkeypatch.setattr(torch.linalg, name, by_bits(getattr(torch.linalg, name)))
+
+
+def by_bits(solve):
+    known = {}
+
+    def solved(A, **options):
+        if A.device.type != "cpu" or torch.compiler.is_compiling():
+            return solve(A, **options)
+        key = (A.dtype, A.shape, A.detach().contiguous().numpy().tobytes(), *options.items())
         if key not in known:
-            known[key] = solve(A)
+            known[key] = solve(A, **options)
         return tuple(tensor.clone() for tensor in known[key])
 
-    monkeypatch.setattr(torch.linalg, "eigh", by_bits)
+    return solved

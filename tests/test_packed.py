@@ -162,7 +162,7 @@ def train(params, optimizer, steps, start=0):
 
 
 @every_make
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_with_symmetric_roots_packed_steps_are_the_same_to_the_bit(make, dtype):
     (plain, one), (params, other) = build(make, dtype), build(make, dtype, packed_state=True)
@@ -259,7 +259,7 @@ def test_the_state_of_gpt2_is_one_and_a_half_times_its_matrices(head):
 
 
 @every_make
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 def test_a_packed_run_resumes_bit_for_bit(make, tmp_path):
     params, optimizer = build(make, packed_state=True)
     train(params, optimizer, 5)
@@ -308,7 +308,7 @@ def test_the_switch_is_checked_and_can_be_set_by_group():
     assert [row.structure for row in asgo.report(optimizer).rows] == ["OneSided packed 1x5x2", "OneSided 1x4x4"]
 
 
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 @pytest.mark.parametrize("name", ["ours", "shampoo", "shampoo up to 8", "adablock"])
 def test_a_probe_sees_the_same_through_triangles(name):
     found = []
@@ -322,7 +322,7 @@ def test_a_probe_sees_the_same_through_triangles(name):
     assert bool(known) == (name != "adablock")
 
 
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 def test_splits_and_stacks():
     split = View("m n -> 1 m n", split=(3, 5), split_dim=0)
     results = []

@@ -223,7 +223,7 @@ def test_what_a_statistic_resolves_is_damped_as_the_formula_says(name: str, form
 # Laws
 
 
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 @pytest.mark.parametrize("name", [*DAMPED, "auto"])
 @pytest.mark.parametrize("power", [-100, -60, 20, 100])
 def test_scale_invariance_is_bitwise(name: str, power: int):
@@ -375,7 +375,7 @@ def settings_now() -> list[str]:
     return [part.fp32_precision for part in (BACKENDS, BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul)]
 
 
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 @pytest.mark.parametrize("name", ROOTS)
 @pytest.mark.parametrize("chosen", ["high", "medium", "highest"])
 @pytest.mark.usefixtures("precision")
@@ -408,7 +408,7 @@ def test_precision_is_restored_after_an_error():
     assert settings_now() == before
 
 
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 @pytest.mark.parametrize("name", ROOTS)
 def test_autocast_does_not_matter(name: str):
     A = (GRADIENTS["square"] @ GRADIENTS["square"].T)[None]
@@ -419,7 +419,7 @@ def test_autocast_does_not_matter(name: str):
     assert torch.equal(Z, plain)
 
 
-@pytest.mark.usefixtures("repeatable_eigh")
+@pytest.mark.usefixtures("repeatable_lapack")
 def test_auto_on_cpu_goes_by_size_and_precision():
     A = drifting(160, 160, 3)[0][None]
     assert torch.equal(auto(A[:, :64, :64], EPS)[0], minimax(A[:, :64, :64], EPS)[0])

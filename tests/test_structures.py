@@ -184,6 +184,7 @@ def preconditions_shards(structure, axis, shape):
     return kept and close(torch.cat(found, dim), want)
 
 
+@pytest.mark.usefixtures("repeatable_lapack")
 @every_structure
 @pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6), (1, 5, 5)], ids=str)
 def test_a_fixed_structure_is_the_same_and_knows_its_side(structure, shape):
