@@ -6,7 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tests run side by side; results do not depend on the schedule of threads
+# Tests run side by side, so one thread unless the environment asks for more, as benchmarks/machines.py does.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
