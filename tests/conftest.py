@@ -10,6 +10,25 @@ import torch
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+SLOW = ("test_lab_*", "test_plan_*", "test_distributed*", "test_docs.py", "test_examples.py", "test_hessian.py")
+"""Files whose tests take minutes: processes, models, training runs, every block of the documentation."""
+
+
+def is_slow(path):
+    return any(path.match(pattern) for pattern in SLOW)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files of slow tests are not imported where fast ones are asked for: what they import takes as long as tests do."""
+    return True if "not slow" in config.option.markexpr and is_slow(collection_path) else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """accelerate keeps precision and device for the whole process; each test begins anew, whichever ran before it."""
