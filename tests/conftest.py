@@ -19,7 +19,7 @@ def is_slow(path):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Files of slow tests are not imported where fast ones are asked for: what they import takes as long as tests do."""
+    """Files of slow tests are not imported where fast ones are asked for: that alone takes as long as those."""
     return True if "not slow" in config.option.markexpr and is_slow(collection_path) else None
 
 

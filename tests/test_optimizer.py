@@ -68,6 +68,7 @@ def same(a, b):
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_preset
 def test_trains_bare_parameters_in_every_precision(make):
     for dtype in DTYPES:

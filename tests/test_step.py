@@ -176,6 +176,7 @@ def test_masks_are_read_on_the_cpu_only():
 # ---- compiled and captured ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_compiled_step_is_the_same_and_is_compiled_once_whatever_lr_does(packed):
@@ -199,6 +200,7 @@ def test_a_compiled_step_is_the_same_and_is_compiled_once_whatever_lr_does(packe
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("eager_steps", [0, 1])
 def test_a_step_over_split_parameters_can_be_compiled_before_and_after_an_eager_one(eager_steps):
