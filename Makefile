@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 CURVLINOPS ?= "curvlinops-for-pytorch>=3,<4"
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-fast test-machines lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.lab
@@ -14,6 +14,14 @@ demo: $(VENV)/.lab
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# A minute on two cores: while you write.
+test-fast: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
+
+# One row of benchmarks/machines.py, as a second processor.
+test-machines: $(VENV)/.dev
+	$(BIN)/python benchmarks/machines.py --rows "MKL without vectors" --suites roots structures --pytest="-n 2"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

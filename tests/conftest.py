@@ -6,7 +6,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tests run side by side; results do not depend on the schedule of threads
+# Tests run side by side, so one thread unless the environment asks for more, as benchmarks/machines.py does.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+SLOW = ("test_lab_*", "test_plan_*", "test_distributed*", "test_docs.py", "test_examples.py", "test_hessian.py")
+"""Files whose tests take minutes: processes, models, training runs, every block of the documentation."""
+
+
+def is_slow(path):
+    return any(path.match(pattern) for pattern in SLOW)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files of slow tests are not imported where fast ones are asked for: that alone takes as long as those."""
+    return True if "not slow" in config.option.markexpr and is_slow(collection_path) else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +35,27 @@ def fresh_accelerate():
     yield
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def repeatable_lapack(monkeypatch):
+    """Decompositions as functions of the bits of their matrices: LAPACK's may also depend on where a matrix lies.
+
+    So what is asserted to the bit holds on every machine, and says something of this library alone.
+    """
+    for name in ("eigh", "qr", "svd"):
+        monkeypatch.setattr(torch.linalg, name, by_bits(getattr(torch.linalg, name)))
+
+
+def by_bits(solve):
+    known = {}
+
+    def solved(A, **options):
+        if A.device.type != "cpu" or torch.compiler.is_compiling():
+            return solve(A, **options)
+        key = (A.dtype, A.shape, A.detach().contiguous().numpy().tobytes(), *options.items())
+        if key not in known:
+            known[key] = solve(A, **options)
+        return tuple(tensor.clone() for tensor in known[key])
+
+    return solved

@@ -1,9 +1,11 @@
-"""The house rules: imports run downhill, one step loop, size budgets, everything typed and documented."""
+"""The house rules: imports without cycles, one step loop, size budgets, everything typed and documented."""
 
 import ast
 import re
-import statistics
 import sys
+from dataclasses import dataclass
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,45 +13,121 @@ import pytest
 import asgo
 
 ROOT = Path(asgo.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
-CORE = [path for path in FILES if "lab" not in path.relative_to(ROOT).parts]
-FLOORS = [
-    {"_types"},
-    {"views", "views.view", "views.patterns", "masks", "matmul", "scaling", "triangles"},
-    {"minimax", "eigen", "powers", "roots"},
-    {"adamw"},
-    {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
-    {"ladder"},
-    {"buckets", "settings", "state", *(f"distributed.{path.stem}" for path in (ROOT / "distributed").glob("[!_]*.py"))},
-    {"optimizer", *(f"views.{name}" for name in ("layouts", "model_scan", "route"))},
-    {
-        "presets",
-        *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")),
-        "report",
-        "checkpoint",
-        "folders",
-    },
-    {"diagnostics", *(f"diagnostics.{path.stem}" for path in (ROOT / "diagnostics").glob("[!_]*.py")), "advise"},
-    {""},
-]
-"""From the ground up. A module imports only from floors below, or from its own floor."""
+LINEAR_ALGEBRA = {"masks", "matmul", "triangles", "minimax", "eigen", "powers", "roots", "polar", "linalg"}
 
 
-def module_name(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+@dataclass
+class Module:
+    path: Path
+
+    @property
+    def name(self):
+        return ".".join(part for part in self.path.relative_to(ROOT).with_suffix("").parts if part != "__init__")
+
+    @property
+    def room(self):
+        return self.name.split(".")[0]
+
+    @cached_property
+    def text(self):
+        return self.path.read_text()
+
+    @cached_property
+    def tree(self):
+        return ast.parse(self.text)
+
+    @cached_property
+    def functions(self):
+        return [node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+    @cached_property
+    def typing_only(self):
+        """Nodes under ``if TYPE_CHECKING``."""
+        found = [n for n in ast.walk(self.tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+        return {node for branch in found for node in ast.walk(branch)}
+
+    def imports(self, within=None):
+        """Dotted names, with those that are imported from a package of this library as its members."""
+        for node in ast.walk(within or self.tree):
+            if isinstance(node, ast.ImportFrom):
+                inside = (node.module or "").split(".")[0] == "asgo"
+                names = [f"{node.module}.{alias.name}" for alias in node.names] if inside else [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            yield from ((name, node in self.typing_only) for name in names)
+
+    def internal(self, within=None):
+        """Modules of this library that it imports when it runs."""
+        for name, typing_only in self.imports(within):
+            if name.split(".")[0] == "asgo" and not typing_only:
+                yield known(name.removeprefix("asgo").removeprefix("."))
 
 
-def floor(module):
-    return next(i for i, names in enumerate(FLOORS) if module in names)
+MODULES = [Module(path) for path in sorted(ROOT.rglob("*.py"))]
+NAMES = {module.name for module in MODULES}
+CORE = [module for module in MODULES if module.room != "lab"]
 
 
-def tree(path):
-    return ast.parse(path.read_text())
+def known(name):
+    """The module that a dotted name is, or is in."""
+    while name not in NAMES:
+        name = name.rpartition(".")[0]
+    return name
 
 
-def functions(path):
-    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+def broken(modules, rule):
+    """What breaks a rule, as one text for the report: ``module: what``."""
+    return "\n".join(f"{module.name or 'asgo'}: {what}" for module in modules for what in rule(module))
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module.name: {name for name in module.internal() if name != module.name} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(name or "asgo" for name in reversed(error.args[1])))
+
+
+def test_nothing_imports_the_laboratory_or_the_package_itself():
+    def rule(module):
+        yield from (f"imports {name}" for name in module.internal() if name.split(".")[0] == "lab")
+        yield from ("imports the package" for name in module.internal() if name == "" != module.name)
+
+    assert not broken(CORE, rule)
+
+
+def test_linear_algebra_knows_no_optimizer_and_structures_know_matrices_alone():
+    def rule(module):
+        allowed = LINEAR_ALGEBRA | {"_types"}
+        if module.room not in allowed:
+            allowed = allowed | {"structures"}
+        yield from (f"imports {name}" for name in module.internal() if name.split(".")[0] not in allowed)
+
+    assert not broken([module for module in CORE if module.room in LINEAR_ALGEBRA | {"structures"}], rule)
+
+
+def test_the_core_needs_torch_and_einops_alone():
+    def rule(module):
+        allowed = {"torch", "einops", "asgo", *sys.stdlib_module_names}
+        for name, typing_only in module.imports():
+            top = name.split(".")[0]
+            if top not in allowed and not (typing_only and top == "jaxtyping"):
+                yield f"imports {name}"
+
+    assert not broken(CORE, rule)
+
+
+def test_internal_imports_stand_at_the_top():
+    def rule(module):
+        return (f"{f.name} imports {name}" for f in module.functions for name in module.internal(f))
+
+    assert not broken(MODULES, rule)
+
+
+def test_no_module_of_the_core_has_the_name_of_one_of_the_standard_library():
+    assert not [module.name for module in CORE if module.path.stem in sys.stdlib_module_names]
 
 
 def body_lines(function):
@@ -58,92 +136,42 @@ def body_lines(function):
     return body[-1].end_lineno - body[0].lineno + 1 if body else 1
 
 
-def imports(node_or_tree):
-    for node in ast.walk(node_or_tree):
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-            if node.module in ("asgo", "asgo.structures"):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from names
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+def test_sizes():
+    def rule(module):
+        lines = len(module.text.splitlines())
+        yield from [f"{lines} lines"] if lines > 400 else []
+        yield from (f"{f.name} has {body_lines(f)} lines" for f in module.functions if body_lines(f) > 45)
+
+    assert not broken(MODULES, rule)
 
 
-def internal(name):
-    """The module within the package that an import names, None for others."""
-    if name != "asgo" and not name.startswith("asgo."):
-        return None
-    module = name.removeprefix("asgo").removeprefix(".")
-    known = {module_name(path) for path in FILES}
-    while module not in known:
-        module = module.rpartition(".")[0]
-    return module
+def test_everything_is_typed_and_nothing_takes_kwargs():
+    def rule(module):
+        for f in module.functions:
+            args = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
+            untyped = [arg.arg for arg in args if arg.annotation is None and arg.arg not in ("self", "cls")]
+            if untyped or f.args.kwarg is not None or (f.returns is None and f.name != "__init__"):
+                yield f.name
+
+    assert not broken(MODULES, rule)
 
 
-@pytest.mark.parametrize("path", CORE, ids=module_name)
-def test_imports_run_downhill(path):
-    own = module_name(path)
-    for name in imports(tree(path)):
-        module = internal(name)
-        if module is not None and own != "structures":
-            assert module.split(".")[0] != "lab", f"{own} imports the laboratory"
-            assert floor(module) <= floor(own), f"{own} imports {module} from above"
-            assert module != "" or own == "", f"{own} imports the package itself"
+def test_no_assert_and_only_the_laboratory_prints():
+    def rule(module):
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Assert):
+                yield f"line {node.lineno}: assert is not for users"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and module.room != "lab":
+                yield f"line {node.lineno} prints"
 
-
-@pytest.mark.parametrize("path", CORE, ids=module_name)
-def test_the_core_needs_torch_and_einops_alone(path):
-    allowed = {"torch", "einops", "asgo", *sys.stdlib_module_names}
-    typing_only = {
-        name
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for name in imports(node)
-    }
-    for name in imports(tree(path)):
-        assert name.split(".")[0] in allowed or (name in typing_only and name == "jaxtyping"), name
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_internal_imports_stand_at_the_top(path):
-    for function in functions(path):
-        assert not [name for name in imports(function) if internal(name) is not None], function.name
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_sizes(path):
-    assert len(path.read_text().splitlines()) <= 400
-    for function in functions(path):
-        assert body_lines(function) <= 45, f"{function.name} has {body_lines(function)} lines"
-
-
-def test_the_median_function_is_short():
-    assert statistics.median(body_lines(f) for path in CORE for f in functions(path)) <= 8
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_everything_is_typed_and_nothing_takes_kwargs(path):
-    for function in functions(path):
-        args = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        untyped = [arg.arg for arg in args if arg.annotation is None and arg.arg not in ("self", "cls")]
-        assert not untyped, f"{function.name}: {untyped}"
-        assert function.args.kwarg is None, function.name
-        assert function.returns is not None or function.name == "__init__", function.name
-
-
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_no_assert_and_only_the_laboratory_prints(path):
-    for node in ast.walk(tree(path)):
-        assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert is not for users"
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
-            assert "lab" in path.relative_to(ROOT).parts
+    assert not broken(MODULES, rule)
 
 
 def test_one_step_loop():
     """SPAM wraps an optimizer, so it has a step; it leaves parameters to the one inside."""
-    loops = {path.name: path for path in CORE for f in functions(path) if f.name == "step"}
-    assert set(loops) == {"optimizer.py", "spam.py"}
-    wrapper = loops["spam.py"].read_text()
+    loops = {module.path.stem: module for module in CORE for f in module.functions if f.name == "step"}
+    wrapper = loops.pop("spam").text
+    assert len(loops) == 1
     assert wrapper.count("self.optimizer.step()") == 1
     assert not re.search(r"param\.\w+_\(|_foreach", wrapper)
 
@@ -151,10 +179,11 @@ def test_one_step_loop():
 def test_constructors_are_short():
     """Nine hyperparameters and where the update's size comes from; the keyword arguments say how, not what."""
     execution = {"self", "params", "root", "maximize", "capturable", "packed_state"}
-    for node in (node for path in (ROOT / "presets").glob("*.py") for node in ast.walk(tree(path))):
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            names = [arg.arg for arg in [*node.args.args, *node.args.kwonlyargs] if arg.arg not in execution]
-            assert len(names) <= 10
+    for module in CORE:
+        for f in module.functions if module.room == "presets" else ():
+            if f.name == "__init__":
+                names = [arg.arg for arg in [*f.args.args, *f.args.kwonlyargs] if arg.arg not in execution]
+                assert len(names) <= 10, module.name
 
 
 def test_every_public_name_is_documented():

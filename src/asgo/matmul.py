@@ -12,16 +12,17 @@ direction ``Z D``            float32     TF32 1e-2, bfloat16 9e-2
 ===========================  ==========  ==================================================================
 
 Against float64, with factors rounded to the lower precision (``tests/test_roots.py`` measures it); as they
-run here they are within 2e-3 of exact.
+run here it is about 2e-3.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
@@ -34,45 +35,99 @@ if TYPE_CHECKING:
 Precision: TypeAlias = Literal["ieee", "tf32", "bf16x3", "double"]
 
 PANELS = 4  # of a symmetric product: 5/8 of the work; more panels are too thin to be fast
-SMALLEST_PANEL = 64
+SMALLEST_PANEL = 48
+
+
+class _Settings:
+    """torch's precision of matrix products, which all threads share, while any of them is inside `exact_matmul`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.wanted: dict[int, list[str]] = {}
+        """What each thread that is inside asked for, the innermost last."""
+        self.before: list[str] = []
+
+    def enter(self, precision: str) -> None:
+        with self.lock:
+            if not self.wanted:
+                self.before = [backend.fp32_precision for backend in _backends()]
+            self.wanted.setdefault(threading.get_ident(), []).append(precision)
+            self._apply()
+
+    def leave(self) -> None:
+        with self.lock:
+            mine = self.wanted[threading.get_ident()]
+            mine.pop()
+            if not mine:
+                del self.wanted[threading.get_ident()]
+            if self.wanted:
+                self._apply()
+            else:
+                self._restore()
+
+    def _apply(self) -> None:
+        """The precision that all threads can do with."""
+        cuda, mkldnn = _backends()
+        cuda.fp32_precision = "tf32" if all(asked[-1] == "tf32" for asked in self.wanted.values()) else "ieee"
+        mkldnn.fp32_precision = "ieee"
+
+    def _restore(self) -> None:
+        for backend, before in zip(_backends(), self.before, strict=True):
+            backend.fp32_precision = "none"  # inherit, as an inherited value should not become a fixed one
+            if backend.fp32_precision != before:
+                backend.fp32_precision = before
+
+
+_settings = _Settings()
+
+
+def _backends() -> tuple[Any, Any]:
+    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
 def exact_matmul(device: torch.device, precision: Literal["ieee", "tf32"] = "ieee") -> Iterator[None]:
     """Matrix products in full precision inside; the caller's settings are as before outside.
 
-    Otherwise ``torch.set_float32_matmul_precision("high")`` spoils an iterative root on CUDA, ``"medium"``
-    every root on CPUs with bfloat16 units, and autocast both. The settings belong to the process: a product
-    that another thread starts meanwhile is exact too.
+    Otherwise ``torch.set_float32_matmul_precision("high")`` spoils an iterative root on CUDA, ``"medium"`` every root
+    on CPUs with bfloat16 matrix units (AMX; AVX512-BF16 alone is not used for float32 products), and autocast both.
+
+    The settings belong to the process. While any thread is inside, products of all threads are exact; the last one to
+    leave restores what the first one found. TF32 products need all that are inside to ask for them.
     """
-    mkldnn = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    backends = (torch.backends.cuda.matmul, mkldnn)
-    before = [backend.fp32_precision for backend in backends]
     known = torch.amp.is_autocast_available(device.type)
+    _settings.enter(precision)
     try:
-        for backend, inside in zip(backends, (precision, "ieee"), strict=True):
-            backend.fp32_precision = inside
         with torch.autocast(device.type, enabled=False) if known else nullcontext():
             yield
     finally:
-        for backend, precision_before in zip(backends, before, strict=True):
-            backend.fp32_precision = "none"  # inherit, as an inherited value should not become a fixed one
-            if backend.fp32_precision != precision_before:
-                backend.fp32_precision = precision_before
+        _settings.leave()
 
 
 def gram(X: Float[Tensor, "b k n"]) -> Square:
-    """``X X^T``, exactly symmetric: panels of rows times the rows down to them, mirrored."""
+    """``X X^T``, exactly symmetric on every machine: its lower triangle, mirrored.
+
+    A product alone is not: the order of its sums depends on where an entry stands. Panels of rows times the rows down
+    to them, so that larger matrices take less time than the plain product.
+    """
     k = X.shape[1]
-    if k < PANELS * SMALLEST_PANEL:
-        return X @ X.mT
+    panels = max(1, min(PANELS, k // SMALLEST_PANEL))
+    if panels == 1:
+        return _mirrored(X @ X.mT)
     result = X.new_empty(len(X), k, k)
-    cuts = [k * i // PANELS for i in range(PANELS + 1)]
+    cuts = [k * i // panels for i in range(panels + 1)]
     for start, stop in pairwise(cuts):
-        panel = X[:, start:stop] @ X[:, :stop].mT
-        result[:, start:stop, :stop] = panel
-        result[:, :start, start:stop] = panel[:, :, :start].mT
+        left, corner = (X[:, start:stop] @ X[:, :stop].mT).tensor_split([start], 2)
+        result[:, start:stop, :start] = left
+        result[:, :start, start:stop] = left.mT
+        result[:, start:stop, start:stop] = _mirrored(corner)
     return result
+
+
+def _mirrored(S: Square) -> Square:
+    """The lower triangle and its mirror image."""
+    i = torch.arange(S.shape[-1], device=S.device)
+    return torch.where(i[:, None] >= i, S, S.mT)
 
 
 def times(A: Square, X: Float[Tensor, "b k n"]) -> Float[Tensor, "b k n"]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from asgo import eigen
+from asgo.matmul import gram
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -19,7 +20,8 @@ def spectral(
 ) -> tuple[Float[Tensor, "b k k"], Bool[Tensor, "b"]]:
     """``Q weigh(values) Q^T`` by an eigendecomposition in float64, in A's dtype, and which of them can be trusted.
 
-    A matrix that is not finite, or that cannot be decomposed, is not ``ok`` and touches no other in its stack.
+    Eigenvalues that A's dtype does not resolve are raised first, see `asgo.eigen.RESOLUTION`. A matrix that is not
+    finite, or that cannot be decomposed, is not ``ok`` and touches no other in its stack.
 
     Args:
         A: the stack.
@@ -27,8 +29,8 @@ def spectral(
     """
     ok = A.isfinite().flatten(1).all(1)
     values, vectors = eigen.decompose(torch.where(ok[:, None, None], A, 0).double())
-    half = vectors * weigh(values.clamp(min=0)).sqrt()[:, None]
-    result = half @ half.mT
+    half = vectors * weigh(eigen.resolved(values.clamp(min=0), A.dtype)).sqrt()[:, None]
+    result = gram(half)
     ok = ok & result.isfinite().flatten(1).all(1)
     return torch.where(ok[:, None, None], result, 0).to(A.dtype), ok
 

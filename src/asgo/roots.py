@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -96,18 +97,18 @@ def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:
     return eigen.root(A, scale, weights)
 
 
-def _by_eigh_outside(A: Square, scale: PerMatrix, eps: float) -> Square:
-    def weights(values: Tensor, scale: Tensor) -> Tensor:
-        return ((values * scale).sqrt() + eps).pow(-0.5)
+def _outside(kept: torch.dtype) -> Solver:
+    def weights(values: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return ((eigen.resolved(values, kept) * scale).sqrt() + eps).pow(-0.5)
 
-    return eigen.root(A, scale, weights)
+    return lambda A, scale, eps: eigen.root(A, scale, partial(weights, eps=eps))
 
 
-def _by_eigh_inside(A: Square, scale: PerMatrix, eps: float) -> Square:
-    def weights(values: Tensor, scale: Tensor) -> Tensor:
-        return (values * scale + eps).pow(-0.25)
+def _inside(kept: torch.dtype) -> Solver:
+    def weights(values: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return (eigen.resolved(values, kept) * scale + eps).pow(-0.25)
 
-    return eigen.root(A, scale, weights)
+    return lambda A, scale, eps: eigen.root(A, scale, partial(weights, eps=eps))
 
 
 def _by_products(degree: Literal[5, 9] = 5, precision: Precision = "ieee") -> Solver:
@@ -144,26 +145,28 @@ def eigh64(A: Square, eps: float) -> Result:
 def outside(A: Square, eps: float) -> Result:
     """``(A^(1/2) + eps I)^(-1)``: eps absolute and outside the root, computed in float64.
 
+    Eigenvalues that A's dtype does not resolve are raised, see `asgo.eigen.RESOLUTION`.
     The theory form, Algorithm 1 of "ASGO: Adaptive Structured Gradient Optimization" (An et al., 2025).
     """
-    return _solve(_by_eigh_outside, A, eps, torch.float64)
+    return _solve(_outside(A.dtype), A, eps, torch.float64)
 
 
 def inside(A: Square, eps: float) -> Result:
     """``(A + eps I)^(-1/2)``: eps absolute and inside the root, computed in float64.
 
+    Eigenvalues that A's dtype does not resolve are raised, see `asgo.eigen.RESOLUTION`.
     The form of one-sided Shampoo ("Structured Preconditioners in Adaptive Optimization", Xie et al., 2025).
     """
-    return _solve(_by_eigh_inside, A, eps, torch.float64)
+    return _solve(_inside(A.dtype), A, eps, torch.float64)
 
 
 def minimax(A: Square, eps: float) -> Result:
     """The root by a fixed number of products: the fastest on GPUs, and never waits for the host.
 
     A coupled iteration of best quintics on the interval that damping guarantees, see `asgo.minimax`. At eps
-    1e-6: 21 products, one of them in float64, and within 2e-3 of exact in float32 (measured; 4e-3 on devices where
-    float64 is slow and left out), 29 and 1e-7 in float64. A probe of 8 columns tells a failure: in float32 that
-    is a rank-deficient statistic with eps below 1e-7.
+    1e-6: 21 products, one of them in float64, and about 2e-3 from exact in float32, most of it the polynomials'
+    (4e-3 on devices where float64 is slow and left out), 29 and 1e-7 in float64. A probe of 8 columns tells a
+    failure: in float32 that is a rank-deficient statistic with eps below 1e-7.
 
     Raises:
         ValueError: if eps is not a positive finite number.
@@ -172,7 +175,7 @@ def minimax(A: Square, eps: float) -> Result:
 
 
 def minimax_fast(A: Square, eps: float) -> Result:
-    """`minimax` with polynomials of degree 9: 17 products instead of 21 at eps 1e-6, within 1.2e-2 of exact.
+    """`minimax` with polynomials of degree 9: 17 products instead of 21 at eps 1e-6, about 1.2e-2 from exact.
 
     In float64 it is as exact as `minimax`.
     """
@@ -180,7 +183,7 @@ def minimax_fast(A: Square, eps: float) -> Result:
 
 
 def minimax_bf16x3(A: Square, eps: float) -> Result:
-    """`minimax` with three bfloat16 products for each in float32: within 2e-3 of exact at eps 1e-6.
+    """`minimax` with three bfloat16 products for each in float32: about 2e-3 from exact at eps 1e-6.
 
     On rank-deficient statistics, as on the first steps, within 6e-3. The two most sensitive products stay in
     float64 and float32. For tensor cores, where the three cost less than the one. Float64 is computed as ever.

@@ -12,7 +12,7 @@ from asgo import eigen
 from asgo._types import State
 from asgo.buckets import part_key
 from asgo.diagnostics.spectra import eigenvalues
-from asgo.matmul import exact_matmul
+from asgo.matmul import exact_matmul, gram
 from asgo.structures import Kronecker, OneSided, Packed, Structure, opened
 
 if TYPE_CHECKING:
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def damped(A: Float[Tensor, "b k k"], root: str, eps: float) -> Float[Tensor, "b k k"]:
     """The matrix that a root of `asgo.roots.ROOTS` is the inverse square root of, in float64.
 
-    ``A + eps ||A||_F I``; ``A + eps I`` for "inside", ``(A^(1/2) + eps I)^2`` for "outside", and A itself for
-    "reference", whose eps damps nothing.
+    ``A + eps ||A||_F I``; ``A + eps I`` for "inside" and ``(A^(1/2) + eps I)^2`` for "outside", with eigenvalues that
+    A's dtype does not resolve raised as the root raises them; and A itself for "reference", whose eps damps nothing.
     """
+    if root in ("inside", "outside"):
+        values, vectors = eigen.decompose(torch.where(A.isfinite().flatten(1).all(1)[:, None, None], A, 0).double())
+        values = eigen.resolved(values.clamp(min=0), A.dtype)
+        values = values + eps if root == "inside" else (values.sqrt() + eps).square()
+        return gram(vectors * values.sqrt()[:, None])
     A = A.double()
-    if root == "outside":
-        values, vectors = eigen.decompose(torch.where(A.isfinite().flatten(1).all(1)[:, None, None], A, 0))
-        return (vectors * (values.clamp(min=0).sqrt() + eps).square()[:, None]) @ vectors.mT
-    added = torch.ones(len(A), 1, 1, dtype=A.dtype, device=A.device)
-    if root != "inside":
-        added = torch.linalg.vector_norm(A, dim=(1, 2), keepdim=True) * (root != "reference")
+    added = torch.linalg.vector_norm(A, dim=(1, 2), keepdim=True) * (root != "reference")
     return A + eps * added * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
 
 

@@ -40,7 +40,7 @@ class AdaBlock(StructuredOptimizer):
         lr: step size, a number or a tensor: Adam's.
         block_size: entries of a run; 10 as in the paper.
         betas: decay of the momentum and of the statistic, Adam's. 1 as the second adds up.
-        eps: outside the root; 1e-4 as released.
+        eps: outside the root; 1e-4 as released. Eigenvalues of V below what its precision can resolve count as that.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots of a matrix; all are refreshed in the first ten.
         stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic.

@@ -34,8 +34,9 @@ class AdaGram(StructuredOptimizer):
 
     Memory: ``2 d r + d`` (factor) or ``d (r + 1)`` (symmetric), beside the momentum that every optimizer here holds.
     Cost: ``O(d r^2)``, no root. Without a limit, memory ``d^2`` and cost ``d^2`` (factor) or ``d^3`` (symmetric). The
-    last gradient is always represented in full, so no step is longer than lr, whatever the gradient. Parameters may
-    have any number of axes; each matrix of a view is a vector of its own; ``view=None`` still means AdamW.
+    last gradient is always represented in full, so no step is longer than lr, whatever the gradient; where rounding
+    would make one longer, as where gradients differ in size by more than their dtype resolves, it is cut to lr.
+    Parameters may have any number of axes; each matrix of a view is a vector of its own; ``view=None`` is still AdamW.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups.

@@ -128,8 +128,8 @@ class ASGO(StructuredOptimizer):
     def theory(cls, params: ParamsT, lr: float | Tensor, eps: float = 1e-8) -> ASGO:
         """Algorithm 1: ``V <- V + G G^T; W <- W - lr (V^(1/2) + eps I)^(-1) G``, from the shorter side.
 
-        No momentum, no decay, no rescaling; ``eps`` is absolute and outside the root. Set ``side="left"`` in the
-        groups to follow the paper's text to the letter.
+        No momentum, no decay, no rescaling; ``eps`` is absolute and outside the root, and never below what the
+        precision of V can resolve. Set ``side="left"`` in the groups to follow the paper's text to the letter.
         """
         return cls(params, lr, (0.0, 1.0), eps, 0.0, 1, "gradient", False, False, None, root="outside")
 

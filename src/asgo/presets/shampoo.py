@@ -30,7 +30,7 @@ class OneSidedShampoo(StructuredOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
         lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
-        eps: absolute, inside the root.
+        eps: absolute, inside the root; never below what the statistic's precision can resolve, see `asgo.eigen`.
         betas: decay of the momentum and of the statistic. 0 and 1, the paper's: no momentum, a sum. With a second one
             below 1 the statistic is a running average, not corrected.
         weight_decay: decoupled, multiplied by ``lr``.
@@ -104,7 +104,7 @@ class Shampoo(StructuredOptimizer):
         lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
         betas: decay of the momentum and of the statistics; 1 as the second is the paper's sum, less a running average,
             not corrected.
-        eps: absolute, inside the roots: what L and R start from.
+        eps: absolute, inside the roots: what L and R start from; never below what their precision can resolve.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots.
         max_size: sides longer than this (None: none) are left alone, and the other side takes the power -1/2: a side

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from asgo._types import Root, Stack, State
 from asgo.masks import choose
+from asgo.matmul import gram
 from asgo.powers import inverse_power
 from asgo.structures.base import Structure, average, moving
 
@@ -63,9 +64,9 @@ class Kronecker(Structure):
         """Average both grams in, or add them up with ``beta2`` of 1."""
         moved = moving(measurement)
         if state["left"].numel():
-            average(state["left"], measurement @ measurement.mT, beta2, moved)
+            average(state["left"], gram(measurement), beta2, moved)
         if state["right"].numel():
-            average(state["right"], measurement.mT @ measurement, beta2, moved)
+            average(state["right"], gram(measurement.mT), beta2, moved)
 
     def refresh(self, state: State, root: Root, eps: float) -> Tensor:
         """New roots where both can be computed; `root` is not asked, as it knows the power -1/2 alone."""

@@ -24,6 +24,10 @@ ROUNDING = 16.0
 class LowRank(Structure):
     """What both forms share: matrices as vectors, and tensors that are kept where they came out finite.
 
+    The direction must be the last gradient g. As the statistic G has that in full, no step is longer than 1:
+    ``|G^(-1/2) g|^2 = g^T G^-1 g <= |g|^2 / (eps + |g|^2)``. Rounding could make it longer where gradients differ in
+    size by more than the dtype resolves, so the length is cut to 1.
+
     Args:
         rank: directions that are remembered, at most d; None for all d, which is exact.
         eps: what the statistic starts from, ``eps I``.
@@ -59,7 +63,7 @@ class LowRankFactor(LowRank):
 
     One gradient multiplies it by a rank-one matrix: with ``h = L^-1 g`` and ``s = sqrt(1 + |h|^2)``, the new inverse is
     ``(I - (1 - 1/s) u u^T) L^-1``, u the unit vector of h, which adds one column to P and Q. Beyond `rank` columns the
-    integrator brings ``P Q^T`` back. The last gradient is kept apart and in full, so a step never is longer than 1.
+    integrator brings ``P Q^T`` back. The last gradient is kept apart and in full.
     Direction ``L^-1 x``: of the length of ``G^(-1/2) x``, but turned.
 
     State: ``P`` and ``Q (b, d, r)``, ``whitened (b, d, 1)`` (the last h), ``used (b, 1, 1)`` columns, ``failed``. With
@@ -120,7 +124,7 @@ class LowRankFactor(LowRank):
         x = (x - factor(state["P"], state["Q"], x)) / math.sqrt(self.eps)
         u, _, s = unit(state["whitened"])
         along = u.mT @ x
-        return (residual(x, u * along) + u * (along / s)).reshape(direction.shape)
+        return cut(residual(x, u * along) + u * (along / s)).reshape(direction.shape)
 
     def work(self, m: int, n: int) -> float:
         """``d r (8 r + 6)`` with d = m n: orthogonal bases of r columns, and products with them; 3 d^2 with r of d."""
@@ -135,7 +139,7 @@ class LowRankSymmetric(LowRank):
     Each gradient adds a column to ``U diag(s)``, and a singular value decomposition makes the columns orthogonal again;
     before that, they are brought back to `rank`. What is dropped has the energy rho; with `compensate` delta grows by
     ``rho / (d - r)``, as if it were spread over all that is not remembered. The last gradient is in the statistic in
-    full, so a step never is longer than 1. With r of d this is full-matrix AdaGrad.
+    full. With r of d this is full-matrix AdaGrad.
 
     State: ``basis (b, d, r + 1)``, the columns ``U diag(s)``, the longest first; ``floor (b, 1, 1)``, the root of
     delta; ``before (b, r + 1, r)``, for "bug" the last basis in terms of U; ``failed``.
@@ -192,7 +196,7 @@ class LowRankSymmetric(LowRank):
         U, s = directions(state["basis"])
         along = U.mT @ x
         result = residual(x, U @ along) / floor + U @ (significant(along, x) / torch.hypot(floor, s).mT)
-        return result.reshape(direction.shape)
+        return cut(result).reshape(direction.shape)
 
     def work(self, m: int, n: int) -> float:
         """``d r (4 r + 6)`` with d = m n: an orthogonal basis of r + 1 columns, and products with it."""
@@ -220,6 +224,11 @@ def length(X: Columns) -> Tensor:
     top = X.abs().amax((1, 2), keepdim=True)
     scale = torch.where(top > 0, top, 1)
     return top * torch.linalg.vector_norm(X / scale, dim=(1, 2), keepdim=True)
+
+
+def cut(step: Columns) -> Columns:
+    """The step, of a length of 1 at most."""
+    return step / length(step).clamp_min(1)
 
 
 def directions(basis: Columns) -> tuple[Columns, Tensor]:
