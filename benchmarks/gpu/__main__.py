@@ -22,9 +22,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="everything on the CPU with tiny shapes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows whose names match, e.g. 'root *'")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="rows by name, e.g. 'root *'")
     parser.add_argument("--budget", nargs="+", default=[], metavar="PART=SECONDS", help=f"other times than {BUDGETS}")
     parser.add_argument("--resume", action="store_true", help="go on with a record: rows with an outcome stay")
+    parser.add_argument("--start", choices=("spawn", "fork"), help="how processes begin: spawn; to rehearse, fork")
     parser.add_argument("--tables", action="store_true", help="measure nothing; write the tables of a record")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/gpu-rehearsal" if args.rehearse else "runs/gpu")
@@ -45,13 +46,16 @@ def _budgets(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all parts, write the results after each, and return how many rows failed, at most 1."""
+    """Run all parts, write the results after each, and return 1 if a row failed, else 0."""
     args = arguments(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.rehearse and not args.resume:
         (args.out / FILE).unlink(missing_ok=True)
-    plan = Plan(args.out, "cpu" if args.rehearse else args.device, args.rehearse, tuple(args.only))
+    start = args.start or ("fork" if args.rehearse else "spawn")
+    if start == "fork":
+        import torch._dynamo  # noqa: F401, PLC0415 (once for all parts; torch's optimizers import it)
+    plan = Plan(args.out, "cpu" if args.rehearse else args.device, args.rehearse, tuple(args.only), start)
     try:
         _run(plan, [] if args.tables else args.parts, args.budget)
     except KeyboardInterrupt:

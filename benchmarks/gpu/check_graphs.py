@@ -34,7 +34,7 @@ def run(part: Part) -> None:
     for packed in (False, True):
         for mode in MODES:
             row = f"graph{', packed' if packed else ''}, capture mode {mode}"
-            part.attempt(row, partial(_graph, part, mode, packed))
+            part.attempt(row, partial(_graph, part, mode, packed), fragile=True)
 
 
 def _minimax(groups: Groups) -> Optimizer:

@@ -42,9 +42,10 @@ def _start(device: Device, store: Path) -> None:
     """One rank, whose collectives work."""
     if dist.is_initialized():
         return
-    ours = {"device_id": device.torch} if device.is_cuda else {}
+    if device.is_cuda:
+        torch.cuda.set_device(device.torch)
     file = dist.FileStore(str(store), 1)
-    dist.init_process_group(device.backend, store=file, rank=0, world_size=1, timeout=LIMIT, **ours)
+    dist.init_process_group(device.backend, store=file, rank=0, world_size=1, timeout=LIMIT)
     one = torch.ones(1, device=device.torch)
     dist.all_reduce(one)
     check(abs(float(one) - 1), 0.0, "the difference that a sum over one rank makes")
@@ -78,10 +79,10 @@ WAYS: dict[str, Wrap] = {
 def _compare(part: Part, wrap: Wrap, store: Path) -> Mapping[str, Any]:
     """How far the parameters are after some steps from those without the wrapper.
 
-    In float64, so that the bound is tight. One rank computes the same sums, in another order at most. A sum of n products then differs by ``n u`` relative to
-    its size; where that is the statistic, damping it by eps bounds what becomes of it by ``eps^(-1/2)``. Two norms are
-    divided by (a factor of 4, as in `check_steps`), and each step adds as much again and begins where the last one
-    ended (STEPS^2).
+    In float64, so that the bound is tight. One rank computes the same sums, in another order at most. A sum of n
+    products then differs by ``n u`` relative to its size; where that is the statistic, damping it by eps bounds what
+    becomes of it by ``eps^(-1/2)``. Two norms are divided by (a factor of 4, as in `check_steps`), and each step adds
+    as much again and begins where the last one ended (STEPS^2).
     """
     _start(part.device, store)
     alone = make_model(TINY, 0, part.device.torch).double()

@@ -49,7 +49,7 @@ def _bound(name: str, k: int) -> float:
     rounding = k * torch.finfo(torch.float32).eps * CONDITION**0.5
     if name == "auto":
         return max(STATED.values())
-    return STATED.get(name, rounding * (REFERENCE_PRODUCTS if name == "reference" else 2))
+    return STATED[name] if name in STATED else rounding * (REFERENCE_PRODUCTS if name == "reference" else 2)
 
 
 def _errors(name: str, stack: Tensor, some: list[Case], eps: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.autograd import DeviceType
@@ -149,15 +149,14 @@ class Device:
         with profile(activities=kinds) as profiler:
             run()
             self.synchronize()
-        events = list(profiler.events() or [])
+        events = _events(profiler)
         if not self.is_cuda:
-            operators = sum(event.name.startswith("aten::") for event in events)
+            operators = sum(event.name().startswith("aten::") for event in events)
             return {"launches": operators, "kernels": None, "busy": None}
-        launches = sum(event.name.startswith(LAUNCHES) for event in events)
-        work = [event for event in events if event.device_type == DeviceType.CUDA]
-        work = [event for event in work if not getattr(event, "is_user_annotation", False)]
-        kernels = [event for event in work if not event.name.startswith(("Memcpy", "Memset", "Optimizer."))]
-        busy = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
+        launches = sum(event.name().startswith(LAUNCHES) for event in events)
+        work = [event for event in events if event.device_type() == DeviceType.CUDA and not _is_note(event)]
+        kernels = [event for event in work if not event.name().startswith(("Memcpy", "Memset"))]
+        busy = sum(event.duration_ns() for event in kernels) / 1e9
         return {"launches": launches or None, "kernels": len(kernels) or None, "busy": busy or None}
 
     @contextmanager
@@ -169,6 +168,17 @@ class Device:
             yield torch.float32 if precision in ("float32", "tf32") else getattr(torch, precision)
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _events(profiler: profile) -> list[Any]:
+    """The profiler's own events: to make Python objects of all of them takes longer than the step."""
+    results: Any = getattr(profiler.profiler, "kineto_results", None)
+    return [] if results is None else list(results.events())
+
+
+def _is_note(event: Any) -> bool:
+    """Whether it only names a stretch of time, as `torch.optim.Optimizer` does with each step."""
+    return event.name().startswith(("Optimizer.", "ProfilerStep")) or event.is_user_annotation()
 
 
 def _repeat(run: Callable[[], object], times: int) -> None:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch.cuda import nccl
 
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.device import Device
@@ -43,7 +44,7 @@ def _cpu() -> dict[str, Any]:
 
 def _nccl() -> str | None:
     try:
-        return ".".join(map(str, torch.cuda.nccl.version()))
+        return ".".join(map(str, nccl.version()))
     except (AttributeError, RuntimeError, TypeError):
         return None
 

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Muon
 
 from asgo import ASGO, route
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.model import GPT2, TINY, GPT, Size, make_model
+from benchmarks.gpu.model import GPT, GPT2, TINY, Size, make_model
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.peers import BETAS, Together, with_adamw
 from benchmarks.gpu.record import describe

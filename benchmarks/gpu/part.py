@@ -50,11 +50,16 @@ class Part:
         """Whether a row is asked for."""
         return not self.only or any(fnmatchcase(row, pattern) for pattern in self.only)
 
-    def attempt(self, row: str, run: Callable[[], Mapping[str, Any]]) -> Row | None:
+    def attempt(self, row: str, run: Callable[[], Mapping[str, Any]], fragile: bool = False) -> Row | None:
         """Measure a row, unless it is known, not asked for, or no time is left; returns what is recorded, if anything.
 
+        Args:
+            row: its name.
+            run: measures it.
+            fragile: whether a failure leaves a process unfit for further work on a GPU, as a broken capture does.
+
         Raises:
-            DeviceLostError: the device is unusable from now on; the row is recorded as failed.
+            DeviceLostError: the process is to be left; the row is recorded as failed.
         """
         if not self.wanted(row):
             return None
@@ -64,7 +69,7 @@ class Part:
             return self.skip(row, "no time was left")
         found = self.record.attempt(row, run)
         self._show(found)
-        if found["status"] == "failed" and not self.device.is_alive():
+        if found["status"] == "failed" and ((fragile and self.device.is_cuda) or not self.device.is_alive()):
             raise DeviceLostError(row)
         return found
 

@@ -123,7 +123,9 @@ def _short(value: Any) -> str:
 def _products(rows: list[Row]) -> Table:
     some = [row for row in rows if row["part"] == "speed" and row["status"] == "ok" and "teraflops" in row]
     names = list(some[0]["teraflops"]) if some else []
-    cells = [[row["row"].removesuffix(": products"), *(f"{row['teraflops'][name]:.3g}" for name in names)] for row in some]
+    cells = [
+        [row["row"].removesuffix(": products"), *(f"{row['teraflops'][name]:.3g}" for name in names)] for row in some
+    ]
     return Table("Rate of square products on the matrices of a model, TFLOP/s", ("model", *names), cells)
 
 

@@ -220,5 +220,3 @@ def _joined(groups: Groups) -> Groups:
     for group in groups:
         found.setdefault(group["view"], []).extend(group["params"])
     return [{"params": params, "view": view} for view, params in found.items()]
-
-

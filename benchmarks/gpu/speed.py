@@ -47,6 +47,11 @@ class Scene:
         for _ in range(WARM):
             self.rival.step()
 
+    @property
+    def rounds(self) -> int:
+        """Rounds of four turns for each row."""
+        return 1 if self.part.tiny else ROUNDS
+
     def row(self, what: str) -> str:
         """The name of a row."""
         return f"{self.name}: {what}"
@@ -73,7 +78,7 @@ def _model(scene: Scene, forms: Sequence[Form], peers: Sequence[Peer]) -> None:
         if why:
             part.skip(scene.row(form.name), why)
         else:
-            part.attempt(scene.row(form.name), partial(_form, scene, form))
+            part.attempt(scene.row(form.name), partial(_form, scene, form), fragile=form.graph)
         part.device.release()
     for peer in peers:
         why = peer.unavailable(scene.workload)
@@ -129,7 +134,7 @@ def floor(form: Form, layout_products: Mapping[str, Any], precision: str) -> flo
 def _rival(scene: Scene) -> Mapping[str, Any]:
     """Muon alone; its floor is five times two wide products and a square one in bfloat16."""
     device = scene.part.device
-    times = [device.seconds(scene.rival.step) for _ in range(2 * ROUNDS)]
+    times = [device.seconds(scene.rival.step) for _ in range(2 * scene.rounds)]
     found = {**_summary(times), **_costs(scene, scene.rival, scene.rival.step)}
     known = scene.part.record.known.get(scene.row("products"), {}).get("fused")
     if known:
@@ -157,9 +162,7 @@ def _form(scene: Scene, form: Form) -> Mapping[str, Any]:
     return found
 
 
-def _turns(
-    scene: Scene, optimizer: Any, act: Callable[[], object], interval: int, warm: int
-) -> Mapping[str, Any]:
+def _turns(scene: Scene, optimizer: Any, act: Callable[[], object], interval: int, warm: int) -> Mapping[str, Any]:
     """Turns in the order A B B A with Muon as B: seconds, and their ratio to those beside them."""
     device, workload = scene.part.device, scene.workload
     workload.draw(0)
@@ -171,7 +174,7 @@ def _turns(
         act()
     turn = partial(_turn, device, act, interval)
     ours, theirs = [], []
-    for number in range(ROUNDS):
+    for number in range(scene.rounds):
         workload.draw(number)
         for mine, other in ((True, False), (False, True)):
             for is_mine in (mine, other):
