@@ -4,8 +4,8 @@
 products of inner length k (an eigendecomposition errs by about ``k u`` and takes one more), and one product with the
 direction err by at most ``(n + (P + 1) k) u`` relative to their largest entries; a function of the statistic makes of
 this at most its condition, here 9 by the choice of gradients, as much in the direction (`Preset.gain` where a statistic
-has not full rank). To that comes what the root itself may err (`Form.error`). Dividing by a norm of what errs by e makes
-``2 e``; there are two such divisions, by the mean square of each index of the other side and by that of the whole
+has not full rank). To that comes what the root itself may err (`Form.error`). Dividing by a norm of what errs by e
+makes ``2 e``; there are two such divisions, by the mean square of each index of the other side and by that of the whole
 update, hence a factor of 4. Last, the parameters are rounded three times at most, with the unit roundoff of their own
 dtype: when they are decayed, the update, and the sum.
 """

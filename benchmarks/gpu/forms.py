@@ -82,20 +82,20 @@ FORMS: tuple[Form, ...] = (
     _minimax("asgo", _root("minimax")),
     Form("fast", _root("minimax_fast"), STATED["minimax_fast"], 17),
     Form("bf16x3", _root("minimax_bf16x3"), STATED["minimax_bf16x3"], 21, "bfloat16"),
-    Form("tf32", _root("minimax_tf32"), STATED["minimax_tf32"], 17, "tf32"),
+    Form("tf32", _root("minimax_tf32"), STATED["minimax_tf32"], 21, "tf32"),
     _minimax("heads", _root("minimax"), layout="heads"),
     _minimax("apart", _root("minimax"), layout="apart"),
     _minimax("every second step", _root("minimax"), interval=2),
     _minimax("heads, every second step", _root("minimax"), layout="heads", interval=2),
     _minimax("packed", _asgo(root="minimax", packed_state=True)),
     _minimax("graph", _asgo(root="minimax", capturable=True), graph=True),
-    _minimax("paper", lambda groups: ASGO.paper(groups, lr=LR)),
+    Form("paper", lambda groups: ASGO.paper(groups, lr=LR), STATED["minimax"], None, waits=True),
     Form("auto", _root("auto"), STATED["minimax"], None, waits=True),
     Form("eigh", _root("eigh"), 0.0, None, waits=True),
     Form("eigh64", _root("eigh64"), 0.0, None, waits=True),
 )
-"""Every form, in the order of its importance where time is short. "auto" may take either kind of root, so whether it
-waits is measured; `error` of the eigendecompositions is rounding alone on the matrices of the step check, whose
+"""Every form, in the order of its importance where time is short. "auto" and "paper" may take either kind of root, so
+whether they wait is measured; `error` of the eigendecompositions is rounding alone on the matrices of the step check, whose
 eigenvalues lie within a factor of 9."""
 
 

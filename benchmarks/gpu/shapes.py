@@ -49,6 +49,7 @@ def _by_head(h: int) -> View:
 def gpt2(layers: int, width: int, heads: int, vocabulary: int, context: int) -> list[Weight]:
     """GPT-2 with queries, keys and values in one parameter."""
     found = [Weight("wte", (vocabulary, width)), Weight("wpe", (context, width))]
+    found += [Weight("ln", (width,)), Weight("ln_b", (width,))]
     by_head = _fused_heads(width, width, width, width // heads)
     for i in range(layers):
         found += [
@@ -82,7 +83,8 @@ def llama(layers: int, width: int, inner: int, heads: int, kv_heads: int) -> lis
 
 def resnet(widths: tuple[int, ...], depths: tuple[int, ...], classes: int) -> list[Weight]:
     """A ResNet of bottleneck blocks."""
-    found, before = [Weight("stem", (widths[0] // 4, 3, 7, 7), CONVOLUTION)], widths[0] // 4
+    before = widths[0] // 4
+    found = [Weight("stem", (before, 3, 7, 7), CONVOLUTION), Weight("bn", (before,)), Weight("bn_b", (before,))]
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         for i in range(depth):
             name, inner = f"{stage}.{i}", width // 4
@@ -92,7 +94,9 @@ def resnet(widths: tuple[int, ...], depths: tuple[int, ...], classes: int) -> li
                 Weight(f"{name}.3", (width, inner, 1, 1), CONVOLUTION),
                 *(Weight(f"{name}.bn{j}", (size,)) for j, size in enumerate((inner,) * 4 + (width,) * 2)),
             ]
-            found += [Weight(f"{name}.shortcut", (width, before, 1, 1), CONVOLUTION)] if i == 0 else []
+            if i == 0:
+                found += [Weight(f"{name}.shortcut", (width, before, 1, 1), CONVOLUTION)]
+                found += [Weight(f"{name}.shortcut_bn{j}", (width,)) for j in range(2)]
             before = width
     return [*found, Weight("head", (classes, before), MATRIX), Weight("bias", (classes,))]
 
