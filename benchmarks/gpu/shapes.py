@@ -182,6 +182,12 @@ class Workload:
                 found.append({"params": [(each.name, param)], "view": view})
         return _joined(found)
 
+    def same_layout(self, layout: Layout) -> str | None:
+        """Why a layout need not be timed: it is "fused" under another name. None if it is not."""
+        if layout == "fused" or (self.is_fused if layout == "apart" else any(each.heads for each in self.weights)):
+            return None
+        return f"this model has no {'fused matrices' if layout == 'apart' else 'heads'}"
+
     def matrices(self, fused: bool) -> list[nn.Parameter]:
         """2-D parameters for optimizers that know no views: experts one by one, convolutions as (out, in x kernel), and
         what shares a parameter apart or, with `fused`, as it stands."""

@@ -74,7 +74,7 @@ def _model(scene: Scene, forms: Sequence[Form], peers: Sequence[Peer]) -> None:
         part.attempt(scene.row("products"), partial(_products, part, scene.workload))
         part.attempt(scene.row(MUON), partial(_rival, scene))
     for form in forms:
-        why = unavailable(form, part.device)
+        why = unavailable(form, part.device) or scene.workload.same_layout(form.layout)
         if why:
             part.skip(scene.row(form.name), why)
         else:
