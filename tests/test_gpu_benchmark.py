@@ -22,6 +22,7 @@ from benchmarks.gpu.forms import FORMS, PRESETS, STATED
 from benchmarks.gpu.loss import CONTENDERS
 from benchmarks.gpu.matrices import CONDITION, cases, gentle
 from benchmarks.gpu.part import CheckError, Part
+from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.peers import MUON, PEERS
 from benchmarks.gpu.record import FILE, Record, read_rows
 from benchmarks.gpu.results import latest, write_results
@@ -69,8 +70,8 @@ def part_on(folder, name, **options):
 
 def test_every_part_produces_its_rows(rehearsal):
     out, _ = rehearsal
-    found = {part: rows_of(out, part) for part in ("correctness", "speed", "roots", "loss")}
-    correct = {f"root {name}" for name in ROOTS}
+    found = {part: rows_of(out, part) for part in PARTS}
+    correct = {f"root {name}{products}" for name in ROOTS for products in ("", ", loose products")}
     correct |= {f"step {preset.name}" for preset in PRESETS} | {f"step form {form.name}" for form in FORMS}
     correct |= {f"waits: {preset.name}" for preset in PRESETS} | {f"waits: form {form.name}" for form in FORMS}
     correct |= {f"step {dtype} parameters{packed}" for dtype in ("bfloat16", "float16") for packed in ("", ", packed")}
@@ -81,6 +82,8 @@ def test_every_part_produces_its_rows(rehearsal):
     names = [*(form.name for form in FORMS), *(peer.name for peer in PEERS), MUON, "products"]
     assert {f"{model}: {name}" for model in MODELS for name in names} <= set(found["speed"])
     assert all(row["seconds"] > 0 for row in found["speed"].values() if "to_muon" in row)
+    launched = {row["row"] for row in found["launches"].values() if row["launches"] > 0}
+    assert {f"GPT-2 124M: {form.name}" for form in FORMS if not form.waits} | {f"GPT-2 124M: {MUON}"} <= launched
     timed = {row["name"] for row in found["roots"].values() if row["status"] == "ok"}
     assert {"eigh", "minimax", "minimax_fast", "minimax_bf16x3", "minimax_tf32", "eigh64", "Cholesky"} == timed
     curves = [row for row in found["loss"].values() if row["status"] == "point"]
@@ -108,7 +111,7 @@ def test_the_commands_of_the_page_parse_and_every_part_is_on_it():
     for line in lines:
         assert arguments(shlex.split(line)[3:]).out
     written = {name: float(seconds) for name, seconds in re.findall(r"^\| `(\w+)` \| (\d+)", page, re.MULTILINE)}
-    assert written == arguments(["--rehearse"]).budget
+    assert written == arguments(["--out", "nowhere"]).budget
     assert sum(written.values()) <= 480
 
 
@@ -122,9 +125,10 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path,
     monkeypatch.setitem(ROOTS, "eigh", broken)
     check_roots.run(part_on(tmp_path, "correctness"))
     rows = rows_of(tmp_path, "correctness")
-    assert [name for name, row in rows.items() if row["status"] == "failed"] == ["root eigh"]
+    failed = [name for name, row in rows.items() if row["status"] == "failed"]
+    assert failed == ["root eigh", "root eigh, loose products"]
     assert re.search(r"in broken\n.*RuntimeError: broken on purpose", rows["root eigh"]["traceback"], re.DOTALL)
-    assert sum(row["status"] == "ok" for row in rows.values()) == len(ROOTS) - 1
+    assert sum(row["status"] == "ok" for row in rows.values()) == 2 * len(ROOTS) - 2
     assert "| correctness | root eigh | failed | RuntimeError: broken on purpose |" in write_results(tmp_path, False)
 
 
@@ -152,7 +156,7 @@ def test_a_process_that_dies_is_recorded_and_the_rest_goes_on_in_another(tmp_pat
 def test_a_killed_run_leaves_readable_results_and_no_process(tmp_path):
     words = ("--rehearse", "--start", "spawn", "--parts", "correctness", "--out", tmp_path)
     process = subprocess.Popen(command(*words), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    file, end = tmp_path / FILE, time.monotonic() + 120
+    file, end = tmp_path / FILE, time.monotonic() + 600
     while len([row for row in read_rows(file) if row["status"] == "ok"]) < 3:
         assert time.monotonic() < end
         assert process.poll() is None

@@ -14,6 +14,9 @@ from benchmarks.gpu.parts import BUDGETS, PARTS, Plan, run_part
 from benchmarks.gpu.record import FILE, read_rows
 from benchmarks.gpu.results import write_results
 
+REHEARSAL = 600.0
+"""Seconds for each part, far more than it takes: a busy machine should not cut a rehearsal off."""
+
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, with budgets and parts checked."""
@@ -29,14 +32,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="measure nothing; write the tables of a record")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/gpu-rehearsal" if args.rehearse else "runs/gpu")
-    args.budget = _budgets(parser, args.budget)
+    args.budget = _budgets(parser, args.budget, dict.fromkeys(BUDGETS, REHEARSAL) if args.rehearse else BUDGETS)
     if (args.out / FILE).exists() and not (args.resume or args.tables or args.rehearse):
         parser.error(f"{args.out} holds a record: pass another --out, --resume to go on with it, or --tables.")
     return args
 
 
-def _budgets(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, float]:
-    budgets = dict(BUDGETS)
+def _budgets(parser: argparse.ArgumentParser, given: Sequence[str], usual: dict[str, float]) -> dict[str, float]:
+    budgets = dict(usual)
     for text in given:
         name, _, seconds = text.partition("=")
         if name not in budgets or not seconds.replace(".", "", 1).isdigit():

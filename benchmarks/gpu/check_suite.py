@@ -15,7 +15,7 @@ from benchmarks.gpu import ROOT
 from benchmarks.gpu.part import CheckError, Part
 
 MARK = "pytest.mark.gpu"
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds that one file may take."""
 
 

@@ -95,8 +95,8 @@ FORMS: tuple[Form, ...] = (
     Form("eigh64", _root("eigh64"), 0.0, None, waits=True),
 )
 """Every form, in the order of its importance where time is short. "auto" and "paper" may take either kind of root, so
-whether they wait is measured; `error` of the eigendecompositions is rounding alone on the matrices of the step check, whose
-eigenvalues lie within a factor of 9."""
+whether they wait is measured. `error` of the eigendecompositions is rounding alone on the matrices of the step check,
+whose eigenvalues lie within a factor of 9."""
 
 
 def interval_of(form: Form, groups: Groups) -> Groups:

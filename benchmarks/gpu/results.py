@@ -104,7 +104,7 @@ def _checks(rows: list[Row]) -> Table:
 
 def _found(row: Row) -> str:
     if "errors" in row:
-        worst = max((error, case) for errors in row["errors"].values() for case, error in errors.items())
+        worst = max((error, case) for case, error in row["errors"].items())
         return f"largest error {worst[0]:.1e} ({worst[1]}), bound {row['bound']:.1e}"
     if "largest" in row:
         return f"{row['largest']:.2g} of the bound"
@@ -122,10 +122,11 @@ def _short(value: Any) -> str:
 
 def _products(rows: list[Row]) -> Table:
     some = [row for row in rows if row["part"] == "speed" and row["status"] == "ok" and "teraflops" in row]
-    names = list(some[0]["teraflops"]) if some else []
-    cells = [
-        [row["row"].removesuffix(": products"), *(f"{row['teraflops'][name]:.3g}" for name in names)] for row in some
-    ]
+    names = list(dict.fromkeys(name for row in some for name in row["teraflops"]))
+    cells = []
+    for row in some:
+        shown = [f"{row['teraflops'][name]:.3g}" if name in row["teraflops"] else "" for name in names]
+        cells.append([row["row"].removesuffix(": products"), *shown])
     return Table("Rate of square products on the matrices of a model, TFLOP/s", ("model", *names), cells)
 
 
@@ -137,10 +138,11 @@ SPEED_HEAD = (
 
 def _speed(rows: list[Row]) -> Table:
     some = [row for row in rows if row["part"] == "speed" and row["status"] == "ok" and "seconds" in row]
-    return Table("Speed of a step", SPEED_HEAD, [_speed_cells(row) for row in some])
+    seen = {row["row"]: row for row in rows if row["part"] == "launches" and row["status"] == "ok"}
+    return Table("Speed of a step", SPEED_HEAD, [_speed_cells(row, seen.get(row["row"], {})) for row in some])
 
 
-def _speed_cells(row: Row) -> list[str]:
+def _speed_cells(row: Row, profile: Row) -> list[str]:
     seconds, floors = row["seconds"], row.get("floor") or {}
     quartiles = f"{1e3 * row['low']:.3g} to {1e3 * row['high']:.3g}" if "low" in row else row.get("note", "")
     peak = row.get("peak_bytes")
@@ -151,8 +153,8 @@ def _speed_cells(row: Row) -> list[str]:
         f"{row['to_muon']:.2f}" if "to_muon" in row else "",
         f"{row['state_share']:.2f}" if "state_share" in row else "",
         f"{peak / 2**20:,.0f}" if peak else "",
-        f"{row['launches']:,}" if row.get("launches") else "",
-        f"{row['busy'] / seconds:.0%}" if row.get("busy") else "",
+        f"{profile['launches']:,}" if profile.get("launches") else "",
+        f"{profile['busy'] / seconds:.0%}" if profile.get("busy") else "",
         *(f"{floors[name] / seconds:.0%}" if floors.get(name) else "" for name in ("float32", "bfloat16")),
     ]
 

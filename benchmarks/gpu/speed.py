@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.device import PRECISIONS, Device
+from benchmarks.gpu.device import PRECISIONS, Device, Precision
 from benchmarks.gpu.forms import FORMS, Form, Layout, interval_of, unavailable
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.peers import MUON, MUON_STEPS, PEERS, Peer, Steps, muon, state_bytes
+from benchmarks.gpu.record import describe
 from benchmarks.gpu.shapes import MODELS, TINY, Workload
 
 ROUNDS, WARM = 4, 3
@@ -98,13 +99,21 @@ def _products(part: Part, workload: Workload) -> Mapping[str, Any]:
     layouts: tuple[Layout, ...] = ("fused", "heads")
     for layout in layouts:
         stacks = workload.stacks(layout)
-        found[layout] = {precision: _rate(part.device, stacks, precision) for precision in PRECISIONS}
+        found[layout] = {precision: _rate_or_error(part.device, stacks, precision) for precision in PRECISIONS}
     cubes = sum(2.0 * count * k**3 for (k, _), count in workload.stacks("fused").items())
-    rates = {name: cubes / seconds["square"] / 1e12 for name, seconds in found["fused"].items()}
+    rates = {name: cubes / seconds["square"] / 1e12 for name, seconds in found["fused"].items() if "square" in seconds}
     return {**found, "teraflops": rates, "matrices": sum(workload.stacks("fused").values())}
 
 
-def _rate(device: Device, stacks: Mapping[tuple[int, int], int], precision: Any) -> dict[str, float]:
+def _rate_or_error(device: Device, stacks: Mapping[tuple[int, int], int], precision: Precision) -> dict[str, Any]:
+    """One precision that this torch cannot multiply in does not cost the others their row."""
+    try:
+        return dict(_rate(device, stacks, precision))
+    except RuntimeError as error:
+        return {"error": describe(error)}
+
+
+def _rate(device: Device, stacks: Mapping[tuple[int, int], int], precision: Precision) -> dict[str, float]:
     total = {"square": 0.0, "wide": 0.0}
     with device.products(precision) as dtype:
         for (k, n), count in stacks.items():
@@ -122,9 +131,9 @@ def _fastest(device: Device, run: Callable[[], object]) -> float:
 
 def floor(form: Form, layout_products: Mapping[str, Any], precision: str) -> float | None:
     """The seconds that the products of a step take alone: those of the roots, the statistic and the direction."""
-    if form.products is None:
-        return None
     seconds = layout_products[precision]
+    if form.products is None or "square" not in seconds:
+        return None
     return form.products / form.interval * seconds["square"] + 2 * seconds["wide"]
 
 
@@ -139,7 +148,9 @@ def _rival(scene: Scene) -> Mapping[str, Any]:
     known = scene.part.record.known.get(scene.row("products"), {}).get("fused")
     if known:
         found["floor"] = {
-            name: MUON_STEPS * (seconds["square"] + 2 * seconds["wide"]) for name, seconds in known.items()
+            name: MUON_STEPS * (seconds["square"] + 2 * seconds["wide"])
+            for name, seconds in known.items()
+            if "square" in seconds
         }
     return found
 
@@ -149,11 +160,17 @@ def _peer(scene: Scene, peer: Peer) -> Mapping[str, Any]:
     return _turns(scene, optimizer, optimizer.step, 1, WARM)
 
 
+def stepper(scene: Scene, form: Form, warm: int) -> tuple[Any, Callable[[], object]]:
+    """The optimizer of a form, and what makes a step of it: a replay after `warm` steps if it is captured."""
+    optimizer = form.make(interval_of(form, scene.workload.groups(form.layout)))
+    if form.graph:
+        return optimizer, scene.part.device.capture(optimizer.step, warm, "relaxed")
+    return optimizer, optimizer.step
+
+
 def _form(scene: Scene, form: Form) -> Mapping[str, Any]:
-    groups = interval_of(form, scene.workload.groups(form.layout))
-    optimizer = form.make(groups)
     warm = REFRESHING if form.interval > 1 else WARM
-    act = scene.part.device.capture(optimizer.step, warm, "relaxed") if form.graph else optimizer.step
+    optimizer, act = stepper(scene, form, warm)
     found = dict(_turns(scene, optimizer, act, form.interval, warm))
     known = scene.part.record.known.get(scene.row("products"), {})
     products = known.get("heads" if form.layout == "heads" else "fused")
@@ -195,10 +212,9 @@ def _summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def _costs(scene: Scene, optimizer: Any, act: Callable[[], object], interval: int = 1) -> dict[str, Any]:
-    """State, the most memory that a step takes beyond it, and what it asks of the device."""
-    device = scene.part.device
-    peaks = [device.peak_bytes(act) for _ in range(interval)]
-    return {**_state(scene, optimizer), "peak_bytes": max((peak or 0) for peak in peaks), **device.profile(act)}
+    """State, and the most memory that a step takes beyond it."""
+    peaks = [scene.part.device.peak_bytes(act) for _ in range(interval)]
+    return {**_state(scene, optimizer), "peak_bytes": max((peak or 0) for peak in peaks)}
 
 
 def _state(scene: Scene, optimizer: Any) -> dict[str, Any]:
