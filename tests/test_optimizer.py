@@ -84,7 +84,7 @@ def test_trains_bare_parameters_in_every_precision(make, dtype):
 def test_state_of_asgo():
     net, _, _ = problem()
     state = ASGO(net.parameters()).state
-    assert set(state[net.a.weight]) == {"step", "exp_avg", "gram", "root", "cross", "failures"}
+    assert set(state[net.a.weight]) == {"step", "exp_avg", "gram", "root", "cross", "cross_weight", "failures"}
     assert set(state[net.norm.bias]) == {"step", "exp_avg", "exp_avg_sq", "failures"}
 
 

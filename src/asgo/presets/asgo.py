@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
-from asgo.structures import OneSided, Structure, packed_if
+from asgo.structures import OneSided, Structure, limit_of, packed_if
 
 
 class ASGO(StructuredOptimizer):
@@ -142,4 +142,5 @@ class ASGO(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrix of the group's side."""
-        return packed_if(group["packed_state"], OneSided(group["side"], group["cross_normalize"]))
+        structure = OneSided(group["side"], group["cross_normalize"], limit=limit_of(group))
+        return packed_if(group["packed_state"], structure)

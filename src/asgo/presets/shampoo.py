@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import LOOP
-from asgo.structures import Kronecker, OneSided, Structure, packed_if
+from asgo.structures import Kronecker, OneSided, Structure, limit_of, packed_if
 
 
 class OneSidedShampoo(StructuredOptimizer):
@@ -77,7 +77,7 @@ class OneSidedShampoo(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The mean gram matrix of the group's side."""
-        return packed_if(group["packed_state"], OneSided(group["side"], mean=True))
+        return packed_if(group["packed_state"], OneSided(group["side"], mean=True, limit=limit_of(group)))
 
 
 class Shampoo(StructuredOptimizer):
@@ -147,4 +147,4 @@ class Shampoo(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrices of both sides."""
-        return packed_if(group["packed_state"], Kronecker(group["max_size"]))
+        return packed_if(group["packed_state"], Kronecker(group["max_size"], limit_of(group)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class Structure(ABC):
         """The keys of the state that are cut where the matrix is, along an axis that is `additive`."""
         return ()
 
+    @property
+    def added(self) -> Mapping[str, float]:
+        """Keys of the state that states saved by earlier versions lack, each with the value that those imply."""
+        return {}
+
     @abstractmethod
     def init(self, like: Stack) -> State:
         """The state before the first gradient, in the dtype and on the device of `like`; the statistic first."""
@@ -89,8 +95,8 @@ class Structure(ABC):
         Args:
             state: of the whole, but for `spread`.
             direction: the shards.
-            whole: gives the norms of whole matrices for those ``(b, 1, 1)`` of the shards; all ranks that hold one meet
-                in it.
+            whole: gives norms of whole matrices, or of their rows or columns, for those of the shards, entry by entry:
+                ``sqrt(sum of squares)``. A collective: every rank that holds a shard must call it.
         """
         return self.precondition(state, direction)
 
@@ -147,6 +153,39 @@ def count(weight: Tensor, beta: float, moved: Tensor) -> None:
 def given(weight: Tensor) -> Tensor:
     """What to divide an average by: its weight, and 1 where it has none: a sum, or nothing seen yet."""
     return choose(weight > 0, weight, 1.0)
+
+
+def reach(betas: tuple[float, float], statistic: str = "gradient", nesterov: bool = False) -> float:
+    """How long a row or column of a direction, or a run of entries, gets under a root of its own statistic.
+
+    ``max(1, c / sqrt(1 - b2))``, and 1 for a sum. Of a statistic of one measurement S, ``V >= (1 - b2) S S^T``, so no
+    row of ``V^(-1/2) S`` is longer than ``1 / sqrt(1 - b2)``. A new direction is ``c S``: c is 1 if it is measured
+    itself, else ``1 - b1`` (``1 - b1^2`` with Nesterov's momentum). A constant one has the length 1.
+    """
+    beta1, beta2 = betas
+    if beta2 == 1:
+        return 1.0
+    new = 1.0 if statistic == "momentum" else (1 - beta1) * (1 + beta1 * nesterov)
+    return max(1.0, new / math.sqrt(1 - beta2))
+
+
+def limit_of(group: Mapping[str, Any]) -> float | None:
+    """The `reach` of a group's directions where its roots grow older than a step; None where all are fresh."""
+    if group["precondition_frequency"] == 1:
+        return None
+    return reach(group["betas"], group.get("statistic", "gradient"), group.get("nesterov", False))
+
+
+def shorten(stack: Tensor, lengths: Tensor, limit: float) -> Tensor:
+    """The stack with what is longer than `limit` brought down to it.
+
+    Args:
+        stack: ``(b, ...)``.
+        lengths: of its rows, columns or runs, to be broadcast over them.
+        limit: the longest that stays as it is.
+    """
+    fits = lengths <= limit
+    return stack if holds(fits) else stack * torch.where(fits, 1.0, limit / lengths)
 
 
 def rootless(state: State) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from asgo._types import Root, Stack, State
 from asgo.masks import choose
 from asgo.powers import inverse_power
-from asgo.structures.base import Structure, average, moving
+from asgo.structures.base import Structure, average, moving, shorten
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class Kronecker(Structure):
 
     Args:
         max_size: a longer side is left alone (its tensors are empty), and the other takes the power -1/2.
+        limit: the longest that a row or a column of the result may be; None for any. For roots that are older than the
+            statistic, see `asgo.structures.base.reach`.
     """
 
     max_size: int = 8192
+    limit: float | None = None
 
     def sizes(self, m: int, n: int) -> tuple[int, int]:
         """The sizes of both grams; 0 for a side that is left alone."""
@@ -77,10 +80,15 @@ class Kronecker(Structure):
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
-        """Both roots times the direction."""
+        """Both roots times the direction, its rows and columns limited if asked."""
         if state["left"].numel():
             direction = state["left_root"] @ direction
-        return direction @ state["right_root"].mT if state["right"].numel() else direction
+        if state["right"].numel():
+            direction = direction @ state["right_root"].mT
+        for axis in (2, 1) if self.limit is not None and any(self.sizes(*direction.shape[1:])) else ():
+            lengths = torch.linalg.vector_norm(direction, dim=axis, keepdim=True)
+            direction = shorten(direction, lengths, self.limit or 0.0)
+        return direction
 
     def cost(self, m: int, n: int) -> float:
         """``m^3 + n^3``."""
