@@ -47,8 +47,13 @@ def asgo(
     b1, b2 = betas
     k = m if left else n
     momentum, gram, cross = np.zeros((m, n)), np.zeros((k, k)), np.zeros((1, n) if left else (m, 1))
-    weight_of_cross, new = np.zeros_like(cross), 1 if statistic == "momentum" else (1 - b1) * (1 + b1 * nesterov)
-    limit = 1 if b2 == 1 else max(1, new / np.sqrt(1 - b2))
+    weight_of_cross = np.zeros_like(cross)
+    if b2 == 1:
+        limit = 1
+    elif statistic == "momentum":
+        limit = (1 - b2) ** -0.5
+    else:
+        limit = max(1, *((1 - b1 ** (t + nesterov)) / (1 - b2**t) ** 0.5 for t in range(1, 1000)))
     precondition = np.eye(k)
     for t, given in enumerate(grads):
         grad = np.asarray(given, dtype=np.float64)

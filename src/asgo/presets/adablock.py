@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import LOOP
-from asgo.structures import DenseBlocks, Structure, packed_if
+from asgo.structures import DenseBlocks, Structure, limit_of, packed_if
 from asgo.views import View
 
 
@@ -96,7 +96,7 @@ class AdaBlock(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The statistic of every run."""
-        blocks = DenseBlocks(
-            group["block_size"], group["eps"], group["betas"][0], group["stale"], group["clip"], group["gamma"]
-        )
+        size, eps, beta1, stale = group["block_size"], group["eps"], group["betas"][0], group["stale"]
+        limit = limit_of(group) if stale == "root" else None  # else no root is used that is older than its step
+        blocks = DenseBlocks(size, eps, beta1, stale, group["clip"], group["gamma"], limit)
         return packed_if(group["packed_state"], blocks)

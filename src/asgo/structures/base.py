@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -155,25 +156,26 @@ def given(weight: Tensor) -> Tensor:
     return choose(weight > 0, weight, 1.0)
 
 
-def reach(betas: tuple[float, float], statistic: str = "gradient", nesterov: bool = False) -> float:
-    """How long a row or column of a direction, or a run of entries, gets under a root of its own statistic.
+@lru_cache(maxsize=256)
+def reach(beta1: float, beta2: float, statistic: str = "gradient", nesterov: bool = False) -> float:
+    """How long a row or column of a direction, or a run of entries, gets under a fresh root of its statistic.
 
-    ``max(1, c / sqrt(1 - b2))``, and 1 for a sum. Of a statistic of one measurement S, ``V >= (1 - b2) S S^T``, so no
-    row of ``V^(-1/2) S`` is longer than ``1 / sqrt(1 - b2)``. A new direction is ``c S``: c is 1 if it is measured
-    itself, else ``1 - b1`` (``1 - b1^2`` with Nesterov's momentum). A constant one has the length 1.
+    Of the momentum's own statistic, ``V >= (1 - b2) D D^T``: no row of ``V^(-1/2) D`` is longer than
+    ``1 / sqrt(1 - b2)``. Of the gradient's, the longest that a constant gradient gets: after t steps
+    ``(1 - b1^t) / sqrt(1 - b2^t)``, t + 1 above with Nesterov's momentum, and 1 in the end. Of a sum, 1.
     """
-    beta1, beta2 = betas
     if beta2 == 1:
         return 1.0
-    new = 1.0 if statistic == "momentum" else (1 - beta1) * (1 + beta1 * nesterov)
-    return max(1.0, new / math.sqrt(1 - beta2))
+    if statistic == "momentum":
+        return 1 / math.sqrt(1 - beta2)
+    return max(1.0, *((1 - beta1 ** (t + nesterov)) / math.sqrt(1 - beta2**t) for t in range(1, 1000)))
 
 
 def limit_of(group: Mapping[str, Any]) -> float | None:
     """The `reach` of a group's directions where its roots grow older than a step; None where all are fresh."""
     if group["precondition_frequency"] == 1:
         return None
-    return reach(group["betas"], group.get("statistic", "gradient"), group.get("nesterov", False))
+    return reach(*group["betas"], group.get("statistic", "gradient"), group.get("nesterov", False))
 
 
 def shorten(stack: Tensor, lengths: Tensor, limit: float) -> Tensor:

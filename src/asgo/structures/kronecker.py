@@ -85,10 +85,10 @@ class Kronecker(Structure):
             direction = state["left_root"] @ direction
         if state["right"].numel():
             direction = direction @ state["right_root"].mT
-        for axis in (2, 1) if self.limit is not None and any(self.sizes(*direction.shape[1:])) else ():
-            lengths = torch.linalg.vector_norm(direction, dim=axis, keepdim=True)
-            direction = shorten(direction, lengths, self.limit or 0.0)
-        return direction
+        if self.limit is None or not any(self.sizes(*direction.shape[1:])):
+            return direction
+        rows, columns = (torch.linalg.vector_norm(direction, dim=axis, keepdim=True) for axis in (2, 1))
+        return shorten(direction, torch.maximum(rows, columns), self.limit)
 
     def cost(self, m: int, n: int) -> float:
         """``m^3 + n^3``."""
