@@ -35,7 +35,8 @@ class OneSidedShampoo(StructuredOptimizer):
             below 1 the statistic is a running average, not corrected.
         weight_decay: decoupled, multiplied by ``lr``.
         side: the side of the statistic: ``"left"`` (the paper's text), ``"right"``, ``"auto"`` the shorter one.
-        precondition_frequency: steps between refreshes of a root.
+        precondition_frequency: steps between refreshes of a root. Above 1, rows of the result are no longer than
+            ``sqrt(n)``, which a fresh root of a sum cannot exceed.
         adjust_lr: None leaves the size of a step to the statistic (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
@@ -103,7 +104,8 @@ class Shampoo(StructuredOptimizer):
             not corrected.
         eps: absolute, inside the roots: what L and R start from.
         weight_decay: decoupled, multiplied by ``lr``.
-        precondition_frequency: steps between refreshes of the roots.
+        precondition_frequency: steps between refreshes of the roots. Above 1, rows and columns of the result are no
+            longer than 1, which fresh roots of a sum cannot exceed.
         max_size: sides longer than this are left alone, and the other side takes the power -1/2: a side of 30,000 would
             cost 7 GB.
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
