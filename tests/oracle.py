@@ -47,6 +47,13 @@ def asgo(
     b1, b2 = betas
     k = m if left else n
     momentum, gram, cross = np.zeros((m, n)), np.zeros((k, k)), np.zeros((1, n) if left else (m, 1))
+    weight_of_cross = np.zeros_like(cross)
+    if b2 == 1:
+        limit = 1
+    elif statistic == "momentum":
+        limit = (1 - b2) ** -0.5
+    else:
+        limit = max(1, *((1 - b1 ** (t + nesterov)) / (1 - b2**t) ** 0.5 for t in range(1, 1000)))
     precondition = np.eye(k)
     for t, given in enumerate(grads):
         grad = np.asarray(given, dtype=np.float64)
@@ -59,10 +66,15 @@ def asgo(
         if t < 10 or (t + 1) % interval == 0:
             precondition = root(gram, eps)
         update = precondition @ direction if left else direction @ precondition
+        if interval > 1:
+            lengths = np.linalg.norm(update, axis=1 if left else 0, keepdims=True)
+            update = update * np.minimum(1, limit / np.maximum(lengths, 1e-300))
         if cross_normalize:
             square = (update**2).mean(axis=0 if left else 1, keepdims=True)
             cross = CROSS_DECAY * cross + (1 - CROSS_DECAY) * square
-            update = update / np.sqrt(cross)
+            started = (square > 0) | (weight_of_cross > 0)
+            weight_of_cross = np.where(started, CROSS_DECAY * weight_of_cross + 1 - CROSS_DECAY, 0)
+            update = update / np.sqrt(np.where(started, cross / np.where(started, weight_of_cross, 1), 1))
         if adjust_lr == "rms":
             update = update * 0.2 * np.sqrt(m * n) / np.linalg.norm(update)
         weight = weight - lr * update

@@ -91,7 +91,7 @@ def train_bare_parameters(make, dtype):
 def test_state_of_asgo():
     net, _, _ = problem()
     state = ASGO(net.parameters()).state
-    assert set(state[net.a.weight]) == {"step", "exp_avg", "gram", "root", "cross", "failures"}
+    assert set(state[net.a.weight]) == {"step", "exp_avg", "gram", "root", "cross", "cross_weight", "failures"}
     assert set(state[net.norm.bias]) == {"step", "exp_avg", "exp_avg_sq", "failures"}
 
 

@@ -245,14 +245,14 @@ def test_the_state_of_gpt2_is_one_and_a_half_times_its_matrices(head):
         tensor.nbytes
         for state in optimizer.state.values()
         for key, tensor in state.items()
-        if key in ("cross", "failures", "step")
+        if key in ("cross", "cross_weight", "failures", "step")
     )
     diagonals = 4 * 2 * 768 * len(params) // 2  # k (k + 1) / 2 is half a diagonal more than half of k^2
     if head:
         assert found[True] < 1.36 * own < found[False]
     else:
         assert found[True] == 1.5 * own + besides + diagonals
-        assert besides + diagonals < 0.0025 * own
+        assert besides + diagonals < 0.004 * own
         assert found[False] > 2 * own
 
 

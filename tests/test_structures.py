@@ -52,6 +52,12 @@ STRUCTURES = ONE_SIDED | {
     "blocks along columns": DenseBlocks(2, 1e-12, 0.9),
     "blocks along columns, clipped": DenseBlocks(3, 1e-4, 0.9, "diagonal", 0.5, 1.0),
     "differences": Difference(0.9, 1e-5),
+    "left, limited": OneSided("left", limit=0.5),
+    "right, cross, limited": OneSided("right", cross_normalize=True, limit=0.5),
+    "auto, mean, limited": OneSided("auto", mean=True, limit=0.2),
+    "both sides, limited": Kronecker(limit=0.2),
+    "blocks along columns, limited": DenseBlocks(2, 1e-12, 0.9, limit=0.5),
+    "left, cross, limited, packed": Packed(OneSided("left", cross_normalize=True, limit=0.5)),
     "left, packed": Packed(OneSided("left")),
     "right, cross, packed": Packed(OneSided("right", cross_normalize=True)),
     "auto, packed": Packed(OneSided("auto")),
@@ -65,7 +71,9 @@ MIRROR = {"left": "right", "right": "left", "row": "column", "column": "row"}
 ALGEBRAS = {
     name: s
     for name, s in STRUCTURES.items()
-    if isinstance(s, Algebra) and "cross" not in name and "clipped" not in name  # those do more than the algebra
+    if isinstance(s, Algebra)
+    and "cross" not in name
+    and not name.endswith(("clipped", "limited"))  # those do more than the algebra
 }
 TWO_SIDED = {name: s for name, s in STRUCTURES.items() if "along columns" not in name}
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import LOOP
-from asgo.structures import DenseBlocks, Structure, packed_if
+from asgo.structures import DenseBlocks, Structure, limit_of, packed_if
 from asgo.views import View
 
 
@@ -43,7 +43,8 @@ class AdaBlock(StructuredOptimizer):
         eps: outside the root; 1e-4 as released. Eigenvalues of V below what its precision can resolve count as that.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots of a matrix; all are refreshed in the first ten.
-        stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic.
+        stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic. Under an old root, runs
+            of the result are no longer than a constant gradient makes them under fresh ones.
         clip: the rate of the SGD that clipping leads to, in units of lr; None for no clipping.
         gamma: how fast the bounds close; 1e-3 as released.
         maximize: ascend instead of descend.
@@ -102,9 +103,9 @@ class AdaBlock(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The statistic of every run."""
-        blocks = DenseBlocks(
-            group["block_size"], group["eps"], group["betas"][0], group["stale"], group["clip"], group["gamma"]
-        )
+        size, eps, beta1, stale = group["block_size"], group["eps"], group["betas"][0], group["stale"]
+        limit = limit_of(group) if stale == "root" else None  # else no root is used that is older than its step
+        blocks = DenseBlocks(size, eps, beta1, stale, group["clip"], group["gamma"], limit)
         return packed_if(group["packed_state"], blocks)
 
 

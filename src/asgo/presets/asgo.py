@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
-from asgo.structures import OneSided, Structure, packed_if
+from asgo.structures import OneSided, Structure, limit_of, packed_if
 
 
 class ASGO(StructuredOptimizer):
@@ -21,7 +21,8 @@ class ASGO(StructuredOptimizer):
         D  = b1 M + (1 - b1) G  if nesterov else M   direction
         V <- b2 V + (1 - b2) S S^T                   S = G or D, see `statistic`
         U  = (V + eps ||V||_F I)^(-1/2) D            every `precondition_frequency` steps a new root
-        U <- U / sqrt(EMA of the mean of U^2 over rows)            if cross_normalize
+        rows of U longer than 1 / sqrt(1 - b2) are brought down to it          if roots grow older than a step
+        U <- U / sqrt(EMA of the mean of U^2 over rows, bias-corrected)        if cross_normalize
         W <- (1 - lr weight_decay) W - lr 0.2 sqrt(m n) U / ||U||_F
 
     "ASGO: Adaptive Structured Gradient Optimization", An, Liu, Pan, Ren, Ma, Goldfarb and Zhang 2025
@@ -33,7 +34,7 @@ class ASGO(StructuredOptimizer):
     ``eps=1e-8``, ``weight_decay=0`` and the shared ``lr`` unless it sets others.
 
     State per parameter, in float32 (float64 for float64): per matrix ``exp_avg`` of m x n, ``gram`` and
-    ``root`` of k x k with ``k = min(m, n)``, ``cross``, ``failures``; created when the optimizer is.
+    ``root`` of k x k with ``k = min(m, n)``, ``cross``, ``cross_weight``, ``failures``; created when the optimizer is.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups; ``asgo.route(model)`` makes good ones.
@@ -43,7 +44,8 @@ class ASGO(StructuredOptimizer):
             float32 (1.2e-7), below which eigenvalues of a float32 statistic are rounding.
         weight_decay: decoupled, multiplied by ``lr`` as in AdamW; 0.1 as released.
         precondition_frequency: steps between refreshes of a root; more is cheaper and less exact. Different
-            matrices refresh on different steps; the first ten steps refresh all.
+            matrices refresh on different steps; the first ten steps refresh all. Above 1, rows under an old root are
+            limited to the length that a fresh one gives, see `asgo.structures.base.reach`.
         statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
             ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
         nesterov: look ahead with the current gradient, as Muon does; the paper does not.
@@ -155,4 +157,5 @@ class ASGO(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrix of the group's side."""
-        return packed_if(group["packed_state"], OneSided(group["side"], group["cross_normalize"]))
+        structure = OneSided(group["side"], group["cross_normalize"], limit=limit_of(group))
+        return packed_if(group["packed_state"], structure)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
 from asgo.settings import LOOP
-from asgo.structures import Kronecker, OneSided, Structure, packed_if
+from asgo.structures import Kronecker, OneSided, Structure, limit_of, packed_if
 
 
 class OneSidedShampoo(StructuredOptimizer):
@@ -35,7 +35,8 @@ class OneSidedShampoo(StructuredOptimizer):
             below 1 the statistic is a running average, not corrected.
         weight_decay: decoupled, multiplied by ``lr``.
         side: the side of the statistic: ``"left"`` (the paper's text), ``"right"``, ``"auto"`` the shorter one.
-        precondition_frequency: steps between refreshes of a root.
+        precondition_frequency: steps between refreshes of a root. Above 1, rows of the result are no longer than
+            ``sqrt(n)``, which a fresh root of a sum cannot exceed.
         adjust_lr: None leaves the size of a step to the statistic (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
@@ -80,7 +81,7 @@ class OneSidedShampoo(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The mean gram matrix of the group's side."""
-        return packed_if(group["packed_state"], OneSided(group["side"], mean=True))
+        return packed_if(group["packed_state"], OneSided(group["side"], mean=True, limit=limit_of(group)))
 
 
 class Shampoo(StructuredOptimizer):
@@ -106,7 +107,8 @@ class Shampoo(StructuredOptimizer):
             not corrected.
         eps: absolute, inside the roots: what L and R start from; never below what their precision can resolve.
         weight_decay: decoupled, multiplied by ``lr``.
-        precondition_frequency: steps between refreshes of the roots.
+        precondition_frequency: steps between refreshes of the roots. Above 1, rows and columns of the result are no
+            longer than 1, which fresh roots of a sum cannot exceed.
         max_size: sides longer than this (None: none) are left alone, and the other side takes the power -1/2: a side
             of 30,000 would cost 7 GB.
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
@@ -153,4 +155,4 @@ class Shampoo(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrices of both sides."""
-        return packed_if(group["packed_state"], Kronecker(group["max_size"]))
+        return packed_if(group["packed_state"], Kronecker(group["max_size"], limit_of(group)))

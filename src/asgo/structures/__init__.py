@@ -1,6 +1,6 @@
 """What is remembered about a stream of gradients, and how that memory rescales a step."""
 
-from asgo.structures.base import Algebra, Structure
+from asgo.structures.base import Algebra, Structure, limit_of
 from asgo.structures.blockwise import Blockwise
 from asgo.structures.dense_blocks import DenseBlocks
 from asgo.structures.difference import Difference
@@ -20,6 +20,7 @@ __all__ = [
     "OneSided",
     "Packed",
     "Structure",
+    "limit_of",
     "opened",
     "packed_if",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,6 +61,11 @@ class Structure(ABC):
         """The keys of the state that are cut where the matrix is, along an axis that is `additive`."""
         return ()
 
+    @property
+    def added(self) -> Mapping[str, float]:
+        """Keys of the state that states saved by earlier versions lack, each with the value that those imply."""
+        return {}
+
     @abstractmethod
     def init(self, like: Stack) -> State:
         """The state before the first gradient, in the dtype and on the device of `like`; the statistic first."""
@@ -89,8 +96,8 @@ class Structure(ABC):
         Args:
             state: of the whole, but for `spread`.
             direction: the shards.
-            whole: gives the norms of whole matrices for those ``(b, 1, 1)`` of the shards; all ranks that hold one meet
-                in it.
+            whole: gives norms of whole matrices, or of their rows or columns, for those of the shards, entry by entry:
+                ``sqrt(sum of squares)``. A collective: every rank that holds a shard must call it.
         """
         return self.precondition(state, direction)
 
@@ -147,6 +154,40 @@ def count(weight: Tensor, beta: float, moved: Tensor) -> None:
 def given(weight: Tensor) -> Tensor:
     """What to divide an average by: its weight, and 1 where it has none: a sum, or nothing seen yet."""
     return choose(weight > 0, weight, 1.0)
+
+
+@lru_cache(maxsize=256)
+def reach(beta1: float, beta2: float, statistic: str = "gradient", nesterov: bool = False) -> float:
+    """How long a row or column of a direction, or a run of entries, gets under a fresh root of its statistic.
+
+    Of the momentum's own statistic, ``V >= (1 - b2) D D^T``: no row of ``V^(-1/2) D`` is longer than
+    ``1 / sqrt(1 - b2)``. Of the gradient's, the longest that a constant gradient gets: after t steps
+    ``(1 - b1^t) / sqrt(1 - b2^t)``, t + 1 above with Nesterov's momentum, and 1 in the end. Of a sum, 1.
+    """
+    if beta2 == 1:
+        return 1.0
+    if statistic == "momentum":
+        return 1 / math.sqrt(1 - beta2)
+    return max(1.0, *((1 - beta1 ** (t + nesterov)) / math.sqrt(1 - beta2**t) for t in range(1, 1000)))
+
+
+def limit_of(group: Mapping[str, Any]) -> float | None:
+    """The `reach` of a group's directions where its roots grow older than a step; None where all are fresh."""
+    if group["precondition_frequency"] == 1:
+        return None
+    return reach(*group["betas"], group.get("statistic", "gradient"), group.get("nesterov", False))
+
+
+def shorten(stack: Tensor, lengths: Tensor, limit: float) -> Tensor:
+    """The stack with what is longer than `limit` brought down to it.
+
+    Args:
+        stack: ``(b, ...)``.
+        lengths: of its rows, columns or runs, to be broadcast over them.
+        limit: the longest that stays as it is.
+    """
+    fits = lengths <= limit
+    return stack if holds(fits) else stack * torch.where(fits, 1.0, limit / lengths)
 
 
 def rootless(state: State) -> Tensor:

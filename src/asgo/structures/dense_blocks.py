@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from asgo._types import Root, Stack, State
 from asgo.powers import spectral
-from asgo.structures.base import Algebra, average, count, given, moving
+from asgo.structures.base import Algebra, average, count, given, moving, shorten
 from asgo.triangles import diagonal
 
 
@@ -36,6 +36,8 @@ class DenseBlocks(Algebra):
         clip: bounds on the eigenvalues of ``c (V^(1/2) + eps I)^(-1)``, ``clip (1 - 1/(gamma t + 1))`` and
             ``clip (1 + 1/(gamma t))``; None for none.
         gamma: how fast they close.
+        limit: the longest that a run of the result may be; None for any. For roots that are older than the statistic,
+            see `asgo.structures.base.reach`.
     """
 
     size: int
@@ -44,6 +46,7 @@ class DenseBlocks(Algebra):
     stale: Literal["root", "diagonal"] = "root"
     clip: float | None = None
     gamma: float = 1e-3
+    limit: float | None = None
 
     def runs(self, m: int, n: int) -> tuple[int, int]:
         """How many runs there are, and how long they are: no longer than a column."""
@@ -124,8 +127,10 @@ class DenseBlocks(Algebra):
         if self.stale == "diagonal":
             size = diagonal(state["gram"]).sqrt() + self.eps
             result = torch.where(state["root_age"] == 0, result, x * torch.clamp(1 / size, *self.bounds(state)))
-        result = result.reshape(b, n, -1)[:, :, :m].mT
-        return result * self.correction(state)
+        result = result * self.correction(state)
+        if self.limit is not None:
+            result = shorten(result, torch.linalg.vector_norm(result, dim=2, keepdim=True), self.limit)
+        return result.reshape(b, n, -1)[:, :, :m].mT
 
     def cost(self, m: int, n: int) -> float:
         """``size^3`` for every run."""

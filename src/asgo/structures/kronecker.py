@@ -12,7 +12,7 @@ from asgo._types import Root, Stack, State
 from asgo.masks import choose
 from asgo.matmul import gram
 from asgo.powers import inverse_power
-from asgo.structures.base import Structure, average, moving
+from asgo.structures.base import Structure, average, moving, shorten
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,12 @@ class Kronecker(Structure):
     Args:
         max_size: a longer side, if there is a limit, is left alone (its tensors are empty); the other takes the power
             -1/2.
+        limit: the longest that a row or a column of the result may be; None for any. For roots that are older than the
+            statistic, see `asgo.structures.base.reach`.
     """
 
     max_size: int | None = 8192
+    limit: float | None = None
 
     def sizes(self, m: int, n: int) -> tuple[int, int]:
         """The sizes of both grams; 0 for a side that is left alone."""
@@ -81,10 +84,15 @@ class Kronecker(Structure):
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
-        """Both roots times the direction."""
+        """Both roots times the direction, its rows and columns limited if asked."""
         if state["left"].numel():
             direction = state["left_root"] @ direction
-        return direction @ state["right_root"].mT if state["right"].numel() else direction
+        if state["right"].numel():
+            direction = direction @ state["right_root"].mT
+        if self.limit is None or not any(self.sizes(*direction.shape[1:])):
+            return direction
+        rows, columns = (torch.linalg.vector_norm(direction, dim=axis, keepdim=True) for axis in (2, 1))
+        return shorten(direction, torch.maximum(rows, columns), self.limit)
 
     def cost(self, m: int, n: int) -> float:
         """``m^3 + n^3``."""

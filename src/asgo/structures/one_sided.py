@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from asgo._types import Root, Stack, State
 from asgo.masks import blend, choose
 from asgo.matmul import gram, times
-from asgo.structures.base import Algebra, Axis
+from asgo.structures.base import Algebra, Axis, count, given, shorten
 from asgo.triangles import diagonal
 
 CROSS_DECAY = 0.95
@@ -31,7 +32,8 @@ class OneSided(Algebra):
     over the other side, divided by that side's length.
 
     State, ``k`` the length of the preconditioned side: ``gram (b, k, k)``, ``root (b, k, k)`` and, with
-    `cross_normalize`, ``cross (b, 1, n)`` or ``(b, m, 1)``.
+    `cross_normalize`, ``cross`` and ``cross_weight``, each ``(b, 1, n)`` or ``(b, m, 1)``: an average from zero, and
+    that of a constant 1 since the first entry that was not zero, by which it is divided.
 
     Args:
         side: ``"left"`` preconditions rows (k = m), ``"right"`` columns (k = n), ``"auto"`` the shorter one and
@@ -40,12 +42,15 @@ class OneSided(Algebra):
             preconditioned side, one number per index of the other side.
         mean: divide the gram by the length of the other side, as one-sided Shampoo does: the projection itself.
         length: that length, where shards of the other side are measured; None: what is measured is whole.
+        limit: the longest that a row (left) or column (right) of the root times the direction may be, times the square
+            root of that length with `mean`; None for any. For roots that are older than the statistic, see `reach`.
     """
 
     side: Literal["auto", "left", "right"] = "auto"
     cross_normalize: bool = False
     mean: bool = False
     length: int | None = None
+    limit: float | None = None
 
     def left(self, m: int, n: int) -> bool:
         """Whether an ``m x n`` matrix is preconditioned from the left."""
@@ -77,8 +82,13 @@ class OneSided(Algebra):
 
     @property
     def spread(self) -> tuple[str, ...]:
-        """One number per index of the other side, along which shards are cut."""
-        return ("cross",) if self.cross_normalize else ()
+        """Numbers per index of the other side, along which shards are cut."""
+        return ("cross", "cross_weight") if self.cross_normalize else ()
+
+    @property
+    def added(self) -> Mapping[str, float]:
+        """The weight: an average of earlier versions was taken as it was."""
+        return {"cross_weight": 1.0} if self.cross_normalize else {}
 
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
@@ -91,7 +101,8 @@ class OneSided(Algebra):
             "root": torch.eye(k, dtype=like.dtype, device=like.device).repeat(b, 1, 1),
         }
         if self.cross_normalize:
-            state["cross"] = like.new_zeros((b, 1, n) if left else (b, m, 1))
+            shape = (b, 1, n) if left else (b, m, 1)
+            state |= {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
         return state
 
     def measure(self, grad: Stack) -> Tensor:
@@ -99,7 +110,7 @@ class OneSided(Algebra):
         _, m, n = grad.shape
         left = self.left(m, n)
         product = gram(grad if left else grad.mT)
-        return product / max(self.length or (n if left else m), 1) if self.mean else product
+        return product / self._length(m, n) if self.mean else product
 
     def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
@@ -116,20 +127,31 @@ class OneSided(Algebra):
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
-        """The root times the direction, evened out along the other side if asked."""
+        """The root times the direction, limited and divided by its running size along the other side if asked."""
         return self.precondition_shard(state, direction, lambda norms: norms)
 
     def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
-        """As `precondition`; `whole` tells which matrices rest, as some shard of one that moves may be zero."""
-        left = self.left(*direction.shape[1:])
+        """As `precondition`; the lengths of whole rows, or norms of whole matrices, come from all shards."""
+        _, m, n = direction.shape
+        left = self.left(m, n)
         # The computed root is symmetric only up to its error, and accurate in this order of the products.
         result = times(state["root"], direction) if left else times(state["root"], direction.mT).mT
+        if self.limit is None and not self.cross_normalize:
+            return result
+        moved = None
+        if self.limit is not None:
+            lengths = whole(torch.linalg.vector_norm(result, dim=2 if left else 1, keepdim=True))
+            result = shorten(result, lengths, self.limit * (math.sqrt(self._length(m, n)) if self.mean else 1))
+            moved = lengths.amax((1, 2), keepdim=True) > 0
         if not self.cross_normalize:
             return result
         square = result.square().mean(1 if left else 2, keepdim=True)
-        moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
-        blend(state["cross"], square, 1 - CROSS_DECAY, moved)
-        return result.mul_(state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt())
+        if moved is None:
+            moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
+        return _normalized(state, result, square, moved)
+
+    def _length(self, m: int, n: int) -> int:
+        return max(self.length or (n if self.left(m, n) else m), 1)
 
     def cost(self, m: int, n: int) -> float:
         """``k^3``."""
@@ -145,3 +167,11 @@ class OneSided(Algebra):
         if self.left(m, n):
             return torch.kron(torch.einsum("injn->ij", cells) / n, torch.eye(n).to(A))
         return torch.kron(torch.eye(m).to(A), torch.einsum("minj,mn->ij", cells, torch.eye(m).to(A)) / m)
+
+
+def _normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> Stack:
+    """The result divided by the root of its average square, in place; that is `square` where it is seen first."""
+    cross, weight = state["cross"], state["cross_weight"]
+    count(weight, CROSS_DECAY, (moved & ((square > 0) | (weight > 0))).to(weight.dtype))
+    blend(cross, square, 1 - CROSS_DECAY, moved)
+    return result.mul_((cross / given(weight)).clamp_min_(torch.finfo(cross.dtype).tiny).rsqrt_())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,6 +41,11 @@ class Packed(Structure):
     def spread(self) -> tuple[str, ...]:
         """As the inner structure."""
         return self.inner.spread
+
+    @property
+    def added(self) -> Mapping[str, float]:
+        """As the inner structure."""
+        return self.inner.added
 
     @property
     def derived(self) -> tuple[str, ...]:
