@@ -321,6 +321,51 @@ def test_decay_and_update_of_half_precision_are_rounded_once(dtype, view):
     assert not torch.equal(low, start)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("view", [MATRIX, None], ids=str)
+@pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
+def test_what_rounding_loses_can_be_kept(dtype, view, rounding):
+    """Steps of a thousandth of the spacing: nearest rounding loses them all, the options keep them."""
+    torch.manual_seed(0)
+    start, steps = torch.ones(32, 48).to(dtype), 200
+
+    def trained(param, **options):
+        optimizer = ASGO([{"params": [("w", param)], "view": view}], lr=5e-6, weight_decay=0.0, **options)
+        for _ in range(steps):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        return optimizer
+
+    low, full, lost = (nn.Parameter(x) for x in (start.clone(), start.float(), start.clone()))
+    optimizer = trained(low, rounding=rounding)
+    trained(full)
+    trained(lost)
+    moved, spacing = (full - start.float()).mean(), torch.finfo(dtype).eps
+    assert torch.equal(lost, start)
+    if rounding == "compensated":
+        assert optimizer.state[low]["residual"].dtype == torch.int16
+        assert torch.equal(low, full.to(dtype))
+    else:  # the mean of 1,536 numbers, each a sum of roundings of at most one spacing: five standard errors
+        error = spacing * (steps * abs(float(moved)) / steps / spacing) ** 0.5 / low.numel() ** 0.5
+        assert abs(float((low.float() - start.float()).mean() - moved)) <= 5 * error
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated", "stochastic"])
+def test_half_precision_resumes_bit_for_bit(rounding):
+    def made(seed):
+        net = Net(seed).bfloat16()
+        return net, ASGO(route(net), rounding=rounding)
+
+    net, optimizer = made(0)
+    run(optimizer, list(net.parameters()))
+    twin, other = made(1)
+    twin.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, o in ((net, optimizer), (twin, other)):
+        run(o, list(each.parameters()), 3, 3)
+    assert same(net.parameters(), twin.parameters())
+
+
 @every_preset
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_only_the_parameter_with_a_bad_gradient_rests(make, poison):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asgo import ASGO, DASGO, folders, route
 from asgo.distributed.work import Unit, cost, owners, turns_of
-from asgo.settings import views_of
+from asgo.param_groups import views_of
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
 from family import PRESETS
 from worlds import World, on

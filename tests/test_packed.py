@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import asgo
 from asgo import ASGO, AdaBlock, OneSidedShampoo, Shampoo, View, checkpoint, route
 from asgo.diagnostics import GradientProbe
+from asgo.param_groups import with_views
 from asgo.roots import ROOTS
-from asgo.settings import with_views
 from asgo.structures import Kronecker, OneSided, Packed, opened
 from asgo.triangles import LEAF, diagonal, pack, rectangle, size, unpack
 from asgo.views import MATRIX, heads

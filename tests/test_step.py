@@ -13,8 +13,8 @@ import asgo
 from asgo import ASGO, buckets, eigen, matmul, route
 from asgo.distributed.work import turns, turns_of
 from asgo.masks import choose, holds
+from asgo.param_groups import views_of
 from asgo.roots import ROOTS
-from asgo.settings import views_of
 from asgo.views import MATRIX, TRANSPOSED, View, heads
 from family import every_preset
 

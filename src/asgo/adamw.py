@@ -6,7 +6,8 @@ The arithmetic is `torch.optim.AdamW`'s own ("Decoupled Weight Decay Regularizat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from asgo._types import State
 from asgo.masks import holds as known_all_true
+from asgo.rounding import seed_of, widened, write_rounded_
 
 DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 """What a group without a view uses unless it says otherwise: the released ASGO's settings for Adam."""
@@ -30,11 +32,39 @@ def init(like: Tensor, dtype: torch.dtype) -> State:
     }
 
 
+@dataclass(frozen=True)
+class Written:
+    """Parameters of one device that a step brings up to date, in the precision of their state until it writes them."""
+
+    params: list[Tensor]
+    states: list[State]
+    places: list[int]
+    group: Mapping[str, Any]
+
+    @property
+    def _residuals(self) -> list[Tensor] | None:
+        kept = self.group["rounding"] == "compensated" and all("residual" in state for state in self.states)
+        return [state["residual"] for state in self.states] if kept else None
+
+    def widened(self) -> list[Tensor]:
+        """The parameters in the precision of their state, with what rounding lost; themselves where they have it."""
+        return widened(self.params, [state["exp_avg"] for state in self.states], self._residuals)
+
+    def write(self, values: list[Tensor]) -> None:
+        """Write their new values, rounded as the group asks."""
+        residuals, seeds = self._residuals, None
+        if self.group["rounding"] == "stochastic":
+            seeds = [seed_of(state["step"], place) for state, place in zip(self.states, self.places, strict=True)]
+        mode = self.group["rounding"] if residuals or seeds else "nearest"
+        write_rounded_(self.params, values, mode, residuals, seeds)
+
+
 def adamw(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[State],
     group: dict[str, Any],
+    places: Sequence[int] = (),
     agree: Callable[[Tensor, Sequence[int]], Tensor] = lambda flags, of: flags,
 ) -> None:
     """One step of AdamW on parameters that have gradients, in place.
@@ -47,20 +77,21 @@ def adamw(
         grads: likewise.
         states: their states.
         group: with the hyperparameters.
+        places: a number for each that it has on all ranks and no other has, for random numbers.
         agree: given one flag for each of some parameters and their places, which of them hold on every rank that has
             entries of the parameter.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, (param, state) in enumerate(zip(params, states, strict=True)):
-        kinds.setdefault((param.device, state["exp_avg"].dtype), []).append(i)
-    for (_, dtype), some in kinds.items():
-        work = [params[i].to(dtype) for i in some]  # itself where it has that dtype
+    for i, param in enumerate(params):
+        kinds.setdefault((param.device, param.dtype), []).append(i)
+    for some in kinds.values():
+        numbers = [places[i] if places else i for i in some]
+        written = Written([params[i] for i in some], [states[i] for i in some], numbers, group)
+        work = written.widened()
         alike = [_in_order(grads[i], of) for i, of in zip(some, work, strict=True)]
         finite = agree(torch.stack(torch._foreach_norm(alike)).isfinite(), some)
         _update_finite(work, alike, [states[i] for i in some], finite, group)
-        for i, updated in zip(some, work, strict=True):
-            if updated is not params[i]:
-                params[i].copy_(updated)
+        written.write(work)
 
 
 def _update_finite(

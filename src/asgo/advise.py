@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from asgo.diagnostics.evidence import LAGS, SIDES, STATISTICS, Choice, Collector, Evidence, Side
 from asgo.diagnostics.losses import gradients
-from asgo.settings import with_views
+from asgo.param_groups import with_views
 from asgo.views import View
 from asgo.views.route import Rule, route
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from asgo._types import Stack, State
 from asgo.distributed.groups import Wait
 from asgo.distributed.placement import Placement, gradient, keeps, local
 from asgo.ladder import Ladder
+from asgo.rounding import BITS, Rounding, add_rounded_, seed_of
 from asgo.state import part_key, state_dtype
 from asgo.structures import Structure
 from asgo.views import View
@@ -39,6 +41,7 @@ class Member:
         turn: the step (modulo the refresh interval) on which its turn comes.
         placement: where the parameter's entries are.
         owner: the place in the placement's ranks of the one that refreshes its roots; None: all do.
+        place: a number that the same part has on all ranks and no other part has, for random numbers.
     """
 
     param: Tensor
@@ -47,6 +50,7 @@ class Member:
     turn: int
     placement: Placement
     owner: int | None
+    place: int = 0
 
     @property
     def mine(self) -> bool:
@@ -85,6 +89,7 @@ class Bucket:
         self.ladder = Ladder(deferred=first.param.device.type != "cpu")
         self.state: State = {}
         self._bound: list[tuple[State, str, Tensor]] = []
+        self._states = {member.param: state for member, state in zip(everyone, states, strict=True)}
         kept = [state for m, state in zip(everyone, states, strict=True) if keeps(m.placement, m.owner)]
         for key in keys if kept else ():
             names = [part_key(key, member.part) for member in self.members]
@@ -96,9 +101,10 @@ class Bucket:
                 self._bound.append((state, name, rows))
         self.memory = self.state
 
-    def is_bound(self) -> bool:
+    def is_bound(self, states: Mapping[Tensor, State]) -> bool:
         """Whether the states still hold this bucket's tensors: false once somebody put others there."""
-        return all(state.get(name) is rows for state, name, rows in self._bound)
+        is_here = all(states.get(param) is state for param, state in self._states.items())
+        return is_here and all(state.get(name) is rows for state, name, rows in self._bound)
 
     def release(self) -> None:
         """Give the states that still hold views into this bucket memory of their own, once it is no longer used."""
@@ -157,12 +163,37 @@ class Bucket:
         """The norms ``(members, slices)`` of all matrices of every member, wherever they are."""
         return norms
 
-    def add(self, update: Stack | None, decay: float | Tensor) -> Wait | None:
-        """Multiply the members by `decay`, then add the update to them, in place."""
-        # Detached: a graph that breaks here would meet views of leaves, which it cannot take up again.
-        targets = self._parts([local(member.param.detach()) for member in self.members])
-        add_rounded(targets, self._pieces(update), decay)
+    def add(self, update: Stack | None, decay: float | Tensor, rounding: Rounding) -> Wait | None:
+        """Multiply the members by `decay`, then add the update to them, in place and rounded once."""
+        written = [(member, partial(part_of, member)) for member in self.members]
+        self.write(written, self._pieces(update), decay, rounding)
         return None
+
+    def write(
+        self,
+        written: Sequence[tuple[Member, Callable[[Tensor], Tensor]]],
+        updates: Sequence[Tensor],
+        decay: float | Tensor,
+        rounding: Rounding,
+    ) -> None:
+        """Bring updates into what this rank holds of members.
+
+        Args:
+            written: members, each with what takes the part to update out of what this rank holds of its parameter.
+            updates: one for each of them.
+            decay: by which the members are multiplied first.
+            rounding: see `asgo.rounding`.
+        """
+        if not written:
+            return
+        # Detached: a graph that breaks here would meet views of leaves, which it cannot take up again.
+        targets = [cut(local(member.param.detach())) for member, cut in written]
+        residuals = seeds = None
+        if rounding == "compensated" and targets[0].dtype in BITS:
+            residuals = [cut(self._states[member.param]["residual"]) for member, cut in written]
+        elif rounding == "stochastic":
+            seeds = [seed_of(self._states[member.param]["step"], member.place) for member, _ in written]
+        add_rounded_(targets, decay, updates, rounding if residuals or seeds else "nearest", residuals, seeds)
 
     def _pieces(self, update: Stack | None) -> list[Tensor]:
         """The update of every member, in the shape of its part."""
@@ -171,7 +202,7 @@ class Bucket:
         return list(self.view.unstack_all(self.part, update, self.shape, len(self.members)))
 
     def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [view_here(m).cut(x)[m.part] for x, m in zip(tensors, self.members, strict=True)]
+        return [part_of(member, x) for x, member in zip(tensors, self.members, strict=True)]
 
     def _joined(self, momenta: list[Tensor]) -> Stack:
         """Momenta in the memory order that gradients will have, so that both run along memory together."""
@@ -184,15 +215,9 @@ def view_here(member: Member) -> View:
     return member.placement.view  # pyright: ignore[reportReturnType]
 
 
-def add_rounded(targets: Sequence[Tensor], updates: Sequence[Tensor], decay: float | Tensor) -> None:
-    """``w <- decay w + u`` in place, in the precision of the updates and rounded once."""
-    if not targets:
-        return
-    exact = list(targets) if targets[0].dtype == updates[0].dtype else [w.to(updates[0].dtype) for w in targets]
-    torch._foreach_mul_(exact, decay)
-    torch._foreach_add_(exact, list(updates))
-    if exact[0] is not targets[0]:
-        torch._foreach_copy_(list(targets), exact)
+def part_of(member: Member, held: Tensor) -> Tensor:
+    """The part of a member, as a view into what this rank holds of its parameter."""
+    return view_here(member).cut(held)[member.part]
 
 
 def compact(tensor: Tensor) -> Tensor:

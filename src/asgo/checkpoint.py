@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo.distributed.state import assign
-from asgo.loading import Saved, check_saved
-from asgo.settings import OF_MEMBERS, views_of
+from asgo.loading import Saved, check_saved, completed
+from asgo.optimizer import StructuredOptimizer
+from asgo.param_groups import views_of
+from asgo.settings import OF_MEMBERS
 from asgo.views import View
 
 FORMAT = 1
@@ -70,10 +72,11 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
     named, views = _named(optimizer), _views(optimizer)
     saved_views = {name: view for group in saved["groups"] for name, view in _views_of_saved(group)}
     found = {param: Saved(saved["state"][name], saved_views.get(name, ...)) for name, param in named.items()}
-    check_saved(optimizer, found, {param: own[name] for name, param in named.items()}, views)
+    added = optimizer.added_keys() if isinstance(optimizer, StructuredOptimizer) else {}
+    check_saved(optimizer, found, {param: own[name] for name, param in named.items()}, views, added)
     with torch.no_grad():
         for name, state in own.items():
-            assign(state, saved["state"][name])
+            assign(state, completed(saved["state"][name], state, added))
     take_hyperparameters(optimizer, saved["groups"])
 
 

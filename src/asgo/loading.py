@@ -11,15 +11,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo._types import State
-from asgo.settings import names_of, names_of_group
+from asgo.param_groups import names_of, names_of_group
 from asgo.triangles import rectangle
 from asgo.views import View
 
 STATE_KEYS = frozenset(
     {
-        *("step", "exp_avg", "exp_avg_sq", "failures", "gram", "root", "cross", "left", "left_root", "right"),
+        *(
+            "step",
+            "exp_avg",
+            "exp_avg_sq",
+            "failures",
+            "gram",
+            "root",
+            "cross",
+            "cross_weight",
+            "left",
+            "left_root",
+            "right",
+        ),
         *("right_root", "weight", "momentum_weight", "previous", "P", "Q", "whitened", "used", "failed", "basis"),
-        *("before", "floor", "spike_sq"),
+        *("before", "floor", "spike_sq", "residual"),
     }
 )
 """What the optimizers of this library call their state, parts aside; anything else in it is a wrapper's own."""
@@ -81,6 +93,7 @@ def check_saved(
     saved: Mapping[Tensor, Saved],
     own: Mapping[Tensor, Mapping[str, Tensor]],
     views: Mapping[Tensor, View | None],
+    added: Mapping[str, float],
 ) -> None:
     """Raise `ValueError` unless every saved state fits; one that holds nothing fits.
 
@@ -89,6 +102,7 @@ def check_saved(
         saved: what is to be loaded.
         own: the state that every parameter has, as `state_dict` gives it.
         views: of every parameter.
+        added: keys that states of earlier versions lack, parts aside.
     """
     who, names = type(optimizer).__name__, names_of(optimizer)
     for param, found in saved.items():
@@ -100,7 +114,7 @@ def check_saved(
                 "Build this one as the saved one was built."
             )
         if found.state:
-            check_tensors(who, names[param], found.state, own[param])
+            check_tensors(who, names[param], found.state, own[param], added)
 
 
 def same_reading(a: View | None, b: View | None, shape: tuple[int, ...]) -> bool:
@@ -116,9 +130,13 @@ def same_reading(a: View | None, b: View | None, shape: tuple[int, ...]) -> bool
     return all(map(torch.equal, a.matrices(places), b.matrices(places)))
 
 
-def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor], added: Mapping[str, float]
+) -> None:
     """Raise `ValueError` unless `saved` holds the same keys and shapes as `own`, beside what wrappers keep."""
     for key in filter(is_own, own.keys() | saved.keys()):
+        if key not in saved and base_key(key) in added:
+            continue
         got = tuple(saved[key].shape) if key in saved else None
         wanted = tuple(own[key].shape) if key in own else None
         if got != wanted:
@@ -130,7 +148,18 @@ def check_tensors(who: str, name: str, saved: Mapping[str, Any], own: Mapping[st
 
 def is_own(key: str) -> bool:
     """Whether a key of a state is one of this library's, not a wrapper's."""
-    return key.partition(".")[0] in STATE_KEYS
+    return base_key(key) in STATE_KEYS
+
+
+def base_key(key: str) -> str:
+    """A key of a state without the number of its part."""
+    return key.partition(".")[0]
+
+
+def completed(saved: Mapping[str, Any], own: Mapping[str, Tensor], added: Mapping[str, float]) -> Mapping[str, Any]:
+    """A saved state with what states of earlier versions lack; nothing for one of which nothing was saved."""
+    lacking = [key for key in own if key not in saved and base_key(key) in added] if saved else []
+    return {**saved, **{key: torch.full_like(own[key], added[base_key(key)]) for key in lacking}}
 
 
 def foreign(saved: Mapping[str, Any]) -> State:

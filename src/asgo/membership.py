@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from asgo.settings import names_of_group, plain
+from asgo.param_groups import names_of_group, plain
 from asgo.views import View
 
 Group = dict[str, Any]

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from asgo._types import State
 from asgo.optimizer import StructuredOptimizer
+from asgo.param_groups import names_of, views_of
 from asgo.presets.asgo import ASGO
 from asgo.roots import products
-from asgo.settings import fits_within, names_of, views_of
+from asgo.settings import fits_within
 from asgo.structures import Packed, Structure
 from asgo.views import default_view
 

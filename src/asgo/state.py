@@ -12,6 +12,7 @@ from asgo import adamw
 from asgo._types import State
 from asgo.distributed.placement import Placement, entries_of, keeps, local
 from asgo.loading import is_own
+from asgo.rounding import BITS, init_residual
 from asgo.structures import Structure
 from asgo.views import View
 
@@ -24,6 +25,13 @@ def state_dtype(param: Tensor) -> torch.dtype:
 def part_key(key: str, part: int) -> str:
     """The name in ``optimizer.state[p]`` of a key of one part: bare for the first, ``gram.1`` for the second."""
     return key if part == 0 else f"{key}.{part}"
+
+
+def _residual(param: Tensor, placement: Placement, group: Mapping[str, Any]) -> State:
+    """What rounding loses of a parameter, if it is to be kept."""
+    if group["rounding"] != "compensated" or param.dtype not in BITS:
+        return {}
+    return {"residual": init_residual(entries_of(param, placement, local(param.detach())))}
 
 
 def is_made(state: Mapping[str, Any]) -> bool:
@@ -43,6 +51,7 @@ def init_state(
     """
     dtype, device, view = state_dtype(param), param.device, placement.view
     state = {"step": torch.zeros((), dtype=torch.float32, device=_device_of_step(param, group, view))}
+    state |= _residual(param, placement, group)
     if view is None or structure is None:
         return state | adamw.init(entries_of(param, placement, local(param.detach())), dtype)
     whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
@@ -60,7 +69,7 @@ def init_state(
     return state
 
 
-def follow(state: State, param: Tensor, group: Mapping[str, Any], view: View | None) -> None:
+def follow(state: State, param: Tensor, group: Mapping[str, Any], view: View | None, placement: Placement) -> None:
     """Bring the state of a parameter to where the parameter is now and, entry by entry, into its memory order.
 
     Models move, are cast and change their memory format after construction.
@@ -74,6 +83,8 @@ def follow(state: State, param: Tensor, group: Mapping[str, Any], view: View | N
         else:
             state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
     held = local(param.detach())
+    if "residual" not in state:
+        state |= _residual(param, placement, group)
     if view is None and state["exp_avg"].shape == held.shape and state["exp_avg"].stride() != held.stride():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.empty_like(held, dtype=dtype).copy_(state[key])

@@ -18,7 +18,7 @@ from asgo.diagnostics.losses import gradients
 from asgo.diagnostics.noise import Moments
 from asgo.diagnostics.sample import Sample, Seen
 from asgo.optimizer import StructuredOptimizer
-from asgo.settings import names_of, with_views
+from asgo.param_groups import names_of, with_views
 from asgo.views import View
 
 

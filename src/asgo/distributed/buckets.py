@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
-from asgo.buckets import Bucket, Member, add_rounded, view_here
+from asgo.buckets import Bucket, Member, view_here
 from asgo.distributed.groups import Wait, add_up, collect, exchange, join
-from asgo.distributed.placement import Box, Cut, gradient, local, overlap, part_boxes, sizes, within
+from asgo.distributed.placement import Box, Cut, gradient, overlap, part_boxes, sizes, within
+from asgo.rounding import Rounding
 from asgo.structures import Structure
 
 
@@ -158,28 +160,32 @@ class Owned(Bucket):
         arrived, self._arrived = self._arrived, []
         return self.view.stack_all(self.part, arrived).to(self.dtype)
 
-    def add(self, update: Stack | None, decay: float | Tensor) -> Wait | None:
+    def add(self, update: Stack | None, decay: float | Tensor, rounding: Rounding) -> Wait | None:
         """Start to send every rank its boxes of the update; with them come those of the other members."""
         me, ranks = self.placement.me, self.placement.ranks
         outgoing: list[list[Tensor]] = [[] for _ in ranks]
         incoming: list[list[Tensor]] = [[] for _ in ranks]
-        pieces, targets, buffers = iter(self._pieces(update)), [], []
+        pieces, written, buffers = iter(self._pieces(update)), [], []
         like = torch.empty(0, dtype=self.dtype, device=self.everyone[0].param.device)
         for member, whole, held in zip(self.everyone, self._wholes, self._held, strict=True):
             piece = next(pieces) if member.mine else None
             for rank, box in held.items() if piece is not None else ():
                 outgoing[rank].append(piece[within(box, whole)])  # pyright: ignore[reportOptionalSubscript]
             if me in held:
-                targets.append(local(member.param)[within(held[me], member.placement.box)])
+                written.append((member, partial(_at, within(held[me], member.placement.box))))
                 buffers.append(like.new_empty(sizes(held[me])))
                 incoming[member.owner or 0].append(buffers[-1])
         wait = exchange(ranks, me, outgoing, incoming, like)
 
         def arrive() -> None:
             wait()
-            add_rounded(targets, buffers, decay)
+            self.write(written, buffers, decay, rounding)
 
         return arrive
+
+
+def _at(index: tuple[slice, ...], tensor: Tensor) -> Tensor:
+    return tensor[index]
 
 
 def _holders(member: Member, whole: Box) -> dict[int, Box]:

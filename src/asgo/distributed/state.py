@@ -36,7 +36,7 @@ def export(state: State, param: Tensor, placement: Placement, owners: Sequence[i
 
 def _exported(key: str, tensor: Tensor, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> Tensor:
     name, _, part = key.partition(".")
-    if key == "spike_sq" or (placement.kind == "entries" and name.startswith("exp_avg")):
+    if key in ("spike_sq", "residual") or (placement.kind == "entries" and name.startswith("exp_avg")):
         return _entries(key, tensor, param, placement)
     if key == "step" or placement.kind in ("alone", "shared", "entries"):
         return tensor

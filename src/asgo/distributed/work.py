@@ -152,8 +152,17 @@ class Division:
         turn_of: Mapping[tuple[Tensor, int], int],
     ) -> list[Member]:
         """The parts of parameters that have views."""
+        places = {param: i << 10 for i, param in enumerate(views)}
         return [
-            Member(param, view, part, turn_of[param, part], self.placement(param, view, structure), owner)
+            Member(
+                param,
+                view,
+                part,
+                turn_of[param, part],
+                self.placement(param, view, structure),
+                owner,
+                places[param] + part,
+            )
             for param in params
             if (view := views[param]) is not None
             for part, owner in enumerate(self.owners(param, view))
@@ -240,7 +249,7 @@ class Division:
     def _keep_own(self, state: State, param: Tensor, where: Placement, owned_by: Sequence[int | None]) -> None:
         for key, tensor in state.items():
             name, _, part = key.partition(".")
-            if where.rows and name.startswith("exp_avg"):
+            if where.rows and name in ("exp_avg", "exp_avg_sq", "residual"):
                 state[key] = tensor[within(where.box, whole(param))].clone()
             elif where.kind == "owned" and name not in WHOLE and not keeps(where, owned_by[int(part or 0)]):
                 state[key] = tensor[:0].clone()
@@ -249,5 +258,5 @@ class Division:
         return {**vars(self), "_placements": {}}
 
 
-WHOLE = {"step", "spike_sq"}
+WHOLE = {"step", "spike_sq", "residual"}
 """Keys of a state that are not one part's."""

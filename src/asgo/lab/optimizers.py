@@ -14,9 +14,9 @@ from asgo.lab.inspect import check_sizes, text_table
 from asgo.lab.models import build_model, count_parameters
 from asgo.lab.peers import build_optimizer, state_bytes
 from asgo.optimizer import StructuredOptimizer
+from asgo.param_groups import with_views
 from asgo.presets import SPAM
 from asgo.report import report
-from asgo.settings import with_views
 from asgo.structures import Structure
 from asgo.views import View
 

@@ -21,8 +21,8 @@ from asgo.lab.config import OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.rules import read_rules
 from asgo.optimizer import StructuredOptimizer
+from asgo.param_groups import with_views
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-from asgo.settings import with_views
 from asgo.views.route import route
 
 Named = list[tuple[str, nn.Parameter]]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
+from asgo.rounding import Rounding
 from asgo.settings import LOOP
 from asgo.structures import DenseBlocks, Structure, limit_of, packed_if
 from asgo.views import View
@@ -43,11 +44,12 @@ class AdaBlock(StructuredOptimizer):
         eps: outside the root; 1e-4 as released. Eigenvalues of V below what its precision can resolve count as that.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots of a matrix; all are refreshed in the first ten.
-        stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic. Under an old root, runs
-            of the result are no longer than a constant gradient makes them under fresh ones.
+        stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic. Under an old root,
+            runs of the result are no longer than a constant gradient makes them under fresh ones.
         clip: the rate of the SGD that clipping leads to, in units of lr; None for no clipping.
         gamma: how fast the bounds close; 1e-3 as released.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
@@ -73,6 +75,7 @@ class AdaBlock(StructuredOptimizer):
         gamma: float = 1e-3,
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
         packed_state: bool = False,
     ) -> None:
@@ -87,6 +90,7 @@ class AdaBlock(StructuredOptimizer):
             "clip": clip,
             "gamma": gamma,
             "maximize": maximize,
+            "rounding": rounding,
             "packed_state": packed_state,
         }
         super().__init__(params, defaults, adamw)

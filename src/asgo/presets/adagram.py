@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
-from asgo.settings import views_of
+from asgo.param_groups import views_of
+from asgo.rounding import Rounding
 from asgo.structures import LowRankFactor, LowRankSymmetric, Structure
 from asgo.views import View
 from asgo.views import patterns as partition
@@ -54,6 +55,7 @@ class AdaGram(StructuredOptimizer):
         compensate: with ``"symmetric"``, spread the energy of dropped directions over all that are not remembered;
             ``"factor"`` has no such form.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -73,6 +75,7 @@ class AdaGram(StructuredOptimizer):
         compensate: bool = True,
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
@@ -83,6 +86,7 @@ class AdaGram(StructuredOptimizer):
             "integrator": integrator,
             "compensate": compensate,
             "maximize": maximize,
+            "rounding": rounding,
         }
         super().__init__(params, defaults, adamw)
         views = [view for group in self.param_groups for view in views_of(group)]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
+from asgo.rounding import Rounding
 from asgo.settings import LOOP
 from asgo.structures import Difference
 from asgo.views import View
@@ -40,6 +41,7 @@ class AGD(StructuredOptimizer):
         delta: the least that H is divided by; 1e-5 as released, 1e-14 for the paper's transformers.
         weight_decay: decoupled, multiplied by ``lr``.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -59,6 +61,7 @@ class AGD(StructuredOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
@@ -67,6 +70,7 @@ class AGD(StructuredOptimizer):
             "delta": delta,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "rounding": rounding,
         }
         super().__init__(params, defaults, adamw)
 

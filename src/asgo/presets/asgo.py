@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
+from asgo.rounding import Rounding
 from asgo.structures import OneSided, Structure, limit_of, packed_if
 
 
@@ -54,6 +55,7 @@ class ASGO(StructuredOptimizer):
             matrix of a stack by itself, None not at all.
         root: one of `asgo.roots.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
@@ -86,6 +88,7 @@ class ASGO(StructuredOptimizer):
         *,
         root: str = "auto",
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
         capturable: bool = False,
         packed_state: bool = False,
@@ -104,6 +107,7 @@ class ASGO(StructuredOptimizer):
             "side": "auto",
             "root": root,
             "maximize": maximize,
+            "rounding": rounding,
             "capturable": capturable,
             "packed_state": packed_state,
             "max_size": max_size,

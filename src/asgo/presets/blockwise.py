@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo import settings
 from asgo.optimizer import StructuredOptimizer
+from asgo.rounding import Rounding
 from asgo.structures import Blockwise
 from asgo.structures.blockwise import Blocks
 from asgo.views import View
@@ -104,6 +105,7 @@ class BAG(Partitioned):
             In a group with a view of its own, ``"tensor"`` is each of its matrices, ``"row"`` each row and
             ``"column"`` each column; ``"kernel"`` and numbers are refused there.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -120,9 +122,14 @@ class BAG(Partitioned):
         blocks: Partition = "tensor",
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "eps": eps, "blocks": self.plain(blocks), "maximize": maximize}, adamw)
+        super().__init__(
+            params,
+            {"lr": lr, "eps": eps, "blocks": self.plain(blocks), "maximize": maximize, "rounding": rounding},
+            adamw,
+        )
 
     def structure(self, group: dict[str, Any]) -> Blockwise:
         """The mean square of each block."""
@@ -154,6 +161,7 @@ class BAGM(Partitioned):
         weight_decay: decoupled, multiplied by ``lr``; ours, the paper's adds to the gradient.
         blocks: what a block is, see `BAG`.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -172,6 +180,7 @@ class BAGM(Partitioned):
         blocks: Partition = "tensor",
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
@@ -181,6 +190,7 @@ class BAGM(Partitioned):
             "weight_decay": weight_decay,
             "blocks": self.plain(blocks),
             "maximize": maximize,
+            "rounding": rounding,
         }
         super().__init__(params, defaults, adamw)
 
@@ -213,6 +223,7 @@ class AdamMini(StructuredOptimizer):
         eps: outside the root, as in Adam.
         weight_decay: decoupled, multiplied by ``lr``; 0.1 as in the paper's language models.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -230,9 +241,17 @@ class AdamMini(StructuredOptimizer):
         weight_decay: float = 0.1,
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "rounding": rounding,
+        }
         super().__init__(params, defaults, adamw)
 
     @staticmethod

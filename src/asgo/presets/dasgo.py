@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
+from asgo.rounding import Rounding
 from asgo.structures import Blockwise
 
 
@@ -43,6 +44,7 @@ class DASGO(StructuredOptimizer):
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2 (the paper),
             ``"slice_rms"`` each matrix of a stack by itself, None not at all.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -62,6 +64,7 @@ class DASGO(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
@@ -72,6 +75,7 @@ class DASGO(StructuredOptimizer):
             "axis": axis,
             "adjust_lr": adjust_lr,
             "maximize": maximize,
+            "rounding": rounding,
         }
         super().__init__(params, defaults, adamw)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
+from asgo.rounding import Rounding
 from asgo.settings import LOOP
 from asgo.structures import Kronecker, OneSided, Structure, limit_of, packed_if
 
@@ -40,6 +41,7 @@ class OneSidedShampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistic (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
@@ -63,6 +65,7 @@ class OneSidedShampoo(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = None,
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
         packed_state: bool = False,
     ) -> None:
@@ -75,6 +78,7 @@ class OneSidedShampoo(StructuredOptimizer):
             "precondition_frequency": precondition_frequency,
             "adjust_lr": adjust_lr,
             "maximize": maximize,
+            "rounding": rounding,
             "packed_state": packed_state,
         }
         super().__init__(params, defaults, adamw)
@@ -114,6 +118,7 @@ class Shampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
@@ -137,6 +142,7 @@ class Shampoo(StructuredOptimizer):
         adjust_lr: Literal["rms", "slice_rms"] | None = None,
         *,
         maximize: bool = False,
+        rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
         packed_state: bool = False,
     ) -> None:
@@ -149,6 +155,7 @@ class Shampoo(StructuredOptimizer):
             "max_size": max_size,
             "adjust_lr": adjust_lr,
             "maximize": maximize,
+            "rounding": rounding,
             "packed_state": packed_state,
         }
         super().__init__(params, defaults, adamw)

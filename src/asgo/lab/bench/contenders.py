@@ -21,8 +21,8 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from asgo.lab.bench.shapes import Workload
 from asgo.lab.peers import Composite
+from asgo.param_groups import with_views
 from asgo.presets import ASGO
-from asgo.settings import with_views
 
 LR, DECAY, BETAS = 1e-3, 0.1, (0.9, 0.95)
 COLD_STEPS = 3

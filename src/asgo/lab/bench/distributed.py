@@ -34,8 +34,8 @@ from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.peers import state_bytes
 from asgo.lab.plot import STYLES, png
+from asgo.param_groups import with_views
 from asgo.presets import ASGO
-from asgo.settings import with_views
 
 SENDING = ("all_to_all_single", "all_gather", "all_reduce")
 """The collectives of a step; their second, second and first argument is what a rank sends."""

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asgo.settings import with_views
+from asgo.param_groups import with_views
 from asgo.views.route import route
 
 Named: TypeAlias = tuple[str, nn.Parameter]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from asgo.buckets import part_key
 from asgo.distributed.summing import most_shards, sent
 from asgo.optimizer import StructuredOptimizer
-from asgo.settings import names_of, with_views
+from asgo.param_groups import names_of, with_views
 from asgo.structures import Packed
 from asgo.triangles import rectangle, size
 from asgo.views import View
