@@ -19,8 +19,9 @@ from benchmarks.gpu.check_graphs import MODES
 from benchmarks.gpu.check_processes import WAYS
 from benchmarks.gpu.device import PRECISIONS, Device
 from benchmarks.gpu.forms import FORMS, PRESETS, STATED
-from benchmarks.gpu.loss import CONTENDERS
+from benchmarks.gpu.loss import CONTENDERS, split
 from benchmarks.gpu.matrices import CONDITION, cases, gentle
+from benchmarks.gpu.model import TINY, make_model
 from benchmarks.gpu.part import CheckError, Part
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.peers import MUON, PEERS
@@ -29,7 +30,7 @@ from benchmarks.gpu.results import latest, write_results
 from benchmarks.gpu.roots import auto_table, choices
 from benchmarks.gpu.shapes import MODELS
 
-from asgo import ASGO
+from asgo import ASGO, report, route
 from asgo.roots import ROOTS, products
 
 ROOT = Path(__file__).parent.parent
@@ -281,6 +282,15 @@ def test_all_layouts_and_muon_share_the_memory_of_the_parameters(model):
         assert sum(param.numel() for param in given) == entries
         assert {param.untyped_storage().data_ptr() for param in given} == memory
         assert all(param.ndim == 2 and param.grad is not None for param in workload.matrices(fused))
+
+
+def test_the_matrices_of_the_training_are_those_that_route_finds():
+    model = make_model(TINY, 0, torch.device("cpu"))
+    names = {id(param): name for name, param in model.named_parameters()}
+    matrices, rest = split(model)
+    routed = [row.name for row in report(ASGO(route(model))).rows if row.view != "-"]
+    assert sorted(names[id(param)] for param in matrices) == sorted(routed)
+    assert len(matrices) + len(rest) == len(names)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
