@@ -19,8 +19,9 @@ from benchmarks.gpu.check_graphs import MODES
 from benchmarks.gpu.check_processes import WAYS
 from benchmarks.gpu.device import PRECISIONS, Device
 from benchmarks.gpu.forms import FORMS, PRESETS, STATED
-from benchmarks.gpu.loss import CONTENDERS
+from benchmarks.gpu.loss import CONTENDERS, split
 from benchmarks.gpu.matrices import CONDITION, cases, gentle
+from benchmarks.gpu.model import TINY, make_model
 from benchmarks.gpu.part import CheckError, Part
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.peers import MUON, PEERS
@@ -29,7 +30,7 @@ from benchmarks.gpu.results import latest, write_results
 from benchmarks.gpu.roots import auto_table, choices
 from benchmarks.gpu.shapes import MODELS
 
-from asgo import ASGO
+from asgo import ASGO, report, route
 from asgo.roots import ROOTS, products
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,7 @@ def test_every_part_produces_its_rows(rehearsal):
     names = [*(form.name for form in FORMS), *(peer.name for peer in PEERS), MUON, "products"]
     assert {f"{model}: {name}" for model in MODELS for name in names} <= set(found["speed"])
     assert all(row["seconds"] > 0 for row in found["speed"].values() if "to_muon" in row)
-    launched = {row["row"] for row in found["launches"].values() if row["launches"] > 0}
+    launched = {row["row"] for row in found["launches"].values() if row["status"] == "ok" and row["launches"]}
     assert {f"GPT-2 124M: {form.name}" for form in FORMS if not form.waits} | {f"GPT-2 124M: {MUON}"} <= launched
     timed = {row["name"] for row in found["roots"].values() if row["status"] == "ok"}
     assert {"eigh", "minimax", "minimax_fast", "minimax_bf16x3", "minimax_tf32", "eigh64", "Cholesky"} == timed
@@ -129,7 +130,8 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path,
     assert failed == ["root eigh", "root eigh, loose products"]
     assert re.search(r"in broken\n.*RuntimeError: broken on purpose", rows["root eigh"]["traceback"], re.DOTALL)
     assert sum(row["status"] == "ok" for row in rows.values()) == 2 * len(ROOTS) - 2
-    assert "| correctness | root eigh | failed | RuntimeError: broken on purpose |" in write_results(tmp_path, False)
+    table = write_results(tmp_path, picture=False)
+    assert re.search(r"\| correctness \| root eigh +\| failed \| RuntimeError: broken on purpose \|", table)
 
 
 DIES = """
@@ -280,6 +282,15 @@ def test_all_layouts_and_muon_share_the_memory_of_the_parameters(model):
         assert sum(param.numel() for param in given) == entries
         assert {param.untyped_storage().data_ptr() for param in given} == memory
         assert all(param.ndim == 2 and param.grad is not None for param in workload.matrices(fused))
+
+
+def test_the_matrices_of_the_training_are_those_that_route_finds():
+    model = make_model(TINY, 0, torch.device("cpu"))
+    names = {id(param): name for name, param in model.named_parameters()}
+    matrices, rest = split(model)
+    routed = [row.name for row in report(ASGO(route(model))).rows if row.view != "-"]
+    assert sorted(names[id(param)] for param in matrices) == sorted(routed)
+    assert len(matrices) + len(rest) == len(names)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

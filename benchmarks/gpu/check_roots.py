@@ -53,8 +53,8 @@ def _bound(name: str, k: int) -> float:
 
 def _errors(name: str, stack: Tensor, some: list[Case], eps: float) -> dict[str, float]:
     roots, ok = ROOTS[name](stack, eps)
-    found, told = roots.cpu(), ok.cpu()
-    wrong = [case.name for case, well in zip(some, told.tolist(), strict=True) if well == case.is_broken]
+    found, reported = roots.cpu(), ok.cpu()
+    wrong = [case.name for case, well in zip(some, reported.tolist(), strict=True) if well == case.is_broken]
     if wrong:
         raise CheckError(f"{name} reports {wrong} wrongly")
     if not bool(found.isfinite().all()):

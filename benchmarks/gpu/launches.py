@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from benchmarks.gpu.forms import FORMS, Form, unavailable
+from benchmarks.gpu.forms import FORMS, Form
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.peers import MUON, PEERS, Peer
 from benchmarks.gpu.shapes import MODELS, TINY, Workload
@@ -25,7 +25,7 @@ def run(part: Part) -> None:
         scene = Scene(name, part, Workload(weights, part.device))
         part.attempt(scene.row(MUON), partial(_profile, part, scene.rival.step))
         for form in (form for form in FORMS if not form.waits):
-            if (unavailable(form, part.device) or scene.workload.same_layout(form.layout)) is None:
+            if scene.excluded(form) is None:
                 part.attempt(scene.row(form.name), partial(_form, scene, form), fragile=form.graph)
         for peer in (peer for peer in PEERS if peer.unavailable(scene.workload) is None):
             part.attempt(scene.row(peer.name), partial(_peer, scene, peer))

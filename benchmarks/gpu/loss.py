@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
-from asgo import ASGO, route
+from asgo import ASGO, View
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.model import GPT, GPT2, TINY, Size, make_model
 from benchmarks.gpu.part import Part
@@ -46,35 +46,35 @@ class Job:
     most: int
 
 
-def asgo_for(model: nn.Module) -> Any:
-    """ASGO as its documentation says, with AdamW's own rate for what has no matrix."""
-    groups = [{**group, "lr": REST_LR} if group["view"] is None else group for group in route(model)]
+def split(model: GPT) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of linear layers, which every optimizer sees as its matrices, and the rest."""
+    linear = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    matrices = [param for param in model.parameters() if id(param) in linear]
+    return matrices, [param for param in model.parameters() if id(param) not in linear]
+
+
+def asgo_for(model: GPT) -> Any:
+    """ASGO on the matrices, AdamW within it on the rest."""
+    matrices, rest = split(model)
+    groups = [{"params": matrices, "view": View("m n -> 1 m n")}, {"params": rest, "view": None, "lr": REST_LR}]
     return ASGO(groups, lr=MATRIX_LR, betas=(MOMENTUM, 0.2), weight_decay=DECAY)
 
 
-def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for group in route(model):
-        (rest if group["view"] is None else matrices).extend(param for _, param in group["params"])
-    return matrices, rest
-
-
-def muon_for(model: nn.Module) -> Any:
+def muon_for(model: GPT) -> Any:
     """`torch.optim.Muon` on the same matrices, AdamW on the rest."""
-    matrices, rest = _split(model)
+    matrices, rest = split(model)
     options: dict[str, Any] = {"momentum": MOMENTUM, "weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
     return with_adamw(Muon(matrices, lr=MATRIX_LR, **options), rest, REST_LR)
 
 
-def adamw_for(model: nn.Module) -> Any:
+def adamw_for(model: GPT) -> Any:
     """AdamW on everything, without decay where there is no matrix."""
-    matrices, rest = _split(model)
+    matrices, rest = split(model)
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
     return AdamW(groups, lr=ADAMW_LR, betas=BETAS, fused=True)
 
 
-CONTENDERS: dict[str, Callable[[nn.Module], Any]] = {"ASGO": asgo_for, "Muon": muon_for, "AdamW": adamw_for}
+CONTENDERS: dict[str, Callable[[GPT], Any]] = {"ASGO": asgo_for, "Muon": muon_for, "AdamW": adamw_for}
 
 
 @dataclass

@@ -17,7 +17,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def gentle(b: int, m: int, n: int, seed: int) -> Tensor:
-    """``(b, m, n)`` in float64 whose singular values are spread evenly over [1, 3], so all their grams have condition
+    """``(b, m, n)`` in float64 whose singular values are evenly spaced in [1, 3], so all their grams have condition
     9 or, on the longer side, rank ``min(m, n)``."""
     k, dice = min(m, n), generator(seed)
     left, right = (torch.linalg.qr(torch.randn(b, size, k, generator=dice).double())[0] for size in (m, n))

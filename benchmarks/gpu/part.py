@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.record import Record, Row
 
@@ -77,10 +75,6 @@ class Part:
         """Record that a row was not measured, and why."""
         if self.wanted(row) and row not in self.record.known:
             self._show(self.record.write(row, "skipped", {"error": why}))
-
-    def draw(self, seed: int) -> torch.Generator:
-        """Random numbers on the device."""
-        return torch.Generator(self.device.torch).manual_seed(seed)
 
     def _show(self, row: Row) -> None:
         note = row.get("error", "")

@@ -129,7 +129,7 @@ def _child(plan: Plan, name: str, end: float, parent: int) -> None:
         record.write("device", "failed", {"error": str(error), "traceback": traceback.format_exc()})
         return
     part = Part(device, record, end - time.monotonic(), plan.tiny, plan.only)
-    record.write("machine", "machine", facts(device))
+    record.write("machine", "machine", {**facts(device), "rehearsal": plan.tiny})
     try:
         PARTS[name](part)
     except DeviceLostError:

@@ -82,7 +82,9 @@ def _machine(rows: list[Row]) -> str:
     found = _facts(rows)
     packages = ", ".join(f"{name} {version}" for name, version in found.get("packages", {}).items())
     versions = [f"{name} {found[name]}" for name in ("cuda", "cudnn", "nccl", "python", "commit") if found.get(name)]
-    return "; ".join(filter(None, [str(found.get("device", "no device")), packages, *versions]))
+    note = "**A rehearsal, with tiny shapes under the names of the models: its times say nothing.**\n\n"
+    described = "; ".join(filter(None, [str(found.get("device", "no device")), packages, *versions]))
+    return (note if found.get("rehearsal") else "") + described
 
 
 def tables(rows: list[Row]) -> list[Table]:

@@ -193,8 +193,8 @@ class Workload:
         what shares a parameter apart or, with `fused`, as it stands."""
         found = []
         for each, param, pieces in zip(self.weights, self.params, self.pieces, strict=True):
-            whole = fused and each.view is not None and len(each.shape) == 2
-            found += [param] if whole else [piece for piece, _ in pieces]
+            undivided = fused and each.view is not None and len(each.shape) == 2
+            found += [param] if undivided else [piece for piece, _ in pieces]
         return found
 
     @property

@@ -53,6 +53,13 @@ class Scene:
         """Rounds of four turns for each row."""
         return 1 if self.part.tiny else ROUNDS
 
+    def excluded(self, form: Form) -> str | None:
+        """Why a form is not measured on this model; None if it is."""
+        known = self.part.record.known.items()
+        if form.graph and any(row.endswith(f": {form.name}") and found["status"] == "failed" for row, found in known):
+            return "its capture has failed before, which costs a process each time"
+        return unavailable(form, self.part.device) or self.workload.same_layout(form.layout)
+
     def row(self, what: str) -> str:
         """The name of a row."""
         return f"{self.name}: {what}"
@@ -75,7 +82,7 @@ def _model(scene: Scene, forms: Sequence[Form], peers: Sequence[Peer]) -> None:
         part.attempt(scene.row("products"), partial(_products, part, scene.workload))
         part.attempt(scene.row(MUON), partial(_rival, scene))
     for form in forms:
-        why = unavailable(form, part.device) or scene.workload.same_layout(form.layout)
+        why = scene.excluded(form)
         if why:
             part.skip(scene.row(form.name), why)
         else:

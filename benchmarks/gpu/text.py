@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT, EVALUATIONS = 20, 4
-"""Every so manieth file is held out; batches of what is held out that one evaluation takes."""
+"""One file in so many is held out; batches of what is held out that one evaluation takes."""
 
 
 @dataclass(frozen=True)
