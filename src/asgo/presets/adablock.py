@@ -43,7 +43,7 @@ class AdaBlock(StructuredOptimizer):
         eps: outside the root; 1e-4 as released.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots of a matrix; all are refreshed in the first ten.
-        stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic. Under an old root, runs
+        stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic. Under an old root runs
             of the result are no longer than a constant gradient makes them under fresh ones.
         clip: the rate of the SGD that clipping leads to, in units of lr; None for no clipping.
         gamma: how fast the bounds close; 1e-3 as released.
