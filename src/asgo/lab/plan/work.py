@@ -18,6 +18,8 @@ from asgo.matmul import PANELS, SMALLEST_PANEL
 PASSES = 19
 """How often a step on a GPU reads or writes a number of a stack beside the products: norm 2, where 4, lerp 6, square
 and mean 3, two multiplications 4."""
+LIMITING = 3
+"""The same for the lengths of rows and their limit, where roots grow older than a step."""
 FOLD, PACKED = 3, 7
 """How often a step reads or writes a number of a ``k x k`` statistic and root beside products: to fold 3; where they
 are packed, to pack a measurement 1.75, to fold it 1.5, to unpack a root 3.5, and a little for masks."""
@@ -121,7 +123,8 @@ def work(placed: Sequence[Placed], mesh: Mesh, interval: int, products: float, n
         application += mine * application_flops(part)
         elements += everywhere(p, mesh, p.held) * numbers.holder
         squares = (PACKED if part.packed else FOLD) * b * part.k**2
-        elements += mine * part.numel * numbers.worker + remembers(p, mesh) * squares * numbers.state
+        worker = numbers.worker + (LIMITING * numbers.state if interval > 1 else 0)
+        elements += mine * part.numel * worker + remembers(p, mesh) * squares * numbers.state
         cubic[p.turn] += refreshes * root_flops(part, products)
         count += applies(p, mesh) * 2 * b
         count[p.turn] += refreshes * b * products
