@@ -21,7 +21,10 @@ FLOORS = [
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
     {"ladder"},
     {"buckets", "settings", "state", *(f"distributed.{path.stem}" for path in (ROOT / "distributed").glob("[!_]*.py"))},
-    {"optimizer", *(f"views.{name}" for name in ("layouts", "model_scan", "route"))},
+    {
+        "optimizer",
+        *(f"views.{path.stem}" for path in (ROOT / "views").glob("[!_]*.py") if path.stem not in ("view", "patterns")),
+    },
     {
         "presets",
         *(f"presets.{path.stem}" for path in (ROOT / "presets").glob("[!_]*.py")),
