@@ -103,7 +103,8 @@ def _attention(site: Site) -> Reading | None:
     if isinstance(site.module, _CONVS) and (site.module.groups != 1 or prod(shape[2:]) != 1):
         return None
     is_stack = len(shape) == 3 and not isinstance(site.module, _CONVS)
-    rows, columns = shape[-2:] if is_stack else (shape[1], shape[0]) if transposed else shape[:2]
+    axes = list(shape[-2:] if is_stack else shape[:2])
+    rows, columns = axes[::-1] if transposed else axes
     for module, slot in [(site.module, site.leaf)] if is_own else site.places():
         found = read(Place(module, slot, rows, columns), 2 if is_stack else len(shape), transposed)
         if found is not None:
@@ -159,9 +160,9 @@ def _dense(site: Site) -> Reading | None:
         return None
     plain, how = TRANSPOSED if is_transposed(site.module) else MATRIX, type(site.module).__name__
     rows, columns = site.shape
-    fused = site.parent is not None and number(site.parent, HEADS) and rows in (2 * columns, 3 * columns)
-    if fused and site.parent is not None and not any(other[-1] == rows for other in beside(site.parent, site.slot)):
-        return Reading(plain, plain, f"{how} of {rows // columns} times its input's width, perhaps fused", known=False)
+    if rows == 3 * columns and site.parent is not None and _is_attention(site.parent):
+        if not any(other[-1] == rows for other in beside(site.parent, site.slot)):
+            return Reading(plain, plain, f"{how} of three times its input's width, perhaps fused", known=False)
     return Reading(plain, plain, how)
 
 
@@ -233,6 +234,11 @@ DEFAULTS: tuple[Callable[[Site], Reading | None], ...] = (
     _bare,
 )
 """The defaults in order: each row tells how the parameter is read, or ``None`` if it is not its business."""
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module has heads and layers of its own, not blocks of them."""
+    return bool(number(module, HEADS)) and not any(isinstance(child, nn.ModuleList) for child in module.children())
 
 
 def is_transposed(module: nn.Module) -> bool:
