@@ -197,6 +197,7 @@ APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]], boo
         blocks(12, 12, 24, 24),
         True,
     ),
+    "a hyper-connection": (Holder(hc_mult=3, fn=(15, D)), "fn", blocks(3, 3, 9), True),
     "an index": (
         Holder(index_n_heads=4, index_kv_heads=1, index_head_dim=6, index_qk_proj=(30, D)),
         "index_qk_proj",

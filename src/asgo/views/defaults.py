@@ -160,9 +160,10 @@ def _dense(site: Site) -> Reading | None:
         return None
     plain, how = TRANSPOSED if is_transposed(site.module) else MATRIX, type(site.module).__name__
     rows, columns = site.shape
-    if rows == 3 * columns and site.parent is not None and _is_attention(site.parent):
-        if not any(other[-1] == rows for other in beside(site.parent, site.slot)):
-            return Reading(plain, plain, f"{how} of three times its input's width, perhaps fused", known=False)
+    parent = site.parent
+    fused = rows == 3 * columns and parent is not None and _is_attention(parent)
+    if fused and parent is not None and not any(other[-1] == rows for other in beside(parent, site.slot)):
+        return Reading(plain, plain, f"{how} of three times its input's width, perhaps fused", known=False)
     return Reading(plain, plain, how)
 
 

@@ -255,6 +255,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         ("in_proj",), ("B", "C", "x"), "blocks", partial(rows_of.multiples, 3), "LFM2, LFM3", needs=("conv", "out_proj")
     ),
+    Layout(("fn",), ("pre", "post", "comb"), "blocks", rows_of.hyper_connection, "DeepSeek-V4", needs=("hc_mult",)),
     # -- modulation -----------------------------------------------------------------------------------------------
     Layout(
         ("adaLN_modulation", "adaln_modulation", "modulation"),

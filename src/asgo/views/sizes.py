@@ -327,6 +327,12 @@ def gated_query_by_group(place: Place) -> tuple[int, ...] | None:
     return (unit, unit) if unit and 2 * unit * kv == place.rows else None
 
 
+def hyper_connection(place: Place) -> tuple[int, ...] | None:
+    """What collapses, expands and mixes the streams of a hyper-connection."""
+    n = place.number("hc_mult")
+    return add_up(place, n, n, n * n)
+
+
 def index(place: Place) -> tuple[int, ...] | None:
     """Queries and keys of a sparse attention's index."""
     d = place.number("index_head_dim")

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 """Modules whose weight is looked up by index."""
 
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
 HEAD_SLOTS = {
     *("lm_head", "embed_out", "unembed", "unembedding", "to_logits", "logits", "logits_proj", "output_projection"),
     *("codec_head", "codebooks_head", "vocab_head", "vocab_proj", "shared_head", "ctc_proj", "ctc_lo", "lm_logits"),
 }
 """Exact names of vocabulary heads: with a vocabulary's length they are heads even inside blocks."""
+
+FEWEST = 10
+"""Tokens of a vocabulary: tables of fewer rows are flags or types, and as many outputs a classifier."""
+
+WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim", "encoder_hidden_size")
+"""What configs call the width of hidden states."""
 
 _NOT_TOKENS = {
     *("position", "positions", "positional", "pos", "wpe", "type", "types", "segment", "segments", "seg", "time"),
@@ -64,16 +68,19 @@ class Vocabulary:
             return True
         named = bool(HEAD_SLOTS.intersection(slots))
         if module in self.blocks:
-            return named and self._is_vocabulary(out)
-        if out in self.sizes and (named or module is self.last or (out != inner and out not in self.widths)):
+            return named and self._is_padded(out)
+        if out in self.sizes and (named or module is self.last):
             return True
-        if inner in self.sizes and inner not in self.widths and inner > out:
-            return True
-        return out != inner and inner in self.widths and out not in self.widths and self._is_vocabulary(out)
+        if inner == out or out < 2:
+            return False
+        gives = out not in self.widths and (out in self.sizes or (inner in self.widths and self._is_padded(out)))
+        reads = inner not in self.widths and inner in self.sizes and inner > out
+        return max(out, inner) >= FEWEST and (gives or reads)
 
-    def _is_vocabulary(self, out: int) -> bool:
+    def _is_padded(self, out: int) -> bool:
         """A vocabulary's length, or up to padding: a row more or less, or up to a multiple of 128."""
-        return any(abs(out - size) <= max(1, min(127, size // 50)) for size in self.sizes)
+        sizes = [size for size in self.sizes if size >= FEWEST]
+        return out in self.sizes or any(abs(out - size) <= max(1, min(127, size // 50)) for size in sizes)
 
 
 def find_vocabulary(model: nn.Module) -> Vocabulary:
@@ -88,7 +95,7 @@ def find_vocabulary(model: nn.Module) -> Vocabulary:
     return Vocabulary(
         frozenset(inner for head in _named_heads(modules.values()) for inner in head.modules()),
         frozenset(sizes),
-        frozenset(int(table.weight.shape[1]) for table in tables.values()),  # pyright: ignore
+        frozenset([*(int(table.weight.shape[1]) for table in tables.values()), *_widths(modules.values())]),  # pyright: ignore
         blocks,
         dense[-1] if dense else None,
     )
@@ -112,8 +119,14 @@ def _told_sizes(module: nn.Module) -> Iterator[int]:
     """What a module's config calls the size of a vocabulary."""
     config = getattr(module, "config", None)
     for name, value in vars(config).items() if hasattr(config, "__dict__") else ():
-        if name.endswith("vocab_size") and not name.startswith("type") and isinstance(value, int) and value > 1:
+        if name.endswith("vocab_size") and "type" not in name and isinstance(value, int) and value > 1:
             yield value
+
+
+def _widths(modules: Iterable[nn.Module]) -> Iterator[int]:
+    for module in modules:
+        values = (getattr(getattr(module, "config", None), name, None) for name in WIDTHS)
+        yield from (value for value in values if isinstance(value, int))
 
 
 def _named_heads(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
@@ -135,9 +148,13 @@ def _answer(ask: object) -> object:
 
 
 def _in_blocks(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Everything inside elements of containers that have layers inside, but no table of tokens."""
+    """Everything inside repeated elements with layers, but no table of tokens: of lists, and of sequences if alike."""
     for container in modules:
-        for element in container.children() if isinstance(container, CONTAINERS) else ():
+        elements = [*container.children()] if isinstance(container, (nn.ModuleList, nn.Sequential)) else []
+        for element in elements:
+            alike = sum(type(other) is type(element) for other in elements)
+            if isinstance(element, nn.ModuleList) or (isinstance(container, nn.Sequential) and alike < 2):
+                continue
             inside = list(element.modules())
             layers = any(any(p.ndim >= 2 for p in module.parameters(recurse=False)) for module in inside[1:])
             if layers and not any(map(_is_table, inside)):
