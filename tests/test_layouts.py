@@ -198,6 +198,8 @@ APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]], boo
         True,
     ),
     "a hyper-connection": (Holder(hc_mult=3, fn=(15, D)), "fn", blocks(3, 3, 9), True),
+    "one number per query": (Holder(embed_dim=D, qkv_proj=(49, D)), "qkv_proj", blocks(1, 24, 24), True),
+    "focal modulation": (Holder(focal_level=2, projection_in=(51, D)), "projection_in", blocks(24, 24, 3), True),
     "an index": (
         Holder(index_n_heads=4, index_kv_heads=1, index_head_dim=6, index_qk_proj=(30, D)),
         "index_qk_proj",

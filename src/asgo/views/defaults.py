@@ -128,7 +128,7 @@ def _gated(site: Site) -> Reading | None:
     shape, module = site.shape, site.module
     if site.parent is not None and isinstance(module, _CONVS):
         view = gated_convolution(site.parent, module)
-    elif is_dense(site) or (site.leaf == "weight" and len(shape) == 3):
+    elif is_dense(site) or (site.leaf == "weight" and len(shape) == 3 and not isinstance(module, LAYERS)):
         above = site.ancestors[1][0] if len(site.ancestors) > 1 else None
         view = None if is_transposed(module) or site.parent is None else gated(site.parent, site.slot, shape, above)
     else:
@@ -160,9 +160,7 @@ def _dense(site: Site) -> Reading | None:
         return None
     plain, how = TRANSPOSED if is_transposed(site.module) else MATRIX, type(site.module).__name__
     rows, columns = site.shape
-    parent = site.parent
-    fused = rows == 3 * columns and parent is not None and _is_attention(parent)
-    if fused and parent is not None and not any(other[-1] == rows for other in beside(parent, site.slot)):
+    if rows == 3 * columns and site.parent is not None and _looks_fused(site.parent, site.slot, rows):
         return Reading(plain, plain, f"{how} of three times its input's width, perhaps fused", known=False)
     return Reading(plain, plain, how)
 
@@ -194,7 +192,9 @@ def _recurrent(site: Site) -> Reading | None:
 def _three_axes(site: Site) -> Reading | None:
     """A projection with axes for heads and head size, as in XLNet and Funnel: (in, h, d), of the output (out, h, d)."""
     h, d = number(site.module, HEADS), number(site.module, HEAD_DIM)
-    if site.param.ndim != 3 or not h or site.shape[1:] != (h, d) or site.shape[0] == 1:
+    if site.param.ndim != 3 or not h or site.shape[0] == 1 or site.shape[1] != h:
+        return None
+    if site.shape[2] != (d or site.shape[0] / h):
         return None
     if site.leaf in ("o", "out", "output", "w_o", "W_O"):
         view = View("m h d -> 1 m (h d)")
@@ -209,7 +209,7 @@ def _bare(site: Site) -> Reading:
 
     Three axes are a stack of matrices (experts), which may hold (in, out) as well as (out, in); more are a convolution.
     """
-    shape, table = site.shape, named_table(site.leaf)
+    shape, table = site.shape, named_table(site)
     if table or sum(length != 1 for length in shape) < 2:
         return _ADAMW(f"table or gain by its name, {site.leaf}" if table else "one axis longer than 1")
     known = table is not None
@@ -237,9 +237,12 @@ DEFAULTS: tuple[Callable[[Site], Reading | None], ...] = (
 """The defaults in order: each row tells how the parameter is read, or ``None`` if it is not its business."""
 
 
-def _is_attention(module: nn.Module) -> bool:
-    """Whether a module has heads and layers of its own, not blocks of them."""
-    return bool(number(module, HEADS)) and not any(isinstance(child, nn.ModuleList) for child in module.children())
+def _looks_fused(module: nn.Module, slot: str, rows: int) -> bool:
+    """Whether a module has heads, no blocks, and nothing beside this layer that reads all of its rows."""
+    h = number(module, HEADS)
+    has_blocks = any(isinstance(child, nn.ModuleList) for child in module.children())
+    is_read = any(other[-1] == rows for other in beside(module, slot))
+    return h > 0 and rows != h * number(module, HEAD_DIM) and not has_blocks and not is_read
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -50,7 +50,7 @@ def gated_convolution(place: nn.Module, layer: nn.Module) -> View | None:
     if out % 2 or set(kernel) != {1} or getattr(layer, "groups", 0) != 1:
         return None
     others = [child for child in place.children() if child is not layer and hasattr(child, "in_channels")]
-    depthwise = any(other.in_channels == other.groups == out // 2 for other in others)
+    depthwise = any(other.in_channels == getattr(other, "groups", 0) == out // 2 for other in others)
     if not depthwise or any(other.in_channels == out for other in others):
         return None
     axes = " ".join(f"k{i}" for i in range(len(kernel)))

@@ -129,6 +129,8 @@ LAYOUTS: tuple[Layout, ...] = (
         ("qkv_proj",), _QKV, "by head", rows_of.thirds_per_head, "MiniMax", ("MiniMaxLightningAttention",), heads=_QKV
     ),
     Layout(("qkv_proj",), ("q", "v", "k"), "in blocks", rows_of.codegen, "CodeGen", ("CodeGenAttention",), heads=_QKV),
+    Layout(("qkv_proj",), _QKV, "blocks", rows_of.one_query, "MobileViTV2", needs=("embed_dim|out_proj",)),
+    Layout(("projection_in",), ("q", "context", "gates"), "blocks", rows_of.focal, "FocalNet", needs=("focal_level",)),
     Layout(("wqkv",), _QKV, "by group", rows_of.query_rows_per_group, "InternLM2", ("InternLM2Attention",), heads=_QKV),
     Layout(
         ("linear_qkv",),
@@ -371,10 +373,12 @@ def _separate(place: Place, ndim: int, transposed: bool) -> Reading | None:
     h, d, rows = place.heads, place.head_dim, place.rows
     if not h or not rows:
         return Reading(None, None, f"{place.slot}: the number of heads is not known")
+    if place.has("key_dim") and rows == h * place.number("key_dim"):
+        d = place.number("key_dim")
     if queries:
-        d = d or place.sibling(queries[0]) // h
+        given, d = d, d or place.sibling(queries[0]) // h
         count = rows // d if d and rows % d == 0 else 0
-        fits = count > 0 and (count == place.key_heads if place.key_heads else h % count == 0)
+        fits = count > 0 and h % count == 0 and (given > 0 or count == (place.key_heads or count))
     else:
         d, count = d or rows // h, h
         fits = rows == h * d

@@ -38,13 +38,25 @@ TABLE_WORDS = {
     *("registers", "memory", "memories", "mem", "mask", "masks", "prototype", "prototypes", "codebook", "codebooks"),
     *("codevectors", "codes", "anchor", "anchors", "centers", "centroids", "slots", "frequencies", "freqs", "freq"),
     *("temperature", "tau", "shift", "decay", "alpha", "prefix", "prefixes", "sinks", "lookup", "vocab", "landmarks"),
-    *("query", "modulation", "offsets", "points", "priors", "templates", "concepts", "keypoints"),
+    *(
+        "query",
+        "pad",
+        "pads",
+        "padding",
+        "modulation",
+        "offsets",
+        "points",
+        "priors",
+        "templates",
+        "concepts",
+        "keypoints",
+    ),
 }
 MATRIX_WORDS = {
     *("weight", "weights", "w", "wi", "wo", "proj", "projs", "projection", "projections", "projector", "kernel"),
     *("kernels", "matrix", "matrices", "linear", "lin", "up", "down", "gate", "gates", "in", "out", "fc", "dense"),
     *("lora", "mlp", "expert", "experts", "router", "filter", "filters", "mixer", "transform", "rotation", "u", "v"),
-    *("q", "k", "o", "r", "kv", "qkv", "a", "b", "p", "s", "c", "mat", "layer", "layers", "value", "key", "head"),
+    *("q", "k", "o", "r", "kv", "qkv", "a", "b", "p", "s", "c", "mat", "fn", "layer", "layers", "value", "key", "head"),
 }
 
 
@@ -78,11 +90,15 @@ def is_bias(site: Site) -> bool:
     return bool(weight) and any(hasattr(site.module, w + leaf[len(weight) :]) for w in (weight, weight.lower()))
 
 
-def named_table(name: str) -> bool | None:
-    """Whether the last word that is known in a parameter's name is one of tables; None if no word is known."""
+def named_table(site: Site) -> bool | None:
+    """Whether the last word that is known in a parameter's name is one of tables; None if no word is known.
+
+    A ``query`` beside a key is a matrix, one that stands alone is looked up.
+    """
+    name, beside_key = site.leaf, any(hasattr(site.module, key) for key in ("key", "value", "k"))
     for word in reversed(words(name)):
-        if word in TABLE_WORDS and (word != "query" or len(words(name)) > 1):
-            return True
+        if word in TABLE_WORDS:
+            return not (word == "query" and beside_key)
         if word in MATRIX_WORDS and (len(word) > 1 or len(words(name)) == 1):
             return False
     return None

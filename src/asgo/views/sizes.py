@@ -67,8 +67,15 @@ OUTPUTS = (
 
 def number(owner: object, names: Sequence[str]) -> int:
     """The first positive integer among the attributes of these names, else 0."""
-    values = (getattr(owner, name, None) for name in names)
+    values = (_told(owner, name) for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)
+
+
+def _told(owner: object, name: str) -> object:
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # configs compute attributes, and refuse some with errors of their own
+        return None
 
 
 def linear(module: object) -> nn.Module | None:
@@ -328,9 +335,19 @@ def gated_query_by_group(place: Place) -> tuple[int, ...] | None:
 
 
 def hyper_connection(place: Place) -> tuple[int, ...] | None:
-    """What collapses, expands and mixes the streams of a hyper-connection."""
+    """What collapses, expands and, in most, mixes the streams of a hyper-connection."""
     n = place.number("hc_mult")
-    return add_up(place, n, n, n * n)
+    return add_up(place, n, n, n * n) or add_up(place, n, n)
+
+
+def one_query(place: Place) -> tuple[int, ...] | None:
+    """A query of one number, and keys and values as wide as the input."""
+    return add_up(place, 1, place.columns, place.columns)
+
+
+def focal(place: Place) -> tuple[int, ...] | None:
+    """A query and a context as wide as the input, and a gate for every level."""
+    return add_up(place, place.columns, place.columns, place.number("focal_level") + 1)
 
 
 def index(place: Place) -> tuple[int, ...] | None:
