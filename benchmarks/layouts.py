@@ -7,9 +7,9 @@
 follows the rows of every linear layer through its forward: an index per row travels beside the layer's output through
 whatever only moves entries (views, splits, permutations, elementwise functions). Where two parts of one weight meet in
 a product (query with key, attention with value, gate with up), they are apart; a view is right if none of its matrices
-holds rows of two parts. Parts that are computed with separately but never meet are shown as ``separate``. Parameters
-that never enter a product are tables. ``census`` builds every class at its own size without memory, and lists what
-`route` leaves whole without knowing why.
+holds rows of two parts. Parts that are computed with but never meet are shown as ``separate``: rotary halves of one
+query are such parts, too, and stay whole. ``census`` builds every class at its own width without memory, and lists the
+kinds of parameters of which `route` says that nothing tells what they are.
 """
 
 from __future__ import annotations
@@ -24,15 +24,53 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto import modeling_auto
 
 from asgo.views.route import Decision, explain
 
 MOVES = {
-    *("view", "reshape", "chunk", "split", "tensor_split", "transpose", "permute", "contiguous", "unsqueeze", "squeeze"),
-    *("expand", "__getitem__", "flatten", "unflatten", "select", "narrow", "unbind", "clone", "movedim", "swapaxes", "mT"),
-    *("repeat_interleave", "repeat", "view_as", "T", "t", "split_with_sizes", "to", "float", "type_as", "expand_as", "stack"),
+    *(
+        "view",
+        "reshape",
+        "chunk",
+        "split",
+        "tensor_split",
+        "transpose",
+        "permute",
+        "contiguous",
+        "unsqueeze",
+        "squeeze",
+    ),
+    *(
+        "expand",
+        "__getitem__",
+        "flatten",
+        "unflatten",
+        "select",
+        "narrow",
+        "unbind",
+        "clone",
+        "movedim",
+        "swapaxes",
+        "mT",
+    ),
+    *(
+        "repeat_interleave",
+        "repeat",
+        "view_as",
+        "T",
+        "t",
+        "split_with_sizes",
+        "to",
+        "float",
+        "type_as",
+        "expand_as",
+        "stack",
+    ),
     *("swapdims", "type", "half", "bfloat16", "detach", "cat", "concat", "flip", "roll", "__get__"),
 }
 """Functions that only move entries, or copy them."""
@@ -71,7 +109,11 @@ class Tracer(TorchFunctionMode):
         self._marks: dict[int, tuple[Tensor, str, Tensor]] = {}  # the tensor itself keeps its id from being used again
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and args and id(args[0]) in self.names and getattr(func, "__name__", "") in TURNS:
@@ -80,7 +122,10 @@ class Tracer(TorchFunctionMode):
         given = [*_tensors(args), *_tensors(list((kwargs or {}).values()))]
         marked = [self._marks[id(x)] for x in given if id(x) in self._marks]
         name = getattr(func, "__name__", "")
-        if name in ("linear", "addmm", "conv1d", "conv2d", "matmul", "__matmul__") and (weight := self._weight(given)) is not None:
+        if (
+            name in ("linear", "addmm", "conv1d", "conv2d", "matmul", "__matmul__")
+            and (weight := self._weight(given)) is not None
+        ):
             self._consume(marked, given)
             self._mark_output(out, *weight)
         elif marked:
@@ -129,7 +174,13 @@ class Tracer(TorchFunctionMode):
 
         def index(x: Any) -> Any:
             if isinstance(x, Tensor):
-                return self._marks[id(x)][2] if id(x) in self._marks else torch.full(x.shape, -1) if x.is_floating_point() else x
+                return (
+                    self._marks[id(x)][2]
+                    if id(x) in self._marks
+                    else torch.full(x.shape, -1)
+                    if x.is_floating_point()
+                    else x
+                )
             return type(x)(map(index, x)) if type(x) in (list, tuple) else x
 
         if getattr(func, "__name__", "") in ("to", "float", "type_as", "type", "half", "bfloat16", "detach"):
@@ -199,7 +250,10 @@ def judge(decision: Decision, rows: Rows) -> Verdict | None:
     """Whether a view keeps parts apart; None for weights in which there are no parts, or that have no view."""
     if decision.view is None or len(decision.shape) < 2:
         return None
-    axis = max(range(2), key=lambda dim: (decision.shape[dim] == 1 + max(map(max, filter(None, rows.separate)), default=-1), -dim))
+    axis = max(
+        range(2),
+        key=lambda dim: (decision.shape[dim] == 1 + max(map(max, filter(None, rows.separate)), default=-1), -dim),
+    )
     numbers = torch.arange(decision.shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(decision.shape))])
     matrices = [m for stack in decision.view.matrices(numbers.expand(decision.shape)) for m in stack]
     held = [_rows(matrix) for matrix in matrices]
@@ -211,7 +265,7 @@ def judge(decision: Decision, rows: Rows) -> Verdict | None:
         return Verdict(decision.name, sizes, view, "WRONG" if len(matrices) > 1 else "whole", how)
     if rows.meetings:
         return Verdict(decision.name, sizes, view, "right", how)
-    whole = max(rows.separate, key=len, default=frozenset())
+    whole = frozenset().union(*rows.separate)
     apart = {a for a in rows.separate if a and a != whole}
     alone = sorted((a for a in apart if a and not any(a < b or (a & b and a != b) for b in apart)), key=min)
     if len(alone) < 2:
@@ -222,21 +276,32 @@ def judge(decision: Decision, rows: Rows) -> Verdict | None:
 
 # ---- small models of transformers --------------------------------------------------------------------------
 
+LAYERS = {
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+}
+
 SECONDS = 40
 """How long a family may take."""
 
 SMALL = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("depth", "num_encoder_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim", "embedding_size", "d_embed"), 48),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim", "embed_dim", "embedding_size", "d_embed"), 48
+    ),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("head_dim", "attention_head_dim", "d_kv", "kv_channels", "d_head"), 12),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner"), 80),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "d_inner"), 80
+    ),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 56),
     **dict.fromkeys(("vocab_size", "text_vocab_size"), 131),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"), 2),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok"), 2
+    ),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "moe_topk"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"), 64),
     **dict.fromkeys(("image_size",), 32),
@@ -298,7 +363,7 @@ def run_once(model: nn.Module) -> dict[str, Rows]:
         if set(given) <= taken:
             try:
                 return trace(model, lambda given=given: model(**given))
-            except Exception as failed:  # noqa: BLE001
+            except Exception as failed:
                 error = failed
     raise error
 
@@ -317,8 +382,6 @@ def _edited(found: dict[str, Any], edit: Callable[[dict[str, Any]], dict[str, An
 
 def family(kind: str, variant: int = 0) -> nn.Module:
     """A small model of one family of transformers."""
-    from transformers import AutoConfig, AutoModel
-
     config = AutoConfig.for_model(kind)
     config = type(config)(**list(variants(small(config)))[variant])
     torch.manual_seed(0)
@@ -336,7 +399,7 @@ def run_family(kind: str) -> tuple[nn.Module, dict[str, Rows]]:
             signal.alarm(SECONDS)
             model = family(kind, variant)
             return model, run_once(model)
-        except Exception as failed:  # noqa: BLE001
+        except Exception as failed:
             error = failed
         finally:
             signal.alarm(0)
@@ -354,8 +417,6 @@ def generic(name: str) -> str:
 
 def transformers_table() -> None:
     """Print the table of all families that run."""
-    import transformers
-
     signal.signal(signal.SIGALRM, _stop)
     ran, failed = 0, collections.Counter[str]()
     counts = collections.Counter[str]()
@@ -364,7 +425,7 @@ def transformers_table() -> None:
         try:
             model, seen = run_family(kind)
             decisions = explain(model)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             failed[type(error).__name__] += 1
             print(f"{kind}: {type(error).__name__}: {str(error)[:90]!r}", file=sys.stderr)
             continue
@@ -375,15 +436,63 @@ def transformers_table() -> None:
             if verdict is None:
                 continue
             counts[verdict.verdict] += 1
-            row = (kind, generic(verdict.name), "+".join(map(str, verdict.parts)), verdict.view, verdict.verdict, verdict.how)
+            row = (
+                kind,
+                generic(verdict.name),
+                "+".join(map(str, verdict.parts)),
+                verdict.view,
+                verdict.verdict,
+                verdict.how,
+            )
             if row not in shown:
                 shown.add(row)
                 print("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |")
         sys.stdout.flush()
-    print(f"\ntransformers {transformers.__version__}, torch {torch.__version__}: {ran} families ran. Weights: {dict(counts)}.")
+    print(f"\ntransformers {transformers.__version__}, torch {torch.__version__}: {ran} families ran.")
+    print(f"Weights: {dict(counts)}.")
     print(f"Not built or not run here: {dict(failed)}.")
+
+
+def census() -> None:
+    """Print what is not known in any class of transformers that can be built without memory."""
+    tables = [getattr(modeling_auto, name) for name in dir(modeling_auto) if name.endswith("_MAPPING_NAMES")]
+    entries = [entry for table in tables for entry in table.values()]
+    names = sorted({name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)} - {None})
+    built, parameters, unknown = 0, 0, collections.defaultdict[tuple[str, ...], list[str]](list)
+    for name in names:
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, name)(_shallow(getattr(transformers, name).config_class()))
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:90]!r}", file=sys.stderr)
+            continue
+        built += 1
+        for each in explain(model):
+            parameters += 1
+            if not each.known:
+                unknown[(generic(each.name), str(each.shape), each.how)].append(name)
+    print("| parameter | shape | why | seen in |\n|---|---|---|---|")
+    for (parameter, shape, how), classes in sorted(unknown.items()):
+        print(f"| {parameter} | {shape} | {how} | {', '.join(dict.fromkeys(classes))} |")
+    print(
+        f"\ntransformers {transformers.__version__}: {built} of {len(names)} classes built, {parameters:,} parameters."
+    )
+
+
+def _shallow(config: Any, depth: int = 0) -> Any:
+    """The config with two layers and eight experts, where that can be set, and the configs inside."""
+    for name, value in list(vars(config).items()):
+        few = 8 if "expert" in name else 2
+        if hasattr(value, "to_dict") and depth < 4:
+            _shallow(value, depth + 1)
+        elif type(value) is int and name in LAYERS and value > few:
+            setattr(config, name, few)
+        elif name == "layer_types" and isinstance(value, list):
+            kinds = list(dict.fromkeys(value))
+            config.layer_types = [kinds[i % len(kinds)] for i in range(2)]
+    return config
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    transformers_table()
+    {"transformers": transformers_table, "census": census}[sys.argv[1]]()
