@@ -267,7 +267,7 @@ def judge(decision: Decision, rows: Rows) -> Verdict | None:
         return Verdict(decision.name, sizes, view, "right", how)
     whole = frozenset().union(*rows.separate)
     apart = {a for a in rows.separate if a and a != whole}
-    alone = sorted((a for a in apart if a and not any(a < b or (a & b and a != b) for b in apart)), key=min)
+    alone = sorted((a for a in apart if a and not any(a & b and not a >= b for b in apart)), key=min)
     if len(alone) < 2:
         return None
     mixed = any(sum(bool(one & a) for a in alone) > 1 for one in held)
