@@ -401,6 +401,25 @@ def test_depthwise_kernels_are_rows_of_one_matrix_whatever_their_multiplier():
         assert torch.equal(stack[0], layer.weight.detach().reshape(rows, 4))
 
 
+def test_projections_of_several_codes_in_one_weight():
+    model = Holder(
+        num_heads=4,
+        head_dim=6,
+        q_proj=bare(weight=(3, 24, 8)),
+        k_proj=bare(weight=(3, 12, 8)),
+        qkv=bare(weight=(3, 72, 24)),
+    )
+    model.qkv.in_features = 24
+    found, by_head = views(model), views(model, True)
+    assert {name: view.shapes(model.get_parameter(name).shape) for name, view in found.items()} == {
+        "q_proj.weight": [(3, 24, 8)],
+        "k_proj.weight": [(3, 12, 8)],
+        "qkv.weight": [(3, 24, 24)] * 3,
+    }
+    assert by_head["q_proj.weight"].shapes((3, 24, 8)) == [(12, 6, 8)]
+    assert by_head["k_proj.weight"].shapes((3, 12, 8)) == [(6, 6, 8)]
+
+
 def test_fused_convolutions():
     model = Holder(num_heads=4, qkv=nn.Conv2d(24, 72, 1))
     assert views(model)["qkv.weight"].shapes((72, 24, 1, 1)) == [(1, 24, 24)] * 3
