@@ -14,7 +14,7 @@ import torch
 
 import asgo
 from asgo import ASGO, Rule, View, checkpoint, roots, route, settings, views
-from asgo.views.layouts import FUSED, HEADS, OTHERWISE, QUERY_KEY
+from asgo.views.layouts import LAYOUTS, QUERY_KEY
 from asgo.views.route import DEFAULT
 
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
@@ -267,14 +267,18 @@ def test_options_per_group():
 
 
 def test_attention_families():
-    text = section(page("choosing-rules.md"), "Attention")
-    table = [[re.findall(r"`(\w+)`", cell) for cell in row] for row in rows(text)]
-    assert {tuple(row[0]) for row in table if len(row[0]) == 2} == set(QUERY_KEY)
-    fused = {row[0][0] for row in table if len(row[0]) == 1}
-    assert fused == set(FUSED)
-    in_blocks = {row[0].strip("`") for row in rows(text) if len(row) == 3 and row[1].startswith("all q")}
-    assert in_blocks == {name for name, blocks in FUSED.items() if blocks}
-    assert {*HEADS, *OTHERWISE} <= set(re.findall(r"`(\w+)`", text))
+    table = rows(section(page("choosing-rules.md"), "Attention by head"))[2:]
+    names = [re.findall(r"`(\w+)`, `(\w+)`", row[0]) for row in table]
+    assert {pair for pairs in names for pair in pairs} == set(QUERY_KEY)
+
+
+def test_layouts():
+    table = rows(section(page("choosing-rules.md"), "Fused weights"))[2:]
+    written = [(tuple(re.findall(r"`(\w+)`", row[0])), tuple(row[1].split(", ")), row[2], row[4]) for row in table]
+    assert written == [(row.names, row.parts, row.order, row.seen) for row in LAYOUTS]
+    for row, layout in zip(table, LAYOUTS, strict=True):
+        needed = {name for needs in layout.needs for name in needs.split("|")} | set(layout.classes[:1])
+        assert set(re.findall(r"`(\w+)`", row[3])) == needed
 
 
 def test_model_presets():

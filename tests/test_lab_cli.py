@@ -282,6 +282,19 @@ def test_inspect_routing_of_a_large_model_needs_no_memory(capsys):
     assert "model.layers.11.mlp.down_proj.weight" in capsys.readouterr().out
 
 
+def test_inspect_routing_says_how_each_view_was_found(capsys, tmp_path):
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"match": "*.mlp.c_fc.weight", "view": null, "options": {}}]')
+    command = ["inspect", "routing", "--model.preset", "tiny", "--why", "--per-head", "--rules", str(rules)]
+    assert main(command) == 0
+    shown = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
+    found = {line[0]: line[1] for line in shown}
+    assert "c_attn: q, k, v blocks" in found["transformer.h.0.attn.c_attn.weight"]
+    assert "(d=" in found["transformer.h.0.attn.c_attn.weight"]
+    assert "rule '*.mlp.c_fc.weight'" in found["transformer.h.0.mlp.c_fc.weight"]
+    assert "table of Embedding" in found["transformer.wte.weight"]
+
+
 @pytest.mark.parametrize(
     ("verb", "config"),
     [

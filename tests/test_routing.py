@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 
 from asgo.views import MATRIX, STACK, View, heads
 from asgo.views.patterns import label
-from asgo.views.route import Rule, default_views
+from asgo.views.defaults import default_views
+from asgo.views.route import Rule, explain
 from asgo.views.route import route as route_by_default
 
 route = partial(route_by_default, per_head=True)
@@ -119,7 +120,7 @@ MODELS = {
             "*.wpe.weight": "adamw",
             "*.bias": "adamw",
             "*.ln_*.weight": "adamw",
-            "*.attn.c_attn.weight": "fused qkv (d=6, 24+24+24)",
+            "*.attn.c_attn.weight": "3 parts (d=6, 24+24+24)",
             "*.attn.c_proj.weight": "transposed matrix",
             "*.mlp.c_*.weight": "transposed matrix",
         },
@@ -129,7 +130,7 @@ MODELS = {
     "gpt2 with cross attention": (
         partial(gpt2, add_cross_attention=True),
         {
-            "*.crossattention.c_attn.weight": "fused kv (d=6, 24+24)",
+            "*.crossattention.c_attn.weight": "2 parts (d=6, 24+24)",
             "*.crossattention.q_attn.weight": "transposed heads (h=4)",
             "*.crossattention.c_proj.weight": "transposed matrix",
         },
@@ -177,29 +178,29 @@ MODELS = {
     ),
     "deepseek": (
         deepseek,
-        {"*.q_b_proj.weight": "heads (h=4)", "*.q_a_proj.weight": "matrix", "*.kv_*_proj*.weight": "matrix"},
+        {"*.q_b_proj.weight": "heads (h=4)", "*.q_a_proj.weight": "matrix", "*.kv_a_proj*": "2 parts (8+4)"},
     ),
     "phi3": (
         lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**TEXT, num_key_value_heads=2, **IDS)),
-        {"*.qkv_proj.weight": "fused qkv (d=6, 24+12+12)", "*.gate_up_proj.weight": "gates (g=2)"},
+        {"*.qkv_proj.weight": "3 parts (d=6, 24+12+12)", "*.gate_up_proj.weight": "gates (g=2)"},
     ),
     "gpt-neox": (
         lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**TEXT)),
-        {"*.query_key_value.weight": "heads (h=12)", "*.embed_in.weight": "adamw"},
+        {"*.query_key_value.weight": "heads (d=6)", "*.embed_in.weight": "adamw"},
     ),
     "bloom": (
         lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=24, n_layer=1, n_head=4, vocab_size=48)),
-        {"*.query_key_value.weight": "heads (h=12)", "*.dense_h_to_4h.weight": "matrix"},
+        {"*.query_key_value.weight": "heads (d=6)", "*.dense_h_to_4h.weight": "matrix"},
     ),
     "falcon": (
         lambda: hf.FalconForCausalLM(
             hf.FalconConfig(**SIZE, vocab_size=48, new_decoder_architecture=True, num_kv_heads=2)
         ),
-        {"*.query_key_value.weight": "heads (h=8)"},
+        {"*.query_key_value.weight": "heads (d=6)"},
     ),
     "modernbert": (
         lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(**TEXT, **IDS, cls_token_id=3, sep_token_id=4)),
-        {"*.Wqkv.weight": "fused qkv (d=6, 24+24+24)", "*.Wo.weight": "matrix", "head.dense.weight": "matrix"},
+        {"*.Wqkv.weight": "3 parts (d=6, 24+24+24)", "*.Wo.weight": "matrix", "head.dense.weight": "matrix"},
     ),
     "bert": (
         bert,
@@ -259,16 +260,16 @@ MODELS = {
     ),
     "blip vision": (
         lambda: hf.BlipVisionModel(hf.BlipVisionConfig(**SIZE, image_size=8, patch_size=4)),
-        {"*.qkv.weight": "fused qkv (d=6, 24+24+24)"},
+        {"*.qkv.weight": "3 parts (d=6, 24+24+24)"},
     ),
-    "nano": (NanoAttention, {"c_attn.weight": "fused qkv (d=6, 24+24+24)", "c_proj.weight": "matrix"}),
+    "nano": (NanoAttention, {"c_attn.weight": "3 parts (d=6, 24+24+24)", "c_proj.weight": "matrix"}),
     "chargpt": (
         CharGPT,
         {
             "embed.weight": "adamw",
             "position.weight": "adamw",
             "head.weight": "adamw",
-            "*.in_proj_weight": "fused qkv (d=6, 24+24+24)",
+            "*.in_proj_weight": "3 parts (d=6, 24+24+24)",
             "*.out_proj.weight": "matrix",
             "*.linear[12].weight": "matrix",
             "*.norm?.weight": "adamw",
@@ -497,7 +498,7 @@ def test_each_slice_is_one_head_of_the_models_own_attention(name):
     before = attention_of(model, inputs)
     hit = []
     for n, _, view in members(route(model)):
-        if label(view).startswith(("heads", "transposed heads", "fused")):
+        if label(view).startswith(("heads", "transposed heads", "3 parts", "2 parts (d")):
             hit += heads_hit(model, n, view, before, inputs)
     assert len(hit) == len(set(hit))
     proved = {role for role, _ in hit}
@@ -778,7 +779,7 @@ def test_wrong_arguments(make, error, message):
 def test_heads_are_whole_by_default():
     assert set(labels(route_by_default(gpt2())).values()) == {
         "adamw",
-        "fused qkv (24+24+24)",
+        "3 parts (24+24+24)",
         "transposed matrix",
     }
     assert set(labels(route_by_default(llama())).values()) == {"adamw", "matrix"}
@@ -819,6 +820,6 @@ def test_gate_and_up_are_matrices_of_their_own(kind, fused, down, halves):
     assert torch.equal(stack, torch.stack([gate, up], 1).flatten(0, 1))
 
 
-@pytest.mark.parametrize(("fused", "down"), [((3, 10, 4), (3, 4, 6)), ((3, 10, 4), (2, 4, 5)), ((3, 4, 10), (3, 4, 5))])
+@pytest.mark.parametrize(("fused", "down"), [((3, 10, 4), (3, 4, 6)), ((3, 10, 4), (4, 5)), ((3, 4, 10), (3, 4, 5))])
 def test_a_projection_that_fits_no_neighbour_stays_whole(fused, down):
     assert views(route(Gated(fused, down)))["gate_up_proj"] == STACK

@@ -19,10 +19,12 @@ from asgo.views import (
     blocks,
     conv,
     default_view,
+    fused,
     fused_qkv,
     head_columns,
     heads,
 )
+from asgo.views.patterns import per_expert
 
 Shape = tuple[int, ...]
 Fit = tuple[View, Shape]
@@ -32,7 +34,24 @@ some = st.integers(1, 4)
 
 
 @st.composite
-def fused(draw: st.DrawFn, transposed: bool) -> Fit:
+def interleaved(draw: st.DrawFn, transposed: bool) -> Fit:
+    sizes, times, n = draw(st.lists(some, min_size=1, max_size=4)), draw(length), draw(length)
+    order = draw(st.sampled_from(["by head", "by group", "in blocks", "alternating"]))
+    rows = times * (len(sizes) if order == "alternating" else sum(sizes))
+    view = fused(parts={f"part {i}": size for i, size in enumerate(sizes)}, order=order, transposed=transposed)
+    return view, ((n, rows) if transposed else (rows, n))
+
+
+@st.composite
+def several(draw: st.DrawFn, ndim: int) -> Fit:
+    d = draw(some)
+    sizes = {"q": draw(some) * d, "k": draw(some) * d, "z": draw(some), "dt": draw(some)}
+    shape = (sum(sizes.values()), draw(length), *[draw(some) for _ in range(ndim - 2)])
+    return fused(parts=sizes, head_dim=draw(st.sampled_from([0, d])), ndim=ndim), shape
+
+
+@st.composite
+def fused_by_rows(draw: st.DrawFn, transposed: bool) -> Fit:
     d, n = draw(some), draw(length)
     q, k, v = draw(some) * d, draw(some) * d, draw(length)
     rows = q + k + v
@@ -53,8 +72,13 @@ FITS: dict[str, st.SearchStrategy[Fit]] = {
     "heads": st.builds(lambda h, d, n: (heads(h), (h * d, n)), some, length, length),
     "head_columns": st.builds(lambda h, d, m: (head_columns(h), (m, h * d)), some, length, length),
     "blocks": st.builds(lambda r, c, a, b: (blocks(r, c), (a * r, b * c)), some, some, length, length),
-    "fused_qkv": fused(False),
-    "fused_qkv_transposed": fused(True),
+    "fused_qkv": fused_by_rows(False),
+    "fused_qkv_transposed": fused_by_rows(True),
+    "interleaved": interleaved(False),
+    "interleaved_transposed": interleaved(True),
+    "several": several(2),
+    "several_convolutions": several(4),
+    "experts": st.builds(lambda e, a, b, n: (per_expert(fused(q=a, v=b)), (e, a + b, n)), length, some, some, length),
     "conv": convolution(False),
     "conv_transposed": convolution(True),
     "by_hand": st.builds(

@@ -23,7 +23,7 @@ from asgo.membership import Membership
 from asgo.state import init_state, is_made
 from asgo.structures import Structure
 from asgo.views import View, default_view
-from asgo.views.route import default_views
+from asgo.views.defaults import default_views
 
 
 class GroupedOptimizer(Optimizer, ABC):

@@ -14,9 +14,12 @@ from asgo.lab.config import ModelConfig, OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.models import build_model, count_parameters
 from asgo.lab.peers import build_optimizer, state_bytes
+from asgo.lab.rules import read_rules
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import SPAM
 from asgo.report import report
+from asgo.views.patterns import label
+from asgo.views.route import Decision, explain
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,18 @@ class RoutingConfig:
         optimizer: which optimizer, with which hyperparameters.
         vocab_size: number of tokens; 84 are the characters of Shakespeare.
         block_size: longest sequence, in tokens.
+        why: show how the view of each parameter was found instead, and what is not known, whatever the optimizer.
+        per_head: with `why`, read queries and keys as one matrix per head.
+        rules: with `why`, a file of rules that come first.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     vocab_size: int = 84
     block_size: int = 128
+    why: bool = False
+    per_head: bool = False
+    rules: str | None = None
 
 
 def inspect_routing(config: RoutingConfig) -> str:
@@ -45,8 +54,25 @@ def inspect_routing(config: RoutingConfig) -> str:
     check_sizes(config.vocab_size, config.block_size)
     with torch.device("meta"):
         model = build_model(config.model, config.vocab_size, config.block_size, seed=0)
+        if config.why:
+            return decisions_text(explain(model, read_rules(config.rules), config.per_head))
         optimizer = build_optimizer(model, config.optimizer)
         return routing_text(model, optimizer)
+
+
+def decisions_text(decisions: Sequence[Decision]) -> str:
+    """How the view of each parameter was found; a question mark where nothing tells what it is."""
+    rows = [
+        (each.name, str(each.shape), label(each.view), each.how if each.known else f"? {each.how}")
+        for each in decisions
+    ]
+    unknown = sum(not each.known for each in decisions)
+    note = (
+        f"\n\n{unknown} of {len(rows)} parameters (?) are read by their axes: say what they are with a rule."
+        if unknown
+        else ""
+    )
+    return text_table(("name", "shape", "view", "found by"), rows) + note
 
 
 def check_sizes(vocab_size: int, block_size: int) -> None:

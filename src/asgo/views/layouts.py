@@ -1,141 +1,390 @@
-"""Which rows of an attention module's weights belong to which head, by its attributes.
+"""One table of fused and headed weights: what is in them, in which order, and how many rows each part has.
 
-The Hessians of query and key are block-diagonal by head ("ASGO: Adaptive Structured Gradient Optimization",
-An et al., 2025), so their projections are read as one matrix per head; values stay whole. Layers are known by
-the exact names of attributes, one row per family, and only if the module also tells its number of heads.
+Every row of `LAYOUTS` is a fact about a family: the attribute's exact name, what the module must be or have, the
+parts as they are stored, and the sizes, which must add up to the weight's rows (see `asgo.views.sizes`); else the
+weight stays one matrix, and `asgo.views.route.explain` says so. Adding a family is adding a row. The Hessians of
+query and key are block-diagonal by head ("ASGO: Adaptive Structured Gradient Optimization", An et al., 2025): with
+``per_head`` they are read as one matrix per head, values whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor, nn
-
-from asgo.views.patterns import ALTERNATING_GATES, EXPERT_GATES, GATES, TRANSPOSED_GATES, fused_qkv, heads
+from asgo.views import sizes as rows_of
+from asgo.views.patterns import Order, fused, heads
+from asgo.views.sizes import HEAD_DIM, Place, Sizes
 from asgo.views.view import View
 
 QUERY_KEY = (
-    (
-        "q_proj",
-        "k_proj",
-    ),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J, GPT-Neo, BART, Whisper, CLIP, wav2vec 2.0
-    ("q_proj", "kv_b_proj"),  # DeepSeek's latent attention, without
-    ("q_b_proj", "kv_b_proj"),  # and with a low-rank query; the fused key-value expansion stays whole
+    ("q_proj", "k_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J, GPT-Neo, BART, Whisper, CLIP, wav2vec 2.0
+    ("q_proj", "kv_b_proj"),  # DeepSeek's latent attention without a low-rank query,
+    ("q_b_proj", "kv_b_proj"),  # and with one
+    ("q_b_proj", "kv_proj"),  # DeepSeek-V4
     ("query", "key"),  # BERT, RoBERTa, ELECTRA, ALBERT, ViT, Swin
     ("query_proj", "key_proj"),  # DeBERTa-v2
     ("q_lin", "k_lin"),  # DistilBERT, XLM
     ("q", "k"),  # T5
     ("linear_q", "linear_k"),  # Conformers
-    ("to_q", "to_k"),  # diffusion transformers
+    ("to_q", "to_k"),  # diffusers, x-transformers
+    ("to_q", "to_kv"),  # GraniteSpeech, Evolla, lucidrains
+    ("add_q_proj", "add_k_proj"),  # the text stream of diffusers' joint attention
     ("Wq", "Wk"),  # CTRL
+    ("wq", "wk"),  # Llama as Meta wrote it
+    ("w_q", "w_k"),
+    ("W_q", "W_k"),
+    ("w_qs", "w_ks"),
+    ("lin_q", "lin_k"),
+    ("q_linear", "k_linear"),
+    ("project_q", "project_k"),  # CPM-Ant
+    ("q_head", "k_head"),  # Funnel
+    ("layout_query", "layout_key"),  # LiLT
+    ("query_global", "key_global"),  # Longformer
+    ("w2e_query", "key"),  # LUKE
+    ("e2w_query", "key"),
+    ("e2e_query", "key"),
+    ("projection_query", "projection_key"),  # CvT
+    ("queries", "keys_values"),  # LeViT
+    ("q", "kv"),  # PVT, MPViT
     ("q_attn", "c_attn"),  # GPT-2's cross attention, where c_attn holds key and value
     ("q_proj_weight", "k_proj_weight"),  # torch.nn.MultiheadAttention with kdim or vdim
 )
-"""Names of the query's and the key's projection in one attention module."""
+"""Names of the query's and the key's projection in one attention module, and where they were seen."""
 
-FUSED = {
-    "c_attn": True,  # GPT-2, ImageGPT
-    "qkv": True,  # timm, SAM, BLIP, Qwen-VL's vision tower
-    "Wqkv": True,  # ModernBERT, MPT, DBRX
-    "att_proj": True,  # Bark
-    "in_proj_weight": True,  # torch.nn.MultiheadAttention
-    "qkv_proj": False,  # CodeGen, MiniMax
-    "query_key_value": False,  # GPT-NeoX, BLOOM, Falcon, Persimmon: query, key and value alternate by head
-}
-"""Projections that hold query, key and value: whether all of q come first, then all of k, then all of v.
-
-Where they do not, or nobody knows, every slice of ``head_dim`` rows is still one head of query, key or value,
-and each is a matrix.
-"""
-
-OTHERWISE = {"Phi3Attention", "Phi4MultimodalAttention", "GPTBigCodeAttention", "AttentionCl"}
-"""Classes for which the opposite of the entry in `FUSED` holds (the last is MaxViT's in timm)."""
-
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
-HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+_QUERIES = {query: [key for q, key in QUERY_KEY if q == query] for query, _ in QUERY_KEY}
+_FUSED_KEYS = {"kv_b_proj", "kv_proj", "to_kv", "keys_values", "kv", "c_attn"}
+_KEYS = {key: [query for query, k in QUERY_KEY if k == key] for _, key in QUERY_KEY if key not in _FUSED_KEYS}
 
 
-def head_view(attention: nn.Module, slot: str, shape: Sequence[int], transposed: bool = False) -> View | None:
-    """The view of the weight of a query, key or fused projection; ``None`` if it is none or no heads fit.
+@dataclass(frozen=True)
+class Layout:
+    """One kind of fused weight.
 
     Args:
-        attention: the module that holds the projection.
-        slot: the projection's attribute there.
-        shape: the weight's shape, ``(out, in)``, or ``(in, out)`` if `transposed`.
-        transposed: whether the layer stores (in, out).
+        names: of the layer's attribute, or of the parameter itself.
+        parts: what it holds, in the order of storage.
+        order: how rows of the parts alternate; see `asgo.views.patterns.fused`.
+        sizes: rows of every part, in all or in each repetition; ``None`` where they do not add up.
+        seen: in which models.
+        classes: of the module that holds it; any if empty.
+        needs: attributes that the module must have, true ones, each perhaps one of several: ``"a|b"``.
+        heads: the parts that have heads.
     """
-    pairs = [pair for pair in QUERY_KEY if slot in pair and all(hasattr(attention, name) for name in pair)]
-    if slot not in FUSED and not pairs:
+
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    order: Order
+    sizes: Sizes
+    seen: str
+    classes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    def fits(self, place: Place) -> bool:
+        """Whether the module is of the classes and has the attributes that this row needs."""
+        if self.classes and not place.classes.intersection(self.classes):
+            return False
+        return all(any(place.has(name) for name in needed.split("|")) for needed in self.needs)
+
+
+_QKV, _QK = ("q", "k", "v"), ("q", "k")
+_IN_BLOCKS = ("qkv", "Wqkv", "att_proj", "qkv_proj", "to_qkv", "qkv_linear", "c_attn", "attn_qkv", "wqkv", "linear_qkv")
+
+LAYOUTS: tuple[Layout, ...] = (
+    # -- query, key and value ---------------------------------------------------------------------------------
+    Layout(
+        ("c_attn",),
+        ("k", "v"),
+        "blocks",
+        rows_of.keys_and_values,
+        "GPT-2's cross attention",
+        needs=("q_attn",),
+        heads=("k",),
+    ),
+    Layout(("c_attn",), _QKV, "blocks", rows_of.one_key, "GPTBigCode", ("GPTBigCodeAttention",), ("multi_query",), _QK),
+    Layout(("c_attn",), _QKV, "by head", rows_of.thirds_per_head, "GPTBigCode", ("GPTBigCodeAttention",), heads=_QKV),
+    Layout(
+        ("qkv", "queries_keys_values"),
+        _QKV,
+        "by head",
+        rows_of.key_dims_per_head,
+        "LeViT, TinyViT, EfficientFormer",
+        needs=("key_dim",),
+    ),
+    Layout(
+        ("keys_values", "kv"),
+        ("k", "v"),
+        "by head",
+        rows_of.key_dims_and_values,
+        "LeViT's downsampling",
+        needs=("key_dim",),
+    ),
+    Layout(
+        ("qkv",), ("k", "v"), "blocks", partial(rows_of.multiples, 2), "GCViT's global attention", needs=("use_global",)
+    ),
+    Layout(("qkv",), _QKV, "by head", rows_of.thirds_per_head, "MaxViT in timm", needs=("head_first",), heads=_QKV),
+    Layout(
+        ("qkv_proj",), _QKV, "by head", rows_of.thirds_per_head, "MiniMax", ("MiniMaxLightningAttention",), heads=_QKV
+    ),
+    Layout(("qkv_proj",), ("q", "v", "k"), "in blocks", rows_of.codegen, "CodeGen", ("CodeGenAttention",), heads=_QKV),
+    Layout(("qkv_proj",), _QKV, "blocks", rows_of.one_query, "MobileViTV2", needs=("embed_dim|out_proj",)),
+    Layout(("projection_in",), ("q", "context", "gates"), "blocks", rows_of.focal, "FocalNet", needs=("focal_level",)),
+    Layout(("wqkv",), _QKV, "by group", rows_of.query_rows_per_group, "InternLM2", ("InternLM2Attention",), heads=_QKV),
+    Layout(
+        ("linear_qkv",),
+        _QKV,
+        "by group",
+        rows_of.query_rows_per_group,
+        "Megatron-LM",
+        needs=("num_query_groups_per_partition",),
+        heads=_QKV,
+    ),
+    Layout(
+        _IN_BLOCKS,
+        _QKV,
+        "blocks",
+        rows_of.attention_blocks,
+        "GPT-2, Phi-3, MPT, DBRX, ModernBERT, Bark, timm, SAM, BLIP, litgpt",
+        heads=_QK,
+    ),
+    Layout(
+        ("in_proj_weight",),
+        _QKV,
+        "blocks",
+        rows_of.attention_blocks,
+        "torch.nn.MultiheadAttention, open_clip",
+        heads=_QK,
+    ),
+    Layout(
+        ("query_key_value",),
+        _QKV,
+        "by group",
+        rows_of.query_rows_per_group,
+        "Falcon",
+        needs=("new_decoder_architecture",),
+        heads=_QKV,
+    ),
+    Layout(
+        ("query_key_value",), _QKV, "blocks", rows_of.one_key, "Falcon", ("FalconAttention",), ("multi_query",), _QK
+    ),
+    Layout(
+        ("query_key_value",),
+        _QKV,
+        "blocks",
+        rows_of.attention_blocks,
+        "ChatGLM",
+        needs=("multi_query_attention",),
+        heads=_QK,
+    ),
+    Layout(
+        ("query_key_value",), _QKV, "by head", rows_of.thirds_per_head, "GPT-NeoX, BLOOM, Persimmon, Falcon", heads=_QKV
+    ),
+    Layout(
+        ("in_proj",), _QKV, "by head", rows_of.thirds_per_head, "DeBERTa", ("DisentangledSelfAttention",), heads=_QKV
+    ),
+    Layout(
+        ("kv", "to_kv", "kv_proj", "kv_linear"),
+        ("k", "v"),
+        "blocks",
+        rows_of.keys_and_values,
+        "JetMoE, PVT, GraniteSpeech",
+        needs=("q|to_q|q_proj|query|q_linear|kv_proj",),
+        heads=("k",),
+    ),
+    Layout(
+        ("qkv_opreact",),
+        ("q", "k", "v", "o"),
+        "blocks",
+        lambda p: rows_of.add_up(p, *rows_of.known(p, *("qk_dim", "qk_dim", "v_dim", "v_dim"))),
+        "xLSTM",
+    ),
+    Layout(("index_qk_proj",), _QK, "blocks", rows_of.index, "Qwen4"),
+    # -- queries with a gate -------------------------------------------------------------------------------------
+    Layout(
+        ("q_proj",),
+        ("q", "gate"),
+        "by group",
+        rows_of.gated_query_by_group,
+        "gated attention",
+        needs=("elementwise_attn_output_gate",),
+        heads=("q", "gate"),
+    ),
+    Layout(
+        ("q_proj",),
+        ("q", "gate"),
+        "by head",
+        rows_of.gated_query,
+        "Qwen3-Next, Qwen3.5",
+        needs=("k_proj",),
+        heads=("q", "gate"),
+    ),
+    Layout(("q_gate_proj",), ("q", "gate"), "by head", rows_of.query_and_gate, "A.X K2"),
+    # -- latent attention ----------------------------------------------------------------------------------------
+    Layout(("kv_a_proj_with_mqa",), ("latent", "rope"), "blocks", rows_of.latent, "DeepSeek-V2 and V3, Kimi, GLM"),
+    Layout(("kv_b_proj",), ("k", "v"), "by head", rows_of.latent_keys, "DeepSeek-V2 and V3, Kimi, GLM"),
+    # -- state spaces, linear attention, short convolutions ---------------------------------------------------------
+    Layout(
+        ("in_proj",), ("x", "z"), "alternating", rows_of.halves_of("intermediate_size"), "Zamba", ("ZambaMambaMixer",)
+    ),
+    Layout(
+        ("in_proj",),
+        ("x", "z"),
+        "blocks",
+        rows_of.halves_of("intermediate_size", "d_inner"),
+        "Mamba, Falcon-Mamba, Jamba",
+        needs=("x_proj", "A_log|A_logs"),
+    ),
+    Layout(
+        ("x_proj",),
+        ("dt", "B", "C"),
+        "blocks",
+        rows_of.mamba_selection,
+        "Mamba, Falcon-Mamba, Jamba",
+        needs=("dt_proj",),
+    ),
+    Layout(
+        ("in_proj",),
+        ("z", "x", "B", "C", "dt"),
+        "blocks",
+        rows_of.mamba2,
+        "Mamba-2, Bamba, Zamba2, Nemotron-H, Falcon-H1, GraniteHybrid",
+    ),
+    Layout(("in_proj_qkvz",), ("q", "k", "v", "z"), "by group", rows_of.delta_net_by_key_head, "Qwen3-Next"),
+    Layout(("in_proj_ba",), ("b", "a"), "by group", rows_of.scalars_by_key_head, "Qwen3-Next"),
+    Layout(("in_proj_qkv",), _QKV, "blocks", rows_of.delta_net, "Qwen3.5"),
+    Layout(
+        ("in_proj",), ("B", "C", "x"), "blocks", partial(rows_of.multiples, 3), "LFM2, LFM3", needs=("conv", "out_proj")
+    ),
+    Layout(("fn",), ("pre", "post", "comb"), "blocks", rows_of.hyper_connection, "DeepSeek-V4", needs=("hc_mult",)),
+    # -- modulation -----------------------------------------------------------------------------------------------
+    Layout(
+        ("adaLN_modulation", "adaln_modulation", "modulation"),
+        ("shift", "scale", "gate"),
+        "blocks",
+        rows_of.chunks,
+        "DiT",
+    ),
+    Layout(
+        ("linear",),
+        ("shift", "scale", "gate"),
+        "blocks",
+        rows_of.chunks,
+        "diffusers",
+        (
+            "AdaLayerNormZero",
+            "AdaLayerNormZeroSingle",
+            "AdaLayerNormSingle",
+            "AdaLayerNormContinuous",
+            "AdaLayerNorm",
+            "SD35AdaLayerNormZeroX",
+        ),
+    ),
+)
+"""Every fused weight that is known. The first row whose name, classes and needs fit and whose sizes add up decides."""
+
+_BY_NAME = {name: [row for row in LAYOUTS if name in row.names] for row in LAYOUTS for name in row.names}
+FUSED = tuple(dict.fromkeys(name for row in LAYOUTS if row.parts[:3] == ("q", "k", "v") for name in row.names))
+"""Names of weights that hold query, key and value."""
+
+_SURELY_FUSED = {*_IN_BLOCKS, "query_key_value", "in_proj_weight", "to_kv", "kv"} - {"c_attn"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a weight was found to be: its view with and without heads, and why."""
+
+    view: View | None
+    by_head: View | None
+    how: str
+    known: bool = True
+
+
+def read(place: Place, ndim: int = 2, transposed: bool = False) -> Reading | None:
+    """What a projection is by its name, module and rows_of.
+
+    ``None`` if it is none of the table. A `Reading` without a view says that its name is, but sizes do not add up.
+
+    Args:
+        place: the weight.
+        ndim: its axes; those after the second are a kernel's.
+        transposed: whether it is stored as (in, out).
+    """
+    rows = [row for row in _BY_NAME.get(place.slot, ()) if row.fits(place)]
+    for row in rows:
+        sizes = row.sizes(place)
+        if sizes is not None and place.rows > 0:
+            return _reading(row, place, sizes, ndim, transposed)
+    separate = _separate(place, ndim, transposed)
+    if separate is None and rows and place.slot in _SURELY_FUSED:
+        d = place.number(*HEAD_DIM)
+        by_head = heads(place.rows // d, transposed) if d and place.rows % d == 0 and ndim == 2 else None
+        return Reading(None, by_head, f"{place.slot}: sizes of the parts are not known", known=False)
+    return separate
+
+
+def _reading(row: Layout, place: Place, sizes: Sequence[int], ndim: int, transposed: bool) -> Reading:
+    parts = _named(row.parts, sizes)
+    view = fused(parts=parts, order=row.order, ndim=ndim, transposed=transposed)
+    how = f"{place.slot}: {', '.join(row.parts)} {row.order}, {'+'.join(map(str, sizes))} ({row.seen})"
+    d = _head_rows(row, place, sizes)
+    with_heads = tuple(
+        name for name, part in zip(parts, _cycled(row.parts, len(sizes)), strict=True) if part in row.heads
+    )
+    by_head = view
+    if d and all(parts[name] % d == 0 for name in with_heads):
+        by_head = fused(parts=parts, order=row.order, ndim=ndim, transposed=transposed, head_dim=d, heads=with_heads)
+    return Reading(view, by_head, how)
+
+
+def _named(parts: Sequence[str], sizes: Sequence[int]) -> dict[str, int]:
+    """Sizes by unique names: a modulation has several shifts and scales."""
+    names = _cycled(parts, len(sizes))
+    return {
+        name if len(sizes) == len(parts) else f"{name} {i}": size
+        for i, (name, size) in enumerate(zip(names, sizes, strict=True))
+    }
+
+
+def _cycled(parts: Sequence[str], count: int) -> list[str]:
+    return [parts[i % len(parts)] for i in range(count)]
+
+
+def _head_rows(row: Layout, place: Place, sizes: Sequence[int]) -> int:
+    """Rows of one head; 0 if there are none or nobody says."""
+    if not row.heads:
+        return 0
+    if row.order == "by head":
+        return sizes[0]
+    if "q" in row.parts:
+        q = sizes[row.parts.index("q")]
+        d = place.number(*HEAD_DIM) or (q // place.heads if place.heads and q % place.heads == 0 else 0)
+        return d if row.order != "in blocks" or not d or q % d == 0 else 0
+    return place.head_dim or (sizes[0] // place.heads if place.heads and sizes[0] % place.heads == 0 else 0)
+
+
+def _separate(place: Place, ndim: int, transposed: bool) -> Reading | None:
+    """A query's or key's projection of its own: heads if their size or number is known and all adds up."""
+    is_query = any(hasattr(place.module, key) for key in _QUERIES.get(place.slot, ()))
+    queries = [query for query in _KEYS.get(place.slot, ()) if hasattr(place.module, query)]
+    if not (is_query or queries):
         return None
-    h = _number(attention, HEADS) or _number(getattr(attention, "config", None), HEADS)
-    d, rows = _number(attention, HEAD_DIM), shape[1 if transposed else 0]
+    h, d, rows = place.heads, place.head_dim, place.rows
     if not h or not rows:
-        return None
-    if slot in FUSED:
-        d = d or rows // (3 * h)
-        if FUSED[slot] != bool(OTHERWISE & {kind.__name__ for kind in type(attention).__mro__}):
-            return _in_blocks(rows, h, d, transposed, hasattr(attention, "q_attn"))
-        return per_head(rows // d, transposed) if d and rows % d == 0 else None
-    query, key = pairs[0]
-    if slot == query:
-        return per_head(h, transposed) if rows % (h * max(d, 1)) == 0 else None
-    layer = getattr(attention, query)
-    d = d or getattr(getattr(layer, "module", layer), "out_features", 0) // h
-    return per_head(rows // d) if key != "kv_b_proj" and _are_heads(rows, h, d) else None
-
-
-def per_head(h: int, transposed: bool = False) -> View | None:
-    """The view of `h` heads; none of its own for a single head, which is the whole matrix."""
-    return heads(h, transposed) if h > 1 else None
-
-
-def _in_blocks(rows: int, h: int, d: int, transposed: bool, is_cross: bool) -> View | None:
-    """All queries, then all keys, then all values; in cross attention without the queries."""
-    q = 0 if is_cross else h * d
-    k = (rows - q) // 2
-    if q + 2 * k != rows or not _are_heads(k, h, d):
-        return None
-    view = fused_qkv(q, k, k, d, transposed)
-    return View(view.pattern[1:], view.sizes, (k, k), view.split_dim) if is_cross else view
-
-
-def _are_heads(rows: int, h: int, d: int) -> bool:
-    """Whether `rows` are heads of `d` rows, each shared by equally many of `h` query heads."""
-    return d > 0 and rows > 0 and rows % d == 0 and h % (rows // d) == 0
-
-
-def _number(owner: object, names: Sequence[str]) -> int:
-    """The first positive integer among the attributes of these names, else 0."""
-    values = (getattr(owner, name, None) for name in names)
-    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)
-
-
-# ---- gated MLPs ----
-
-GATE_UP = "gate_up_proj"
-"""What the fused projection is called: Phi-3, GLM, and the experts of Mixtral, OLMoE, Qwen-MoE, DeepSeek, Llama 4."""
-
-INTERLEAVED = {"GptOssExperts"}
-"""Classes in which gate and up alternate; in all others the gate is the first half."""
-
-
-def gated_view(mlp: nn.Module, shape: Sequence[int]) -> View | None:
-    """Gate and up as a matrix each, of every expert if there are several; None if the shapes are not those of an MLP.
-
-    The neighbour ``down_proj`` tells which axis holds both: it has their number of rows once.
-
-    Args:
-        mlp: the module that holds both projections, as layers or as parameters.
-        shape: of the fused weight: ``(2 f, n)``, ``(e, 2 f, n)``, or stored as (in, out) ``(e, n, 2 f)``.
-    """
-    down = getattr(mlp, "down_proj", None)
-    down = down.weight if isinstance(down, nn.Linear) else down
-    if not isinstance(down, Tensor) or down.ndim != len(shape) or tuple(down.shape[:-2]) != tuple(shape[:-2]):
-        return None
-    rows, columns = shape[-2:]
-    if (rows, columns) == (2 * down.shape[-1], down.shape[-2]):
-        return View(GATES if len(shape) == 2 else EXPERT_GATES, {"g": 2})
-    if len(shape) == 3 and (rows, columns) == (down.shape[-1], 2 * down.shape[-2]):
-        alternate = bool(INTERLEAVED & {kind.__name__ for kind in type(mlp).__mro__})
-        return View(ALTERNATING_GATES if alternate else TRANSPOSED_GATES, {"g": 2})
-    return None
+        return Reading(None, None, f"{place.slot}: the number of heads is not known")
+    if place.has("key_dim") and rows == h * place.number("key_dim"):
+        d = place.number("key_dim")
+    if queries:
+        given, d = d, d or place.sibling(queries[0]) // h
+        count = rows // d if d and rows % d == 0 else 0
+        fits = count > 0 and h % count == 0 and (given > 0 or count == (place.key_heads or count))
+    else:
+        d, count = d or rows // h, h
+        fits = rows == h * d
+    if not fits:
+        return Reading(None, None, f"{place.slot}: {rows} rows are not the heads that the module tells", known=False)
+    by_head = heads(count, transposed) if count > 1 else None
+    if by_head is not None and ndim > 2:
+        by_head = fused(parts={"q": rows}, ndim=ndim, head_dim=rows // count, heads=("q",))
+    return Reading(None, by_head, f"{place.slot}: {count} heads")

@@ -1,16 +1,15 @@
-"""Where the parameters of a model stand: modules, names, ties, parametrizations and output heads."""
+"""Where the parameters of a model stand: modules, names, ties, parametrizations, wrappers and vocabularies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-TABLES = (nn.Embedding, nn.EmbeddingBag)
-"""Modules whose weight is looked up by index."""
+from asgo.views.vocabulary import TABLES, Vocabulary, find_vocabulary
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What wrappers of `torch.compile`, activation checkpointing and sharding call the module inside."""
@@ -21,7 +20,18 @@ PARALLEL = ("DataParallel", "DistributedDataParallel")
 
 @dataclass(frozen=True)
 class Site:
-    """A trainable parameter and where it stands: `leaf` of `module`, which is `slot` of `parent`."""
+    """A trainable parameter and where it stands: `leaf` of `module`, which is `slot` of `parent`.
+
+    Args:
+        names: all names of the parameter, without wrappers; the first is the one it is known by.
+        param: the parameter.
+        module: the module that holds it.
+        leaf: its name there.
+        parent: the module above, through wrappers; None for the model itself.
+        slot: what `module` is called there.
+        ancestors: paths of the modules above, the nearest first, each with the module and the name below it.
+        vocabulary: of the whole model.
+    """
 
     names: tuple[str, ...]
     param: nn.Parameter
@@ -29,12 +39,28 @@ class Site:
     leaf: str
     parent: nn.Module | None
     slot: str
-    is_head: bool
+    ancestors: tuple[tuple[nn.Module, str], ...]
+    vocabulary: Vocabulary
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The parameter's shape."""
         return tuple(self.param.shape)
+
+    @property
+    def chain(self) -> list[nn.Module]:
+        """The module and all above it."""
+        return [self.module, *(module for module, _ in self.ancestors)]
+
+    def places(self) -> Iterator[tuple[nn.Module, str]]:
+        """The modules that may know this layer, with its name there: the parent, and above as long as it is alone."""
+        below = self.module
+        for module, slot in self.ancestors:
+            yield module, slot
+            layers = [child for child in module.children() if any(p.ndim >= 2 for p in child.parameters())]
+            if len(layers) > 1 or any(p.ndim >= 2 for p in module.parameters(recurse=False)) or below not in layers:
+                return
+            below = module
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -50,8 +76,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     if not names:
         raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad before routing.")
     modules = dict(model.named_modules(remove_duplicate=False))
-    heads = _output_heads(model)
-    return [_site(modules, param, aliases, heads) for param, aliases in names.items()]
+    vocabulary = find_vocabulary(model)
+    return [_site(modules, param, aliases, vocabulary) for param, aliases in names.items()]
 
 
 def without_wrappers(modules: Mapping[str, nn.Module], name: str) -> str:
@@ -71,20 +97,27 @@ def is_wrapper(module: nn.Module, inner: str) -> bool:
     return inner in WRAPPED or (inner == "module" and type(module).__name__ in PARALLEL)
 
 
-def _site(modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence[str], heads: set[nn.Module]) -> Site:
+def _site(modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence[str], vocabulary: Vocabulary) -> Site:
     if is_lazy(param) or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
             f"{names[0]!r} has no shape of its own: run a lazy model once before routing, and use "
             "DistributedDataParallel, which keeps parameters whole, instead of FullyShardedDataParallel."
         )
     places = [_place(modules, name, param) for name in names]
-    path, leaf = next((place for place in places if isinstance(modules[place[0]], TABLES)), places[0])
-    above, _, slot = path.rpartition(".")
-    is_head = any(modules[place] in heads for place, _ in places)
+    heads = [place for place in places if modules[place[0]] in vocabulary.heads]
+    path, leaf = next((place for place in places if isinstance(modules[place[0]], TABLES)), [*heads, *places][0])
+    above = tuple(_above(modules, path))
+    parent, slot = above[0] if above else (None, "")
     clean = tuple(without_wrappers(modules, name) for name in names)
-    while path and is_wrapper(modules[above], slot):
-        above, _, slot = above.rpartition(".")
-    return Site(clean, param, modules[path], leaf, modules[above] if slot else None, slot, is_head)
+    return Site(clean, param, modules[path], leaf, parent, slot, above, vocabulary)
+
+
+def _above(modules: Mapping[str, nn.Module], path: str) -> Iterator[tuple[nn.Module, str]]:
+    """The modules above a path, without wrappers, each with the name of what is below it."""
+    while path:
+        path, _, slot = path.rpartition(".")
+        if not is_wrapper(modules[path], slot):
+            yield modules[path], slot
 
 
 def _place(modules: Mapping[str, nn.Module], name: str, param: nn.Parameter) -> tuple[str, str]:
@@ -94,22 +127,10 @@ def _place(modules: Mapping[str, nn.Module], name: str, param: nn.Parameter) -> 
     if isinstance(owner, ParametrizationList) and param.numel() == max(p.numel() for p in owner.parameters(False)):
         holder, _, leaf = path.rpartition(".")  # path is "<module>.parametrizations.<leaf>"
         path = holder.rpartition(".")[0]
-    return path, {"weight_v": "weight", "weight_orig": "weight"}.get(leaf, leaf)
-
-
-def _output_heads(model: nn.Module) -> set[nn.Module]:
-    """The output layers over a vocabulary.
-
-    A model that can name its head is asked (`get_output_embeddings` of Hugging Face, anywhere inside).
-    Otherwise it is the last Linear outside every `torch.nn.ModuleList`, if its weight has an embedding's
-    shape.
-    """
-    modules = list(model.modules())
-    asked = [getattr(module, "get_output_embeddings", None) for module in modules]
-    if any(map(callable, asked)):
-        answers = [answer for ask in asked if callable(ask) and isinstance(answer := ask(), nn.Module)]
-        return {head for answer in answers for head in (answer if isinstance(answer, nn.ModuleList) else [answer])}
-    inside = {inner for module in modules if isinstance(module, nn.ModuleList) for inner in module.modules()}
-    linear = [module for module in modules if isinstance(module, nn.Linear) and module not in inside]
-    tables = {(table.num_embeddings, table.embedding_dim) for table in modules if isinstance(table, TABLES)}
-    return {last for last in linear[-1:] if (last.out_features, last.in_features) in tables}
+    if isinstance(owner, (nn.ParameterList, nn.ParameterDict)) and path:
+        path, _, leaf = path.rpartition(".")
+    for suffix, partner in (("_v", "_g"), ("_orig", "")):  # of the older weight_norm and spectral_norm
+        base = leaf.removesuffix(suffix)
+        if base != leaf and hasattr(owner, base + partner):
+            return path, base
+    return path, leaf

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 from asgo.views.view import View
 
@@ -53,6 +55,85 @@ def fused_qkv(q: int, k: int, v: int, d: int, transposed: bool = False) -> View:
     return View((per_head, per_head, str(whole)), {"d": d}, (q, k, v), 1 if transposed else 0)
 
 
+Order = Literal["blocks", "by head", "by group", "in blocks", "alternating"]
+"""How the rows of several parts alternate in one weight: once each, or again and again."""
+
+ORDERS: tuple[str, ...] = get_args(Order)
+
+
+def fused(
+    q: int = 0,
+    k: int = 0,
+    v: int = 0,
+    order: Order = "blocks",
+    *,
+    parts: Mapping[str, int] | None = None,
+    head_dim: int = 0,
+    heads: Sequence[str] = ("q", "k"),
+    transposed: bool = False,
+    ndim: int = 2,
+) -> View:
+    """A weight that holds several matrices, such as query, key and value: each is a matrix of its own.
+
+    In ``"blocks"``, all rows of the first part come first, then all of the second. In every other order the parts
+    repeat: ``"by head"``, ``"by group"`` of heads, ``"in blocks"`` or, row by row, ``"alternating"``; how often,
+    the weight's shape tells.
+
+    Args:
+        q: rows of the query: in all with ``"blocks"``, else in one repetition.
+        k: rows of the key.
+        v: rows of the value.
+        order: how the parts alternate. ``"alternating"`` has one row of each in turn, so that sizes do not count.
+        parts: instead of `q`, `k` and `v`: rows by name, in the order in which they are stored.
+        head_dim: rows of one head; the parts named in `heads` are then one matrix per head. 0: parts stay whole.
+        heads: the parts that have heads.
+        transposed: for layers that store (in, out).
+        ndim: the weight's axes; those after the second are a kernel's.
+
+    Repeated parts of unequal sizes are read in slices of their greatest common divisor, so that a part may be
+    several matrices, never two parts one.
+
+    Raises:
+        ValueError: without parts, with a size below 1, or heads that do not divide their part.
+
+    >>> fused(q=8, k=4, v=4).shapes((16, 5))
+    [(1, 8, 5), (1, 4, 5), (1, 4, 5)]
+    >>> fused(q=2, k=2, v=2, order="by head").shapes((24, 5))
+    [(3, 8, 5)]
+    """
+    sizes = dict(parts) if parts is not None else {name: n for name, n in (("q", q), ("k", k), ("v", v)) if n}
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} of a fused weight is not known; choose from {', '.join(map(repr, ORDERS))}.")
+    if not sizes or min(sizes.values()) < 1:
+        raise ValueError(f"a fused weight needs parts of one row or more; got {sizes}. Pass q=, k= and v=, or parts=.")
+    uneven = [name for name in heads if head_dim and sizes.get(name, 0) % head_dim]
+    if uneven:
+        raise ValueError(f"head_dim={head_dim} does not divide the rows of {', '.join(uneven)} in {sizes}.")
+    if order == "blocks":
+        return _in_blocks(sizes, head_dim, heads, transposed, ndim)
+    if head_dim and all(size % head_dim == 0 and name in heads for name, size in sizes.items()):
+        return View(_pattern("(h d)", "h", "d", transposed, ndim), {"d": head_dim})
+    unit = 1 if order == "alternating" else math.gcd(*sizes.values())
+    slices = len(sizes) if order == "alternating" else sum(sizes.values()) // unit
+    return View(_pattern("(h r d)", "r", "(h d)", transposed, ndim), {"r": slices, "d": unit})
+
+
+def _in_blocks(sizes: Mapping[str, int], d: int, heads: Sequence[str], transposed: bool, ndim: int) -> View:
+    whole, by_head = _pattern("m", "1", "m", transposed, ndim), _pattern("(h d)", "h", "d", transposed, ndim)
+    patterns = tuple(by_head if d and name in heads and size > d else whole for name, size in sizes.items())
+    if len(sizes) == 1:
+        return View(patterns[0], {"d": d} if patterns[0] == by_head else ())
+    used = {"d": d} if by_head in patterns else ()
+    return View(patterns, used, tuple(sizes.values()), 1 if transposed else 0)
+
+
+def _pattern(rows: str, stack: str, m: str, transposed: bool, ndim: int) -> str:
+    """From a weight with these rows to a stack of ``m x n`` matrices; axes after the second join the columns."""
+    kernel = "".join(f" k{i}" for i in range(ndim - 2))
+    source = f"n {rows}{kernel}" if transposed else f"{rows} n{kernel}"
+    return f"{source} -> {stack} {m} {f'(n{kernel})' if kernel else 'n'}"
+
+
 def conv(ndim: int, groups: int = 1, transposed: bool = False) -> View:
     """A convolution weight with `ndim` axes as ``out x (in * kernel)``, one matrix per group.
 
@@ -80,6 +161,19 @@ GATES = "(g m) n -> g m n"
 EXPERT_GATES = "e (g m) n -> (e g) m n"
 TRANSPOSED_GATES = "e m (g n) -> (e g) m n"
 ALTERNATING_GATES = "e m (n g) -> (e g) m n"
+
+
+def per_expert(view: View) -> View:
+    """The same view of every matrix of a stack ``(e, m, n)``: ``"m n -> 1 m n"`` becomes ``"e m n -> e m n"``."""
+    patterns = (view.pattern,) if isinstance(view.pattern, str) else view.pattern
+    stacked = []
+    for pattern in patterns:
+        source, target = pattern.split(" -> ")
+        first, rest = target.split(" ", 1)
+        stacked.append(f"e {source} -> {'e' if first == '1' else f'(e {first})'} {rest}")
+    return View(
+        stacked[0] if isinstance(view.pattern, str) else tuple(stacked), view.sizes, view.split, view.split_dim + 1
+    )
 
 
 # ---- views of parameters with any number of axes -----------------------------------------------------------
@@ -155,14 +249,15 @@ KINDS: dict[object, str] = {
     TRANSPOSED.pattern: "transposed matrix",
     STACK.pattern: "stack",
     heads(2).pattern: "heads",
-    "n (h d) -> h d n": "transposed heads",
+    heads(2, True).pattern: "transposed heads",
+    per_expert(heads(2)).pattern: "stack of heads",
     head_columns(2).pattern: "head columns",
     blocks(2, 2).pattern: "blocks",
     GATES: "gates",
     **dict.fromkeys((EXPERT_GATES, TRANSPOSED_GATES, ALTERNATING_GATES), "stack of gates"),
-    **{fused_qkv(1, 1, 1, 1, t).pattern: "fused qkv" for t in (False, True)},
-    **{whole(fused_qkv(1, 1, 1, 1, t)).pattern: "fused qkv" for t in (False, True)},
-    fused_qkv(1, 1, 1, 1, True).pattern[1:]: "fused kv",
+    fused(2, 2, 2, "by head").pattern: "interleaved",
+    fused(2, 2, 2, "by head", transposed=True).pattern: "transposed interleaved",
+    "(e m) n -> e m n": "rows of experts",
 }
 
 
@@ -170,8 +265,9 @@ def label(view: View | None) -> str:
     """The kind of a view and its numbers, such as ``heads (h=4)``; the pattern of one that has no name."""
     if view is None:
         return "adamw"
-    kind = KINDS.get(view.pattern, "")
-    if " k0" in view.pattern:
+    parts = "" if view.parts == 1 else f"{view.parts} parts"
+    kind = parts or KINDS.get(view.pattern, "")
+    if " k0" in view.pattern and not parts:
         kind = f"conv{str(view.pattern).count(' k') // 2}d"
     notes = [f"{axis}={size}" for axis, size in view.sizes if (axis, size) != ("g", 1)]
     notes += ["+".join(map(str, view.split))] if view.split else []

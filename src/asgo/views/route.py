@@ -1,38 +1,38 @@
 """Which parameter is read how: named groups for any `torch.nn.Module`.
 
-The defaults look at module types, tied weights and exact attributes of attention modules, never at parts of a
-name: a Linear called ``embed_norm`` is a matrix. The first row of `DEFAULTS` that knows a parameter decides:
+The first rule that matches a parameter decides, then the first row of `asgo.views.defaults.DEFAULTS` that knows it:
 
-- AdamW for vectors and scalars, embeddings, vocabulary heads and gains;
-- one matrix each for query, key and value inside a fused projection (`asgo.views.layouts`), and with ``per_head``
-  one per head for queries and keys, also with grouped queries; where the heads are unknown or do not divide the
-  rows, the weight stays whole;
-- one matrix each for gate and up inside a fused projection (`asgo.views.layouts`);
+- AdamW for vectors, tables, vocabulary heads and gains (`asgo.views.roles`, `asgo.views.vocabulary`);
+- one matrix for each part of a fused weight whose layout is known (`asgo.views.layouts`), with ``per_head`` one
+  for each head of queries and keys; gate and up by the shape of their neighbour (`asgo.views.gates`);
 - one matrix, or a stack of them, for other layers.
+
+Where sizes are not known, or do not add up, a weight stays one matrix, and `route` warns once, naming it.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
-from asgo.views.layouts import GATE_UP, gated_view, head_view
-from asgo.views.model_scan import TABLES, Site, find_sites
-from asgo.views.patterns import GATES, MATRIX, STACK, TRANSPOSED, conv, whole
-from asgo.views.patterns import default_view as axes_view
+from asgo.views.defaults import default_reading
+from asgo.views.layouts import Reading
+from asgo.views.model_scan import Site, find_sites
 from asgo.views.view import View
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]
-Found: TypeAlias = "View | Literal['adamw'] | None"
-
-ADAMW: Literal["adamw"] = "adamw"
 DEFAULT = "default"
 """The view of a `Rule` that changes options only: the view stays what it would be without the rule."""
+
+SHOWN = 8
+"""How many unknown kinds of parameters a warning names."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,15 @@ class Decision:
         name: the parameter's name, with the prefix.
         shape: its shape.
         view: how it is read; ``None`` for AdamW.
-        how: what decided: a rule, or the row of the defaults.
+        how: what decided: a rule, a layout and its sizes, the module's type, a shape, a name.
+        known: whether something did; if not, the parameter is read by its number of axes.
     """
 
     name: str
     shape: tuple[int, ...]
     view: View | None
     how: str
+    known: bool = True
 
 
 def route(
@@ -150,7 +152,9 @@ def route(
             a parameter without a shape of its own (lazy, or flattened by `FullyShardedDataParallel`).
     """
     groups: dict[str, dict[str, Any]] = {}
-    for site, decision, rule in _decide(model, rules, per_head, prefix):
+    decided = _decide(model, rules, per_head, prefix)
+    _warn([decision for _, decision, _ in decided])
+    for site, decision, rule in decided:
         title = rule.name or ", ".join(f"{key}={value}" for key, value in rule.options.items())
         title = title or ("adamw" if decision.view is None else "matrices")
         key = repr((title, sorted(rule.options.items())))
@@ -161,7 +165,7 @@ def route(
 
 
 def explain(model: nn.Module, rules: Sequence[Rule] = (), per_head: bool = False, prefix: str = "") -> list[Decision]:
-    """What `route` decides for every trainable parameter, and why; arguments and errors as there."""
+    """What `route` decides for every trainable parameter, and why; arguments and errors as there, without a warning."""
     return [decision for _, decision, _ in _decide(model, rules, per_head, prefix)]
 
 
@@ -174,40 +178,38 @@ def _decide(model: nn.Module, rules: Sequence[Rule], per_head: bool, prefix: str
     winners = [next((rule for rule in rules if rule.matches(site)), otherwise) for site in sites]
     found = []
     for site, rule in zip(sites, winners, strict=True):
-        view, how = default_view(site, per_head), "default" if rule is otherwise else str(rule)
-        if rule.view != DEFAULT:
-            view = View.of(rule.view)
+        reading = _ruled(rule, View.of(rule.view)) if rule.view != DEFAULT else default_reading(site)
+        view = reading.by_head if per_head else reading.view
         if view is not None:
             view.check(site.names[0], site.shape)
         name = f"{prefix.removesuffix('.')}.{site.names[0]}" if prefix else site.names[0]
-        found.append((site, Decision(name, site.shape, view, how), rule))
+        found.append((site, Decision(name, site.shape, view, reading.how, reading.known), rule))
     for rule in rules:
         if not any(rule is winner for winner in winners):
             raise ValueError(_unused(rule, sites))
     return found
 
 
-def default_view(site: Site, per_head: bool = False) -> View | None:
-    """The view of a parameter that no rule matches: the first answer of `DEFAULTS`."""
-    found = next(answer for row in DEFAULTS if (answer := row(site)) is not None)
-    if not isinstance(found, View):
-        return None
-    return found if per_head else whole(found)
+def _ruled(rule: Rule, view: View | None) -> Reading:
+    return Reading(view, view, str(rule))
 
 
-def default_views(named_params: Iterable[tuple[str, Tensor]]) -> list[View | None]:
-    """The views of ``(name, parameter)`` pairs without the module that they belong to.
-
-    Vectors, and parameters with an exact name of a table of embeddings or positions, a vocabulary head or a
-    gain (``lm_head.weight``, ``h.0.wte.weight``, ``pos_embed``) are AdamW's; others go by their number of axes,
-    as in `asgo.views.default_view`. Fused projections and experts cannot be told by a name alone: use `route`.
-    """
-    return [None if _is_named_table(name) else axes_view(param.ndim) for name, param in named_params]
-
-
-def _is_named_table(name: str) -> bool:
-    *_, slot, leaf = ["", *name.split(".")]
-    return leaf in _ELEMENTWISE or leaf in NAMED_TABLES or (leaf == "weight" and slot in NAMED_TABLES)
+def _warn(decisions: Sequence[Decision]) -> None:
+    """One warning that names what may be fused or a table and is not known."""
+    unknown = [decision for decision in decisions if not decision.known]
+    if not unknown:
+        return
+    kinds = {(re.sub(r"\.\d+\.", ".*.", each.name), each.how): each for each in unknown}
+    lines = [f"  {name} {each.shape}: {how}" for (name, how), each in [*kinds.items()][:SHOWN]]
+    lines += [f"  and {len(kinds) - SHOWN} more kinds; asgo.views.route.explain lists them"] * (len(kinds) > SHOWN)
+    warnings.warn(
+        f"{len(unknown)} parameters may hold several matrices, or none, and nothing tells; each is read by its axes:\n"
+        + "\n".join(lines)
+        + "\nSay what they are with a rule: Rule('NAME', None) for a table or gain, "
+        "Rule('NAME', fused(q=..., k=..., v=..., order='by head')) for a fused weight, "
+        "Rule('NAME', 'm n -> 1 m n') for one matrix.",
+        stacklevel=3,
+    )
 
 
 def _unused(rule: Rule, sites: Sequence[Site]) -> str:
@@ -225,118 +227,3 @@ def _unused(rule: Rule, sites: Sequence[Site]) -> str:
         close = sorted({type(site.module).__name__ for site in sites})
         hint = "A class matches a module's own parameters with two or more axes, with view=None all of them"
     return f"{rule} matches no trainable parameter; the model has {', '.join(map(repr, close))}. {hint}."
-
-
-# ---- the defaults ------------------------------------------------------------------------------------------
-
-_GAINS = (nn.LayerNorm, nn.RMSNorm)
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ELEMENTWISE = {
-    *("pos_embed", "pos_embedding", "position_embedding", "position_embeddings", "positional_embedding"),
-    *("position_enc", "wpe", "pe", "level_embed", "seg_embed", "rel_pos_h", "rel_pos_w", "attention_biases"),
-    *("relative_position_bias_table", "relative_attention_bias", "position_bias", "pos_bias_u", "pos_bias_v"),
-    *("bias_u", "bias_v", "r_w_bias", "r_r_bias", "r_s_bias", "A_log"),
-}
-"""Exact names of parameters that are no matrices though they have two axes: positions, biases, decays."""
-
-
-NAMED_TABLES = {
-    *("lm_head", "embed_out", "output_projection", "embed_tokens", "embed_positions", "embed_in", "shared"),
-    *("wte", "wpe", "tok_emb", "tok_embed", "tok_embedding", "tok_embeddings", "token_embedding", "token_embeddings"),
-    *("embed", "embedding", "embeddings", "pos_emb", "word_embeddings", "token_type_embeddings", "patch_positions"),
-    *("relative_attention_bias", "cls_token", "mask_token", "dist_token", "class_embedding"),
-}
-"""Exact names of tables and heads, for parameters whose module is not known."""
-
-
-def _vector(site: Site) -> Found:
-    return ADAMW if site.param.ndim < 2 else None
-
-
-def _embedding_head_or_gain(site: Site) -> Found:
-    return ADAMW if site.is_head or isinstance(site.module, (*TABLES, *_GAINS)) else None
-
-
-def _attention(site: Site) -> Found:
-    if isinstance(site.module, nn.MultiheadAttention):
-        view = head_view(site.module, site.leaf, site.shape)
-        return view or (MATRIX if site.param.ndim == 2 else None)
-    if site.parent is None or not _is_dense(site):
-        return None
-    return head_view(site.parent, site.slot, site.shape, _is_transposed(site.module))
-
-
-def _gated(site: Site) -> Found:
-    if site.leaf == GATE_UP and site.param.ndim == 3:
-        return gated_view(site.module, site.shape)
-    if site.slot != GATE_UP or site.parent is None or not _is_dense(site) or _is_transposed(site.module):
-        return None
-    return gated_view(site.parent, site.shape)
-
-
-def _dense(site: Site) -> Found:
-    if _is_dense(site):
-        return TRANSPOSED if _is_transposed(site.module) else MATRIX
-    return None
-
-
-def _convolution(site: Site) -> Found:
-    if site.leaf != "weight" or not isinstance(site.module, _CONVS) or site.param.ndim < 3:
-        return None
-    groups, transposed = site.module.groups, site.module.transposed
-    if groups > 1 and site.shape[1] == 1 and transposed:
-        return View(str(conv(site.param.ndim, 1, True).pattern).replace("-> g o", "-> o g"), {"g": groups})
-    if site.shape[1] == 1 or site.shape[0] == groups:
-        groups = 1  # a depthwise layer is one matrix, not a stack of single rows
-    return conv(site.param.ndim, groups, transposed)
-
-
-def _recurrent(site: Site) -> Found:
-    if not isinstance(site.module, (nn.RNNBase, nn.RNNCellBase)) or site.param.ndim != 2:
-        return None
-    gates = 4 if isinstance(site.module, (nn.LSTM, nn.LSTMCell)) else 3
-    is_stacked = site.shape[0] == gates * site.module.hidden_size
-    return View(GATES, {"g": gates}) if is_stacked else MATRIX
-
-
-def _bare(site: Site) -> Found:
-    """A parameter of a module that is not known.
-
-    A vector with extra axes of length 1, a parameter with an axis for the batch, a bias per expert and a
-    table of positions go to AdamW. Three axes are a stack of matrices (experts, `torch.nn.Bilinear`): which
-    side is preconditioned goes by size, so it may hold (in, out) as well as (out, in).
-    """
-    shape, base = site.shape, site.leaf.removesuffix("_bias")
-    if sum(length != 1 for length in shape) < 2 or (len(shape) > 2 and shape[0] == 1):
-        return ADAMW
-    has_weight = any(hasattr(site.module, name) for name in (base, f"{base}_weight"))
-    is_bias = site.leaf == "bias" or (base != site.leaf and has_weight)
-    if is_bias or site.leaf in _ELEMENTWISE:
-        return ADAMW
-    if len(shape) == 2:
-        return MATRIX
-    return STACK if len(shape) == 3 else conv(len(shape))
-
-
-DEFAULTS: tuple[Callable[[Site], Found], ...] = (
-    _vector,
-    _embedding_head_or_gain,
-    _attention,
-    _gated,
-    _dense,
-    _convolution,
-    _recurrent,
-    _bare,
-)
-"""The defaults in order: each row gives a view, "adamw", or ``None`` if the parameter is not its business."""
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether this is Hugging Face's ``Conv1D``, known without importing transformers."""
-    kinds = type(module).__mro__
-    return any((kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in kinds)
-
-
-def _is_dense(site: Site) -> bool:
-    is_layer = isinstance(site.module, nn.Linear) or _is_transposed(site.module)
-    return is_layer and site.leaf == "weight" and site.param.ndim == 2

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from asgo.views.defaults import view_of as default_view
 from asgo.views.layouts import FUSED, QUERY_KEY
 from asgo.views.model_scan import Site, find_sites
-from asgo.views.route import default_view
 
 Role = Literal["query", "key", "value", "output", "fused", "other"]
 
@@ -127,7 +127,8 @@ def _role(site: Site, part: int, parts: int) -> tuple[Role, int]:
 def _sibling(site: Site, slot: str) -> Site:
     """The weight of another child of the same module."""
     module = getattr(site.parent, slot)
-    return replace(site, param=module.weight, module=module, slot=slot, leaf="weight", is_head=False)
+    above = ((site.parent, slot), *site.ancestors[1:])
+    return replace(site, param=module.weight, module=module, slot=slot, leaf="weight", ancestors=above)
 
 
 def _heads(site: Site, part: int) -> int:
