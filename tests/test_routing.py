@@ -13,9 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations
 
 from asgo.views import MATRIX, STACK, View, heads
-from asgo.views.patterns import label
 from asgo.views.defaults import default_views
-from asgo.views.route import Rule, explain
+from asgo.views.patterns import label
+from asgo.views.route import Rule
 from asgo.views.route import route as route_by_default
 
 route = partial(route_by_default, per_head=True)

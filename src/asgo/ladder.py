@@ -84,6 +84,8 @@ class Ladder:
 
     def _overdue(self) -> list[int]:
         rows: set[int] = set()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return []  # an event must not be asked while a graph is captured; the next step that is not will do it
         while self._flags and self._flags[0].have_arrived():
             rows.update(self._flags.pop(0).rows())
         return sorted(rows)
