@@ -27,34 +27,42 @@ from asgo.lab.bench.contenders import CONTENDERS
 from asgo.lab.bench.shapes import SHAPES
 from asgo.lab.bench.step import HEAD as STEP_HEAD
 from asgo.lab.config import CompareConfig, RunConfig, TrainConfig, flag, flat
-from asgo.lab.convex import contenders as glm_contenders
-from asgo.lab.convex import glm
-from asgo.lab.convex.glm import GlmConfig
-from asgo.lab.convex.problems import SOURCES
 from asgo.lab.corpora import HUB_CORPORA
 from asgo.lab.gradients import GradientsConfig
-from asgo.lab.hessian import states
-from asgo.lab.hessian.config import HessianConfig
-from asgo.lab.hessian.config import check as check_hessian
 from asgo.lab.inspect import RoutingConfig
 from asgo.lab.models import PRESETS, shape_of
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.config import check as check_plan
 from asgo.lab.plan.mesh import parse as parse_mesh
-from asgo.lab.regret import RegretConfig
 from asgo.lab.specs import parse_spec
 from asgo.lab.summary import HEAD
-from asgo.lab.theory.experiment import TheoryConfig
-from asgo.lab.theory.experiment import check as check_theory
-from asgo.lab.theory.methods import METHODS
-from asgo.lab.theory.problems import PROBLEMS
 from asgo.lab.validation import validate
-from asgo.lab.vision.experiment import VisionConfig
+from experiments import terminal
+from experiments.glm import contenders as glm_contenders
+from experiments.glm import experiment as glm
+from experiments.glm.experiment import GlmConfig
+from experiments.glm.problems import SOURCES
+from experiments.hessian import states
+from experiments.hessian.config import HessianConfig
+from experiments.hessian.config import check as check_hessian
+from experiments.regret.experiment import RegretConfig
+from experiments.theory.experiment import TheoryConfig
+from experiments.theory.experiment import check as check_theory
+from experiments.theory.methods import METHODS
+from experiments.theory.problems import PROBLEMS
+from experiments.vision.experiment import VisionConfig
 
+EXPERIMENTS = {
+    "theory": TheoryConfig,
+    "glm": GlmConfig,
+    "regret": RegretConfig,
+    "vision": VisionConfig,
+    "hessian": HessianConfig,
+}
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README.md"))]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README.md")), ROOT / "experiments" / "README.md"]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 class Block(NamedTuple):
@@ -139,9 +147,13 @@ def test_code_runs_and_prints_what_the_page_says(path, tmp_path, monkeypatch, ca
 # ---- commands and links --------------------------------------------------------------------------------------
 
 
-def commands(path):
+def shell_lines(path):
     shell = "".join(block.code for block in blocks(path) if block.info.split(" ")[0] in ("bash", "sh"))
-    words = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
+
+
+def commands(path):
+    words = shell_lines(path)
     launched = [line[line.index("asgo.lab") + 1 :] for line in words if "asgo.lab" in line]
     return launched + [line[1:] for line in words if line[:1] == ["asgo"]]
 
@@ -154,6 +166,9 @@ def test_commands_parse(path, tmp_path, monkeypatch, capsys):
             assert cli.main(words) == 0
         else:
             check_command(words)
+    for line in shell_lines(path):
+        if line[:2] == ["python", "-m"] and line[2].startswith("experiments."):
+            check_experiment(line[2].split(".")[1], line[3:])
     assert not list(tmp_path.iterdir())
 
 
@@ -170,11 +185,18 @@ def check_command(words):
         shape_of(parsed.model)
     elif isinstance(parsed, (StepConfig, RootConfig, DistributedConfig)):
         check_bench(parsed)
-    elif isinstance(parsed, TheoryConfig):
-        check_theory(parsed)
     elif isinstance(parsed, PlanConfig):
         check_plan(parsed)
         assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
+    elif parsed is not None:
+        peers.parse_options(peers.resolve(parsed.optimizer))
+
+
+def check_experiment(name, words):
+    parsed = terminal.parse(name, EXPERIMENTS[name], words)
+    assert (parsed is None) == ("--help" in words)
+    if isinstance(parsed, TheoryConfig):
+        check_theory(parsed)
     elif isinstance(parsed, HessianConfig):
         check_hessian(parsed)
         if parsed.run is None:
@@ -182,8 +204,6 @@ def check_command(words):
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
-    elif parsed is not None and not isinstance(parsed, RegretConfig | VisionConfig):
-        peers.parse_options(peers.resolve(parsed.optimizer))
 
 
 @every_page
@@ -319,10 +339,7 @@ def test_theory_tables():
 def test_flags_exist():
     launchers = {"--nproc_per_node", "--shutdown-timeout", "--multi_gpu", "--num_processes"}
     known = {"--help", "--version", "--no-deps"} | launchers
-    benches, experiments = (
-        (StepConfig, RootConfig, DistributedConfig),
-        (HessianConfig, GlmConfig, RegretConfig, VisionConfig, TheoryConfig),
-    )
+    benches, experiments = (StepConfig, RootConfig, DistributedConfig), EXPERIMENTS.values()
     looks = (RoutingConfig, GradientsConfig, AdviceConfig)
     for kind in (TrainConfig, CompareConfig, PlanConfig, *looks, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}

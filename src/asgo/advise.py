@@ -129,7 +129,7 @@ def advise(
             the momentum settle.
         loss: ``(model, batch)`` to the mean loss, a tensor of one number.
         curvature: by name of a parameter, ``left`` and ``right``: how much of its Hessian block lies in the algebra of
-            each side, as ``asgo inspect hessian`` writes it. The larger is favoured. Names may be missing.
+            each side, as ``python -m experiments.hessian`` writes it. The larger is favoured. Names may be missing.
 
     Returns:
         The advice. A parameter without a gradient, or with one that is not finite, has a line that says so and no rule.

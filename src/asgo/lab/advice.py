@@ -64,7 +64,7 @@ class AdviceConfig(RunConfig):
         seed: seed of the initial weights and the order of the data; keep it out of what is compared later.
         after: steps of training before the gradients are looked at.
         batches: batches whose gradients are looked at, each of one step's size.
-        curvature: sides.json of asgo inspect hessian: {"NAME": {"left": 0.4, "right": 0.3}}, the larger is favoured.
+        curvature: sides.json of the Hessian experiment: {"NAME": {"left": 0.4, "right": 0.3}}, the larger is favoured.
         out: folder to write; must be new or empty.
     """
 
@@ -98,7 +98,7 @@ def inspect_advise(config: AdviceConfig, console: Console | None = None) -> Advi
     write_rules(config.out / "rules.json", advice.rules)
     write_rules(config.out / "against.json", advice.against)
     rows = [row(line) for line in advice.lines]
-    words, says = command("inspect advise", config), summary(advice)
+    words, says = command("asgo inspect advise", config), summary(advice)
     write_text(config.out / "table.md", f"`{words}`\n\n```text\n{advice}\n```\n\n- " + "\n- ".join(says) + "\n")
     write_text(config.out / "table.csv", tables.csv_text(rows, COLUMNS))
     write_bytes(config.out / "plot.png", draw(advice))

@@ -141,7 +141,7 @@ def _conclude(
         "tests": [asdict(test) | {"text": str(test)} for test in tests],
         "tuning": {text: asdict(found) for text, found in tuning.items()},
         "runs": {text: [dict(run.result) for run in own] for text, own in runs.items()},
-        "command": command("compare", replace(config, resume=False)),
+        "command": command("asgo compare", replace(config, resume=False)),
         "config": to_json(config),
         "environment": _environment(config),
         "date": environment.now(),

@@ -269,10 +269,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def command(verb: str, config: Any) -> str:
-    """The shell command that runs `config`; fields at their defaults are left out. `verb` may be several words."""
+def command(program: str, config: Any) -> str:
+    """The shell command that runs `config`, as ``asgo train --steps 5``; fields at their defaults are left out."""
     defaults = flat(type(config)())
-    words = ["asgo", *verb.split()]
+    words = program.split()
     for name, value in flat(config).items():
         if value == defaults[name]:
             continue

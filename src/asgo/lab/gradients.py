@@ -188,7 +188,7 @@ def _conclude(config: GradientsConfig, console: Console) -> list[Sample]:
     for name, draw in pictures.items():
         write_bytes(config.out / f"{name}.png", draw())
     title = f"Step {samples[-1].step}: means over layers and heads"
-    words = f"`{command('inspect gradients', replace(config, resume=False))}`"
+    words = f"`{command('asgo inspect gradients', replace(config, resume=False))}`"
     text = "\n\n".join([words, title + ".", tables.markdown(HEAD, table), "\n".join(f"- {line}" for line in lines)])
     write_text(config.out / "table.md", text + "\n")
     _show(config.out, console, table, title, lines)

@@ -66,7 +66,7 @@ class RunFolder:
         make_folder(self.checkpoints)
         sessions_path = self.path / "environment.json"
         earlier = read_json(sessions_path)["sessions"] if sessions_path.exists() else []
-        reproduce = command("train", replace(config, resume=False))
+        reproduce = command("asgo train", replace(config, resume=False))
         write_json(sessions_path, {"command": reproduce, "sessions": [*earlier, session]})
         write_text(self.path / "routing.txt", routing + "\n")
 

@@ -290,7 +290,7 @@ class Trainer:
             "state_bytes": state_bytes(self.optimizer),
             "parameters": count_parameters(self.raw),
             "data": self.data.description,
-            "command": command("train", replace(self.config, resume=False)),
+            "command": command("asgo train", replace(self.config, resume=False)),
             "date": environment.now(),
         }
         self.folder.finish(result, draw_run(self.folder.metrics()))

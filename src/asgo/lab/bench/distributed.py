@@ -90,7 +90,7 @@ def bench_distributed(config: DistributedConfig, console: Console) -> list[Distr
     title = f"{config.shapes[0]}: one step of ASGO, roots every {config.interval}"
     table = Table(title, HEAD, tuple(map(_cells, rows)))
     console.print(table.rich())
-    verb = command("bench distributed", config)
+    verb = command("asgo bench distributed", config)
     record = {"command": verb, "config": to_json(config), "machine": machine(torch.device("cpu"))}
     write_tables(config.out, f"`{verb}`", [table], record | {"rows": [vars(row) for row in rows]})
     write_text(config.out / "table.csv", csv_text(rows))

@@ -39,7 +39,7 @@ def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
         LabError: for a name that does not exist, a value out of range, or a folder in use.
     """
     check(config)
-    verb, refused = command("bench root", config), _refused(config)
+    verb, refused = command("asgo bench root", config), _refused(config)
     config = replace(config, roots=tuple(name for name in config.roots if name not in refused))
     device = pick_device(config.device)
     if config.threads is not None:

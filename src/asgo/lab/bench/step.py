@@ -118,7 +118,7 @@ def bench_step(config: StepConfig, console: Console) -> list[StepRow]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     make_folder(config.out)
-    verb = command("bench step", config)
+    verb = command("asgo bench step", config)
     record: dict[str, Any] = {"command": verb, "config": to_json(config), "machine": machine(device)}
     record |= {"workloads": {}, "rows": [], "turns": {}}
     rows: list[StepRow] = []

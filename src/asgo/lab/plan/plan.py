@@ -206,7 +206,7 @@ def _too_large(rows: Sequence[Row], config: PlanConfig, setting: Setting) -> str
 
 
 def _save(config: PlanConfig, out: Path, found: Plan) -> None:
-    words = command(f"plan {config.model}", replace(config, model=PlanConfig().model))
+    words = command(f"asgo plan {config.model}", replace(config, model=PlanConfig().model))
     memory, times = memory_cells(found.rows, found.setting), time_cells(found.rows)
     text = (
         f"`{words}`",
