@@ -20,9 +20,9 @@ from rich.console import Console
 
 from asgo.lab.errors import LabError
 from asgo.lab.files import finite, write_text, writing
-from asgo.lab.progress import LiveLine
-from asgo.lab.runs import read_metrics
-from asgo.lab.signals import Stopped, StopSignal
+from asgo.lab.training.progress import LiveLine
+from asgo.lab.training.run_folder import read_metrics
+from asgo.lab.training.stopping import Stopped, StopSignal
 
 
 class Job(Protocol):

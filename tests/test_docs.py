@@ -19,25 +19,28 @@ from asgo.routing import DEFAULT
 
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 
-from asgo.lab import cli, peers
-from asgo.lab.advice import AdviceConfig
+from asgo.lab import cli
 from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
 from asgo.lab.bench.config import check as check_bench
-from asgo.lab.bench.contenders import CONTENDERS
-from asgo.lab.bench.shapes import SHAPES
+from asgo.lab.bench.optimizers import CONTENDERS
 from asgo.lab.bench.step import HEAD as STEP_HEAD
-from asgo.lab.config import CompareConfig, RunConfig, TrainConfig, flag, flat
-from asgo.lab.corpora import HUB_CORPORA
-from asgo.lab.gradients import GradientsConfig
-from asgo.lab.inspect import RoutingConfig
-from asgo.lab.models import PRESETS, shape_of
+from asgo.lab.compare.summary import COLUMNS
+from asgo.lab.config.checks import validate
+from asgo.lab.config.codec import flag, flat
+from asgo.lab.config.runs import CompareConfig, RunConfig, TrainConfig
+from asgo.lab.data.corpora import HUB_CORPORA
+from asgo.lab.inspection.advice import AdviceConfig
+from asgo.lab.inspection.gradients import GradientsConfig
+from asgo.lab.inspection.routing import RoutingConfig
+from asgo.lab.models.architectures import PRESETS
+from asgo.lab.models.language import shape_of
+from asgo.lab.models.workloads import WORKLOADS
+from asgo.lab.optimizers import registry
+from asgo.lab.optimizers.spec import parse_spec
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.config import check as check_plan
 from asgo.lab.plan.mesh import parse as parse_mesh
-from asgo.lab.specs import parse_spec
-from asgo.lab.summary import HEAD
-from asgo.lab.validation import validate
-from experiments import terminal
+from experiments.command import parse as parse_experiment
 from experiments.glm import contenders as glm_contenders
 from experiments.glm import experiment as glm
 from experiments.glm.experiment import GlmConfig
@@ -189,11 +192,11 @@ def check_command(words):
         check_plan(parsed)
         assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
     elif parsed is not None:
-        peers.parse_options(peers.resolve(parsed.optimizer))
+        registry.parse_options(registry.resolve(parsed.optimizer))
 
 
 def check_experiment(name, words):
-    parsed = terminal.parse(name, EXPERIMENTS[name], words)
+    parsed = parse_experiment(name, EXPERIMENTS[name], words)
     assert (parsed is None) == ("--help" in words)
     if isinstance(parsed, TheoryConfig):
         check_theory(parsed)
@@ -300,14 +303,14 @@ def test_attention_families():
 def test_model_presets():
     table = rows(section(page("harness.md"), "Models"))[2:]
     written = {row[0].strip("`"): (row[1], *map(int, row[2:6]), row[6] == "yes") for row in table}
-    assert written == {name: tuple(vars(shape).values()) for name, shape in PRESETS.items()}
+    assert written == {name: tuple(vars(shape).values())[:6] for name, shape in PRESETS.items()}
 
 
 def test_optimizers():
     table = {row[0].strip("`"): row[2:] for row in rows(section(page("harness.md"), "Optimizers"))[2:]}
-    assert set(table) == set(peers.PEERS)
+    assert set(table) == set(registry.PEERS)
     for name, (lr, adamw_lr, decay) in table.items():
-        peer = peers.PEERS[name]
+        peer = registry.PEERS[name]
         assert (float(lr), float(decay)) == (peer.lr, peer.weight_decay)
         assert adamw_lr == "the same as `lr`" if peer.adamw_lr is None else float(adamw_lr) == peer.adamw_lr
 
@@ -352,7 +355,7 @@ def test_flags_exist():
 
 def test_columns_of_a_comparison_are_explained():
     text = section(page("harness.md"), "Reading the report")
-    for column in HEAD[2:]:
+    for column in COLUMNS[2:]:
         assert f"**{column}**" in text, column
 
 
@@ -368,6 +371,6 @@ def test_what_bench_step_can_time():
     assert written == [
         [f"`{name}`", f"`{row.package}`", row.about, intervals[row.intervals]] for name, row in CONTENDERS.items()
     ]
-    assert set(SHAPES) <= set(re.findall(r"`([\w-]+)`", text))
+    assert set(WORKLOADS) <= set(re.findall(r"`([\w-]+)`", text))
     for column in STEP_HEAD[2:]:
         assert f"**{column}**" in text, column

@@ -16,16 +16,17 @@ import pytest
 import torch
 
 from asgo import checkpoint
-from asgo.lab.advice import AdviceConfig
-from asgo.lab.batches import DataConfig
 from asgo.lab.cli import TEXTS, main, parse
-from asgo.lab.config import DEMO, CompareConfig, ModelConfig, OptimizerConfig, TrainConfig, command
-from asgo.lab.corpora import CorpusConfig
-from asgo.lab.gradients import GradientsConfig
-from asgo.lab.models import build_model
-from asgo.lab.optimizers import METHODS, OptimizersConfig, held_bytes
-from asgo.lab.peers import PEERS, build_optimizer, state_bytes
-from asgo.lab.runs import RunFolder
+from asgo.lab.config.codec import command
+from asgo.lab.config.runs import DEMO, CompareConfig, ModelConfig, OptimizerConfig, TrainConfig
+from asgo.lab.data.batches import DataConfig
+from asgo.lab.data.corpora import CorpusConfig
+from asgo.lab.inspection.advice import AdviceConfig
+from asgo.lab.inspection.gradients import GradientsConfig
+from asgo.lab.models.language import build_model
+from asgo.lab.optimizers.listing import METHODS, OptimizersConfig, held_bytes
+from asgo.lab.optimizers.registry import PEERS, build_optimizer, state_bytes
+from asgo.lab.training.run_folder import RunFolder
 
 WORDS = [
     "to",
@@ -232,7 +233,7 @@ def test_ctrl_c_elsewhere(capsys, tiny, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("asgo.lab.train.open_data", interrupt)
+    monkeypatch.setattr("asgo.lab.training.train.open_data", interrupt)
     assert main(["train", *tiny]) == 130
     assert capsys.readouterr().err == "asgo: interrupted. Repeat the command with --resume to go on.\n"
     monkeypatch.setitem(TEXTS, OptimizersConfig, interrupt)

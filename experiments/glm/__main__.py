@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from experiments.command import run_command
 from experiments.glm.experiment import GlmConfig, glm
-from experiments.terminal import run_command
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -13,8 +13,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
-from asgo.lab.statistics import paired_test, student_p
+from scipy.stats import ttest_1samp
+
+from asgo.lab.compare.paired_test import paired_test
 from experiments.glm.contenders import parse
 
 DIAGONAL = ("sgd", "adagrad")
@@ -138,9 +141,8 @@ def judge(logs: Sequence[float], margin: float) -> Judgement:
     ratio = math.exp(test.difference)
     if math.isnan(test.t):
         return Judgement(ratio, len(logs), math.nan, math.nan, math.nan, "open")
-    shifted = (test.difference - math.log1p(margin)) / test.standard_error
-    tail = student_p(shifted, len(logs) - 1) / 2
-    p_margin = tail if shifted < 0 else 1 - tail
+    shifted: Any = ttest_1samp(logs, math.log1p(margin), alternative="less")
+    p_margin = float(shifted.pvalue)
     return Judgement(ratio, len(logs), test.t, test.p, p_margin, _outcome(ratio, test.p, p_margin))
 
 

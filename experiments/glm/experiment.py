@@ -14,11 +14,11 @@ from torch import nn
 
 from asgo.lab.errors import LabError
 from asgo.lab.files import finite
-from experiments.experiment import Findings, run_experiment
 from experiments.glm import claim, contenders, problems
 from experiments.glm.descent import Plan, Setting, descend, optimum
 from experiments.glm.report import Entry, Row, cells, draw, head, panels, plain, summarize, trials_of
 from experiments.jobs import Known, Results
+from experiments.runner import Findings, run_experiment
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 

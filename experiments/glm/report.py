@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from asgo.lab.plot import STYLES, label, png
+from asgo.lab.figures import STYLES, label, png
 from experiments.glm import claim
 from experiments.glm.claim import Trial, Verdict
 from experiments.glm.contenders import parse

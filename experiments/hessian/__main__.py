@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
+from experiments.command import run_command
 from experiments.hessian.config import HessianConfig
 from experiments.hessian.experiment import hessian
-from experiments.terminal import run_command
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from asgo.diagnostics.hessian import SETS
-from asgo.lab.batches import DataConfig
-from asgo.lab.config import ModelConfig, OptimizerConfig
+from asgo.lab.config.runs import ModelConfig, OptimizerConfig
+from asgo.lab.data.batches import DataConfig
 from asgo.lab.errors import LabError
 
 Curvature = Literal["hessian", "ggn"]

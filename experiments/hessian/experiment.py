@@ -11,7 +11,6 @@ from rich.console import Console
 
 from asgo.lab.packages import need
 from asgo.lab.tables import csv_text
-from experiments.experiment import Findings, run_experiment
 from experiments.hessian import picture
 from experiments.hessian.config import Curvature, HessianConfig, check
 from experiments.hessian.curvature import INSTALL
@@ -21,6 +20,7 @@ from experiments.hessian.pairs import Pairs
 from experiments.hessian.report import HEAD, Row, by_parameter, cells, says
 from experiments.hessian.states import State, find_states
 from experiments.jobs import Known, Results
+from experiments.runner import Findings, run_experiment
 
 NAME = "hessian"
 Column = tuple[State, Curvature]

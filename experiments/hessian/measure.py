@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from asgo import checkpoint
 from asgo.diagnostics.hessian import Estimate, Exact, Probed, mean, units
-from asgo.lab.batches import DataConfig, open_data
-from asgo.lab.config import CadenceConfig, MachineConfig, ModelConfig, OptimizerConfig, TrainConfig
+from asgo.lab.config.runs import CadenceConfig, MachineConfig, ModelConfig, OptimizerConfig, TrainConfig
+from asgo.lab.data.batches import DataConfig, open_data
 from asgo.lab.errors import LabError
-from asgo.lab.models import build_model
-from asgo.lab.signals import Stopped
-from asgo.lab.train import Diverged, train
+from asgo.lab.models.language import build_model
+from asgo.lab.training.stopping import Stopped
+from asgo.lab.training.train import Diverged, train
 from experiments.hessian.config import Curvature
 from experiments.hessian.curvature import Logits, NotMeasurable, Products, check_loss
 from experiments.hessian.matrices import Matrix, find_matrices

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from asgo.lab.plot import STYLES, label, png
+from asgo.lab.figures import STYLES, label, png
 from experiments.hessian.pairs import Pairs
 from experiments.hessian.report import ERRORS, Row
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asgo.lab.config import TrainConfig
+from asgo.lab.config.checks import validate
+from asgo.lab.config.runs import TrainConfig
 from asgo.lab.errors import LabError
-from asgo.lab.runs import RunFolder
-from asgo.lab.validation import validate
+from asgo.lab.training.run_folder import RunFolder
 from experiments.hessian.config import STEPS, HessianConfig
 from experiments.hessian.measure import Point, Training
 

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from experiments.command import run_command
 from experiments.regret.experiment import RegretConfig, regret
-from experiments.terminal import run_command
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -23,13 +23,13 @@ from rich.console import Console
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+from asgo.lab.compare.paired_test import PairedTest, paired_test
 from asgo.lab.errors import LabError
-from asgo.lab.plot import STYLES, label, png
-from asgo.lab.statistics import PairedTest, paired_test
+from asgo.lab.figures import STYLES, label, png
 from asgo.presets import BAG
 from asgo.views import View
-from experiments.experiment import Findings, run_experiment
 from experiments.jobs import Known, Results
+from experiments.runner import Findings, run_experiment
 
 FEATURES = 100
 CHUNK = 100

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from asgo.lab.plot import STYLES, label, png
+from asgo.lab.figures import STYLES, label, png
 
 SHORT = {
     "asgo": "ASGO\nleft",

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from asgo.lab.errors import LabError
-from experiments.experiment import run_experiment
 from experiments.jobs import Known
+from experiments.runner import run_experiment
 from experiments.theory.instance import Dials, Structure
 from experiments.theory.methods import METHODS
 from experiments.theory.play import Play, do, marks

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.experiment import Findings
 from experiments.jobs import Results
+from experiments.runner import Findings
 from experiments.theory.draw import draw_curves, draw_map, draw_steps
 from experiments.theory.play import FIELDS, Play
 from experiments.theory.problems import PROBLEMS

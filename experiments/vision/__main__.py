@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from experiments.terminal import run_command
+from experiments.command import run_command
 from experiments.vision.experiment import VisionConfig, vision
 
 

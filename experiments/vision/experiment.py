@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from asgo.lab.config import ScheduleConfig
+from asgo.lab.compare.paired_test import PairedTest, paired_test
+from asgo.lab.config.runs import ScheduleConfig
 from asgo.lab.errors import LabError
-from asgo.lab.statistics import PairedTest, paired_test
-from experiments.experiment import Findings, run_experiment
 from experiments.jobs import Known, Results
+from experiments.runner import Findings, run_experiment
 from experiments.vision import images
 from experiments.vision.picture import draw
 from experiments.vision.training import METHODS, Training

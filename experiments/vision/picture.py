@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from asgo.lab.plot import STYLES, label, png
+from asgo.lab.figures import STYLES, label, png
 
 
 def draw(

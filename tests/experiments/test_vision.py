@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from asgo.lab.compare.paired_test import paired_test
 from asgo.lab.errors import LabError
-from asgo.lab.statistics import paired_test
 from experiments.vision import experiment, images
 from experiments.vision.__main__ import main
 from experiments.vision.experiment import VisionConfig

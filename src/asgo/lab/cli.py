@@ -11,21 +11,22 @@ import tyro
 from rich.console import Console
 
 from asgo.lab import terminal
-from asgo.lab.advice import AdviceConfig, inspect_advise
 from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
 from asgo.lab.bench.distributed import bench_distributed
 from asgo.lab.bench.root import bench_root
 from asgo.lab.bench.step import bench_step
-from asgo.lab.compare import compare
-from asgo.lab.config import DEMO, CompareConfig, TrainConfig, from_json
+from asgo.lab.compare.compare import compare
+from asgo.lab.config.codec import from_json
+from asgo.lab.config.runs import DEMO, CompareConfig, TrainConfig
 from asgo.lab.files import read_json
-from asgo.lab.gradients import MARKER, GradientsConfig, inspect_gradients
-from asgo.lab.inspect import RoutingConfig, inspect_routing
-from asgo.lab.optimizers import OptimizersConfig, list_optimizers
+from asgo.lab.inspection.advice import AdviceConfig, inspect_advise
+from asgo.lab.inspection.gradients import MARKER, GradientsConfig, inspect_gradients
+from asgo.lab.inspection.routing import RoutingConfig, inspect_routing
+from asgo.lab.optimizers.listing import OptimizersConfig, list_optimizers
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.plan import plan
 from asgo.lab.terminal import exit_code, is_first_process
-from asgo.lab.train import train
+from asgo.lab.training.train import train
 
 DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."

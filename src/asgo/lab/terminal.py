@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from asgo.lab.errors import LabError
-from asgo.lab.signals import Stopped
+from asgo.lab.training.stopping import Stopped
 
 C = TypeVar("C")
 INTERRUPTED = 130

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from asgo.lab.batches import DataConfig, open_data
-from asgo.lab.config import ModelConfig
-from asgo.lab.corpora import CorpusConfig
-from asgo.lab.models import build_model, token_loss
+from asgo.lab.config.runs import ModelConfig
+from asgo.lab.data.batches import DataConfig, open_data
+from asgo.lab.data.corpora import CorpusConfig
+from asgo.lab.models.language import build_model, token_loss
 from asgo.routing import route
 from asgo.views import View
 
