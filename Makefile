@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Without dependencies, which would bring torchvision and with it another torch; the extra hessian has what it needs.
+# Without dependencies, which would bring torchvision and with it another torch; the extra experiments has what it needs.
 CURVLINOPS ?= "curvlinops-for-pytorch>=3,<4"
 BIN := $(VENV)/bin
 

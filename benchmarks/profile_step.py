@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from asgo import ASGO
-from asgo.lab.bench.shapes import make_workload
+from asgo.lab.models.workloads import make_workload
 from asgo.state import part_key
 from asgo.views import View
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import asgo
 from asgo import ASGO, Rule, View, advise, route
-from asgo.advise import HEAD
+from asgo.diagnostics.advice import HEAD
 from asgo.lab.errors import LabError
-from asgo.lab.rules import read_rules, write_rules
+from asgo.lab.optimizers.rules import read_rules, write_rules
 
 
 class Given(nn.Module):

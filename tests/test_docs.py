@@ -19,42 +19,53 @@ from asgo.views.route import DEFAULT
 
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 
-from asgo.lab import cli, peers
-from asgo.lab.advice import AdviceConfig
+from asgo.lab import cli
 from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
 from asgo.lab.bench.config import check as check_bench
-from asgo.lab.bench.contenders import CONTENDERS
-from asgo.lab.bench.shapes import SHAPES
+from asgo.lab.bench.optimizers import CONTENDERS
 from asgo.lab.bench.step import HEAD as STEP_HEAD
-from asgo.lab.config import CompareConfig, RunConfig, TrainConfig, flag, flat
-from asgo.lab.convex import contenders as glm_contenders
-from asgo.lab.convex import glm
-from asgo.lab.convex.glm import GlmConfig
-from asgo.lab.convex.problems import SOURCES
-from asgo.lab.corpora import HUB_CORPORA
-from asgo.lab.gradients import GradientsConfig
-from asgo.lab.hessian import states
-from asgo.lab.hessian.config import HessianConfig
-from asgo.lab.hessian.config import check as check_hessian
-from asgo.lab.inspect import RoutingConfig
-from asgo.lab.models import PRESETS, shape_of
+from asgo.lab.compare.summary import COLUMNS
+from asgo.lab.config.checks import validate
+from asgo.lab.config.codec import flag, flat
+from asgo.lab.config.runs import CompareConfig, RunConfig, TrainConfig
+from asgo.lab.data.corpora import HUB_CORPORA
+from asgo.lab.inspection.advice import AdviceConfig
+from asgo.lab.inspection.gradients import GradientsConfig
+from asgo.lab.inspection.routing import RoutingConfig
+from asgo.lab.models.architectures import PRESETS
+from asgo.lab.models.language import shape_of
+from asgo.lab.models.workloads import WORKLOADS
+from asgo.lab.optimizers import registry
+from asgo.lab.optimizers.spec import parse_spec
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.config import check as check_plan
 from asgo.lab.plan.mesh import parse as parse_mesh
-from asgo.lab.regret import RegretConfig
-from asgo.lab.specs import parse_spec
-from asgo.lab.summary import HEAD
-from asgo.lab.theory.experiment import TheoryConfig
-from asgo.lab.theory.experiment import check as check_theory
-from asgo.lab.theory.methods import METHODS
-from asgo.lab.theory.problems import PROBLEMS
-from asgo.lab.validation import validate
-from asgo.lab.vision.experiment import VisionConfig
+from experiments.command import parse as parse_experiment
+from experiments.glm import contenders as glm_contenders
+from experiments.glm import experiment as glm
+from experiments.glm.experiment import GlmConfig
+from experiments.glm.problems import SOURCES
+from experiments.hessian import states
+from experiments.hessian.config import HessianConfig
+from experiments.hessian.config import check as check_hessian
+from experiments.regret.experiment import RegretConfig
+from experiments.theory.experiment import TheoryConfig
+from experiments.theory.experiment import check as check_theory
+from experiments.theory.methods import METHODS
+from experiments.theory.problems import PROBLEMS
+from experiments.vision.experiment import VisionConfig
 
+EXPERIMENTS = {
+    "theory": TheoryConfig,
+    "glm": GlmConfig,
+    "regret": RegretConfig,
+    "vision": VisionConfig,
+    "hessian": HessianConfig,
+}
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README.md"))]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("README.md")), ROOT / "experiments" / "README.md"]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 class Block(NamedTuple):
@@ -139,9 +150,13 @@ def test_code_runs_and_prints_what_the_page_says(path, tmp_path, monkeypatch, ca
 # ---- commands and links --------------------------------------------------------------------------------------
 
 
-def commands(path):
+def shell_lines(path):
     shell = "".join(block.code for block in blocks(path) if block.info.split(" ")[0] in ("bash", "sh"))
-    words = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
+
+
+def commands(path):
+    words = shell_lines(path)
     launched = [line[line.index("asgo.lab") + 1 :] for line in words if "asgo.lab" in line]
     return launched + [line[1:] for line in words if line[:1] == ["asgo"]]
 
@@ -154,6 +169,9 @@ def test_commands_parse(path, tmp_path, monkeypatch, capsys):
             assert cli.main(words) == 0
         else:
             check_command(words)
+    for line in shell_lines(path):
+        if line[:2] == ["python", "-m"] and line[2].startswith("experiments."):
+            check_experiment(line[2].split(".")[1], line[3:])
     assert not list(tmp_path.iterdir())
 
 
@@ -170,11 +188,18 @@ def check_command(words):
         shape_of(parsed.model)
     elif isinstance(parsed, (StepConfig, RootConfig, DistributedConfig)):
         check_bench(parsed)
-    elif isinstance(parsed, TheoryConfig):
-        check_theory(parsed)
     elif isinstance(parsed, PlanConfig):
         check_plan(parsed)
         assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
+    elif parsed is not None:
+        registry.parse_options(registry.resolve(parsed.optimizer))
+
+
+def check_experiment(name, words):
+    parsed = parse_experiment(name, EXPERIMENTS[name], words)
+    assert (parsed is None) == ("--help" in words)
+    if isinstance(parsed, TheoryConfig):
+        check_theory(parsed)
     elif isinstance(parsed, HessianConfig):
         check_hessian(parsed)
         if parsed.run is None:
@@ -182,8 +207,6 @@ def check_command(words):
     elif isinstance(parsed, GlmConfig):
         assert set(parsed.sets) <= set(SOURCES)
         assert all(map(glm_contenders.parse, parsed.contenders))
-    elif parsed is not None and not isinstance(parsed, RegretConfig | VisionConfig):
-        peers.parse_options(peers.resolve(parsed.optimizer))
 
 
 @every_page
@@ -284,14 +307,14 @@ def test_layouts():
 def test_model_presets():
     table = rows(section(page("harness.md"), "Models"))[2:]
     written = {row[0].strip("`"): (row[1], *map(int, row[2:6]), row[6] == "yes") for row in table}
-    assert written == {name: tuple(vars(shape).values()) for name, shape in PRESETS.items()}
+    assert written == {name: tuple(vars(shape).values())[:6] for name, shape in PRESETS.items()}
 
 
 def test_optimizers():
     table = {row[0].strip("`"): row[2:] for row in rows(section(page("harness.md"), "Optimizers"))[2:]}
-    assert set(table) == set(peers.PEERS)
+    assert set(table) == set(registry.PEERS)
     for name, (lr, adamw_lr, decay) in table.items():
-        peer = peers.PEERS[name]
+        peer = registry.PEERS[name]
         assert (float(lr), float(decay)) == (peer.lr, peer.weight_decay)
         assert adamw_lr == "the same as `lr`" if peer.adamw_lr is None else float(adamw_lr) == peer.adamw_lr
 
@@ -323,10 +346,7 @@ def test_theory_tables():
 def test_flags_exist():
     launchers = {"--nproc_per_node", "--shutdown-timeout", "--multi_gpu", "--num_processes"}
     known = {"--help", "--version", "--no-deps"} | launchers
-    benches, experiments = (
-        (StepConfig, RootConfig, DistributedConfig),
-        (HessianConfig, GlmConfig, RegretConfig, VisionConfig, TheoryConfig),
-    )
+    benches, experiments = (StepConfig, RootConfig, DistributedConfig), EXPERIMENTS.values()
     looks = (RoutingConfig, GradientsConfig, AdviceConfig)
     for kind in (TrainConfig, CompareConfig, PlanConfig, *looks, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
@@ -340,7 +360,7 @@ def test_flags_exist():
 
 def test_columns_of_a_comparison_are_explained():
     text = section(page("harness.md"), "Reading the report")
-    for column in HEAD[2:]:
+    for column in COLUMNS[2:]:
         assert f"**{column}**" in text, column
 
 
@@ -356,6 +376,6 @@ def test_what_bench_step_can_time():
     assert written == [
         [f"`{name}`", f"`{row.package}`", row.about, intervals[row.intervals]] for name, row in CONTENDERS.items()
     ]
-    assert set(SHAPES) <= set(re.findall(r"`([\w-]+)`", text))
+    assert set(WORKLOADS) <= set(re.findall(r"`([\w-]+)`", text))
     for column in STEP_HEAD[2:]:
         assert f"**{column}**" in text, column

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from asgo import ASGO, report, route
+from asgo.roots import ROOTS, products
 from benchmarks.gpu import check_roots, check_steps, shapes
 from benchmarks.gpu.__main__ import arguments
 from benchmarks.gpu.check_graphs import MODES
@@ -29,9 +32,6 @@ from benchmarks.gpu.record import FILE, Record, read_rows
 from benchmarks.gpu.results import latest, write_results
 from benchmarks.gpu.roots import auto_table, choices
 from benchmarks.gpu.shapes import MODELS
-
-from asgo import ASGO, report, route
-from asgo.roots import ROOTS, products
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -19,16 +18,14 @@ from asgo import ASGO
 from asgo.lab.bench import race, root, step
 from asgo.lab.bench.accuracy import exact_steps, measure, outside
 from asgo.lab.bench.config import RootConfig, StepConfig
-from asgo.lab.bench.contenders import COLD_STEPS, CONTENDERS, Contender, compilation
-from asgo.lab.bench.gates import NOT_MEASURED, judge
 from asgo.lab.bench.matrices import KINDS, Problem, cases
+from asgo.lab.bench.optimizers import COLD_STEPS, CONTENDERS, Contender, compilation
 from asgo.lab.bench.race import Entry, Sweep, make_entries, sweeps
-from asgo.lab.bench.rows import CaseRow, RootRow
-from asgo.lab.bench.shapes import make_workload
 from asgo.lab.bench.timing import Spread, WorkProgress, held_bytes, peak_bytes, pick_device, ratio, seconds
 from asgo.lab.cli import main, parse
-from asgo.lab.config import command
+from asgo.lab.config.codec import command
 from asgo.lab.errors import LabError
+from asgo.lab.models.workloads import make_workload
 from asgo.roots import ROOTS
 from asgo.views import View
 from oracle import damped_root
@@ -473,7 +470,7 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, words, messa
     ],
 )
 def test_a_config_and_its_command_say_the_same(verb, config):
-    words = command(verb, config).split()
+    words = command(f"asgo {verb}", config).split()
     assert parse(words[1:]) == config
 
 
@@ -560,10 +557,10 @@ def test_bench_root(tmp_path, capsys):
     words = "bench root --sizes 8 16 --batches 1 3 --repeats 2 --real-steps 1 --device cpu --threads 1"
     assert main([*words.split(), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    for title in ("signal, 3 at once, 1 CPU thread", "Robustness", "Gates"):
+    for title in ("signal, 3 at once, 1 CPU thread", "Robustness"):
         assert title in shown
     out = tmp_path / "out"
-    names = {"table.md", "table.csv", "robustness.csv", "gates.csv", "plot.png", "results.json"}
+    names = {"table.md", "table.csv", "robustness.csv", "plot.png", "results.json"}
     assert {path.name for path in out.iterdir()} == names
     assert (out / "plot.png").read_bytes().startswith(PNG)
     rows = read_csv(out / "table.csv")
@@ -580,7 +577,6 @@ def test_bench_root(tmp_path, capsys):
     assert record["command"].startswith("asgo bench root --sizes 8 16 --batches 1 3")
     assert len(record["table"]) == len(rows)
     assert len(record["robustness"]) == 12 * len(taken)
-    assert {gate["verdict"] for gate in record["gates"]} <= {"pass", "FAIL", NOT_MEASURED}
 
 
 def test_roots_that_all_refuse_the_damping_are_an_error(tmp_path):
@@ -599,61 +595,6 @@ def test_a_root_that_raises_is_a_row(tmp_path, monkeypatch):
     assert (good.failure, bad.failure) == ("", "ValueError: no such luck")
     assert good.speedup is None  # the released root was not timed
     assert bad.products is None
-
-
-def row(root="auto", size=384, products=5.0, speedup=8.0, error=1e-2, cos=0.9999, kind="real", batch=1):
-    return RootRow(kind, size, batch, root, "", 1.0, 1.0, 1.0, products, speedup, error, error, cos, True)
-
-
-def gates(rows, breaks=(), eps=1e-6, device="cpu", threads=1):
-    return {gate.what: gate for gate in judge(rows, breaks, eps, device, threads)}
-
-
-def test_gates_of_speed():
-    rows = [row(), row("reference", products=40.0, speedup=1.0), row("auto", 768, speedup=3.0)]
-    found = gates([*rows, row("reference", 768, 40.0, 1.0)])
-    verdicts = {what: gate.verdict for what, gate in found.items() if what.startswith("auto: faster")}
-    assert verdicts == {
-        "auto: faster than reference, k = 128, 1 thread": NOT_MEASURED,
-        "auto: faster than reference, k = 384, 1 thread": "pass",
-        "auto: faster than reference, k = 768, 1 thread": "FAIL",
-        "auto: faster than reference, k = 1024, 1 thread": NOT_MEASURED,
-    }
-    assert found["auto: faster than reference, k = 384, 1 thread"].found == "8.00 x"
-    assert not any("faster" in what for what in gates(rows, threads=5))
-    gpu = gates([row("minimax", 1024, 20.0, batch=8), row("eigh", 1024, 300.0, batch=8)], device="cuda")
-    assert gpu["minimax: faster than eigh, k = 1024, cuda"].verdict == "pass"
-
-
-def test_gates_of_errors():
-    rows = [row("auto", error=3e-2), row("eigh64", error=2e-4), row("minimax", error=1e-3, cos=0.9)]
-    found = gates(rows)
-    assert found["the default: error of auto, real, eps 1e-06"].verdict == "pass"
-    assert found["float64: error of eigh64, real, eps 1e-06"].verdict == "FAIL"
-    assert found["21 products: error of minimax, real, eps 1e-06"].verdict == "FAIL"  # the cosine
-    assert found["17 products: error, real, eps 1e-06"].verdict == NOT_MEASURED
-    more = [row("minimax17", error=1e-2), row("minimax_bf16x3", error=1e-2), row("minimax_tf32", error=1e-2)]
-    found = gates(more)
-    assert found["17 products: error of minimax17, real, eps 1e-06"].verdict == "pass"
-    assert found["bfloat16 products: error of minimax_bf16x3, real, eps 1e-06"].verdict == "FAIL"
-    assert found["TF32 products: error, real, eps 1e-05"].verdict == NOT_MEASURED
-    assert gates(more, eps=1e-5)["TF32 products: error of minimax_tf32, real, eps 1e-05"].verdict == "pass"
-    assert {gate.verdict for gate in gates([row(kind="signal")]).values()} == {NOT_MEASURED}
-
-
-def test_gates_of_robustness():
-    sound = [
-        CaseRow("gradient x 1", "minimax", True, 1e-3, True),
-        CaseRow("gradient x 1e+15", "minimax", True, 1e-3, True),
-    ]
-    found = gates([], sound)
-    assert found["minimax: robustness"].verdict == "pass"
-    assert found["minimax: error of scaled gradients"].verdict == "pass"
-    worse = replace(sound[1], max_error=2e-3)
-    assert gates([], [sound[0], worse])["minimax: error of scaled gradients"].verdict == "FAIL"
-    for bad in (replace(worse, finite=False), replace(worse, told=False), replace(worse, max_error=None)):
-        assert gates([], [sound[0], bad])["minimax: robustness"].verdict == "FAIL"
-    assert gates([], sound, eps=1e-5)["minimax: robustness"].verdict == NOT_MEASURED
 
 
 def test_the_extra_installs_the_peers():

@@ -20,12 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgo.lab import cache, corpora, tokens
-from asgo.lab.batches import Data, DataConfig, TokenData, load_tokens, open_data
-from asgo.lab.corpora import CorpusConfig, DocumentStream, read_text
-from asgo.lab.errors import LabError
-from asgo.lab.sampling import Draw, StreamingBatches, TrainBatches, validation_blocks
-from asgo.lab.tokens import (
+from asgo.lab.data import cache, corpora, tokenization
+from asgo.lab.data.batches import Data, DataConfig, TokenData, load_tokens, open_data
+from asgo.lab.data.corpora import CorpusConfig, DocumentStream, read_text
+from asgo.lab.data.sampling import Draw, StreamingBatches, TrainBatches, validation_blocks
+from asgo.lab.data.tokenization import (
     BpeTokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -33,6 +32,7 @@ from asgo.lab.tokens import (
     build_tokenizer,
     from_json,
 )
+from asgo.lab.errors import LabError
 
 PROSE = "the quick brown fox jumps over the lazy dog. " * 400
 
@@ -316,8 +316,8 @@ def test_byte_pairs_are_learned_deterministically_and_compress():
 
 
 def test_large_vocabularies_need_wider_ids():
-    assert tokens.id_type(2**16) is np.uint16
-    assert tokens.id_type(2**16 + 1) is np.uint32
+    assert tokenization.id_type(2**16) is np.uint16
+    assert tokenization.id_type(2**16 + 1) is np.uint32
 
 
 def test_an_unknown_id_stands_only_where_validation_needs_it():

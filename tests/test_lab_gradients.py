@@ -14,19 +14,19 @@ import torch
 from rich.console import Console
 
 from asgo.diagnostics import Sample
-from asgo.lab.advice import AdviceConfig, inspect_advise
-from asgo.lab.batches import DataConfig
 from asgo.lab.cli import main
-from asgo.lab.compare import compare
-from asgo.lab.config import CadenceConfig, CompareConfig, MachineConfig, ModelConfig, OptimizerConfig, TrainConfig
-from asgo.lab.corpora import CorpusConfig
+from asgo.lab.compare.compare import compare
+from asgo.lab.config.runs import CadenceConfig, CompareConfig, MachineConfig, ModelConfig, OptimizerConfig, TrainConfig
+from asgo.lab.data.batches import DataConfig
+from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.errors import LabError
-from asgo.lab.gradient_tables import kind_of, kinds, mean, notes
-from asgo.lab.gradients import GradientsConfig, Inspector, inspect_gradients, read_samples
-from asgo.lab.models import build_model, count_parameters
-from asgo.lab.runs import RunFolder
-from asgo.lab.signals import Stopped
-from asgo.lab.train import Diverged, Trainer, train
+from asgo.lab.inspection.advice import AdviceConfig, inspect_advise
+from asgo.lab.inspection.gradient_tables import kind_of, kinds, mean, notes
+from asgo.lab.inspection.gradients import GradientsConfig, Inspector, inspect_gradients, read_samples
+from asgo.lab.models.language import build_model, count_parameters
+from asgo.lab.training.run_folder import RunFolder
+from asgo.lab.training.stopping import Stopped
+from asgo.lab.training.train import Diverged, Trainer, train
 
 NEOX = {
     "model_type": "gpt_neox",
@@ -55,7 +55,7 @@ def drawn():
 def undrawn(request, monkeypatch):
     if "drawn" not in request.fixturenames:
         for module in ("gradient_tables", "advice"):
-            monkeypatch.setattr(f"asgo.lab.{module}.png", lambda figure: bytes(300))
+            monkeypatch.setattr(f"asgo.lab.inspection.{module}.png", lambda figure: bytes(300))
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(config, tmp_path, monkey
 
 
 def test_stopped_says_how_to_go_on(config, monkeypatch):
-    monkeypatch.setattr("asgo.lab.train.Trainer._agree", lambda self, asked: self.step == 3)
+    monkeypatch.setattr("asgo.lab.training.train.Trainer._agree", lambda self, asked: self.step == 3)
     with pytest.raises(Stopped, match=rf"Continue with: asgo inspect gradients --out {config.out} --resume"):
         inspect_gradients(config)
 

@@ -15,11 +15,11 @@ import torch
 pytest.importorskip("asgo.lab.cli")
 
 from asgo.lab import cli
-from asgo.lab.config import MachineConfig
+from asgo.lab.config.runs import MachineConfig
 from asgo.lab.errors import LabError
-from asgo.lab.machine import accelerator
-from asgo.lab.runs import RunFolder
-from asgo.lab.train import Trainer
+from asgo.lab.training.machine import accelerator
+from asgo.lab.training.run_folder import RunFolder
+from asgo.lab.training.train import Trainer
 
 WAIT = 300
 """Seconds after which a test takes something for a hang: far beyond what a slow machine needs."""

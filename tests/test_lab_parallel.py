@@ -21,9 +21,9 @@ from asgo import ASGO
 from asgo.lab import cli
 from asgo.lab.bench.config import DistributedConfig
 from asgo.lab.bench.distributed import bench_distributed
+from asgo.lab.data.sampling import Draw, TrainBatches
 from asgo.lab.errors import LabError
-from asgo.lab.parallel import lost, own_failures, shares
-from asgo.lab.sampling import Draw, TrainBatches
+from asgo.lab.training.parallel import lost, own_failures, shares
 from worlds import World
 
 RUN = [

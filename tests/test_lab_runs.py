@@ -22,26 +22,18 @@ from torch.optim import AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from asgo import checkpoint
-from asgo.lab.batches import DataConfig
-from asgo.lab.config import (
-    CadenceConfig,
-    MachineConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
-    command,
-    from_json,
-    to_json,
-)
-from asgo.lab.corpora import CorpusConfig
+from asgo.lab.config.codec import command, from_json, to_json
+from asgo.lab.config.runs import CadenceConfig, MachineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from asgo.lab.data.batches import DataConfig
+from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.errors import LabError
-from asgo.lab.models import PRESETS, build_model, count_parameters, model_fingerprint, token_loss
-from asgo.lab.peers import PEERS, Composite, build_optimizer, resolve, split, state_bytes
-from asgo.lab.runs import RunFolder
-from asgo.lab.schedule import factor
-from asgo.lab.signals import Stopped
-from asgo.lab.train import Diverged, Trainer, train
+from asgo.lab.models.architectures import PRESETS
+from asgo.lab.models.language import build_model, count_parameters, model_fingerprint, token_loss
+from asgo.lab.optimizers.registry import PEERS, Composite, build_optimizer, resolve, split, state_bytes
+from asgo.lab.training.run_folder import RunFolder
+from asgo.lab.training.schedule import factor
+from asgo.lab.training.stopping import Stopped
+from asgo.lab.training.train import Diverged, Trainer, train
 
 TIMES = ("seconds", "optimizer_seconds", "tokens_per_second")
 
@@ -255,7 +247,7 @@ def test_sigkill_at_a_random_moment_and_resumed(config, tmp_path):
     cadence = CadenceConfig(log_every=1, eval_every=50, eval_blocks=4, checkpoint_every=7)
     config = replace(config, steps=90, cadence=cadence)
     killed = replace(config, out=tmp_path / "killed")
-    words = [sys.executable, "-m", "asgo.lab", *command("train", killed).split()[1:]]
+    words = [sys.executable, "-m", "asgo.lab", *command("asgo train", killed).split()[1:]]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wanted = random.randrange(3, 80)
     while len(RunFolder(killed.out).metrics()) < wanted and process.poll() is None:

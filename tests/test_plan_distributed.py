@@ -12,11 +12,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 pytest.importorskip("asgo.lab.cli")
 
 from asgo import ASGO, View
-from asgo.lab.plan import traffic
 from asgo.lab.plan.mesh import Mesh
-from asgo.lab.plan.parts import read
-from asgo.lab.plan.placing import place
-from asgo.lab.plan.work import Numbers, kept
+from asgo.lab.plan.parts import read_parts
+from asgo.lab.plan.placing import memory, place, step_traffic
 from worlds import World
 
 
@@ -64,7 +62,7 @@ def groups_of(model):
 
 def arrange(model, mesh):
     """The model as `torch` arranges it on a mesh. A scalar cannot be sharded: it is given to nobody then."""
-    if mesh.whole:
+    if mesh.is_whole:
         return
     del model.scale
     names = ("replicate", "fsdp", "tp")
@@ -83,7 +81,7 @@ def one_step(mesh, dtype, interval, step):
     model = Net().to(dtype)
     arrange(model, mesh)
     optimizer = ASGO(groups_of(model), precondition_frequency=interval, root="minimax", packed_state=interval > 1)
-    if mesh.whole:
+    if mesh.is_whole:
         optimizer.distribute(shard_state=mesh.zero1)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for number in (1, step):
@@ -145,12 +143,12 @@ MESHES += [Mesh(4), Mesh(4, zero1=True), Mesh(fsdp=4), Mesh(2, 2), Mesh(fsdp=2, 
 def test_every_rank_keeps_and_sends_what_the_plan_says(world, mesh, interval):
     dtype = torch.bfloat16 if interval == 1 else torch.float32
     model = Net().to(dtype)
-    if not mesh.whole:
+    if not mesh.is_whole:
         del model.scale
-    placed = place(read(ASGO(groups_of(model), packed_state=interval > 1), PLAN), mesh, interval)
-    numbers, step = Numbers(dtype.itemsize, 4), 500
-    flow = traffic.step(placed, mesh, step % interval, numbers.param)
-    sizes = kept(placed, mesh, numbers)
+    placed = place(read_parts(ASGO(groups_of(model), packed_state=interval > 1), PLAN), mesh, interval)
+    step = 500
+    flow = step_traffic(placed, mesh, step % interval, dtype.itemsize)
+    sizes = memory(placed, mesh, dtype.itemsize)
     params = sizes.pop("params")
     del sizes["gradients"]
     state = sum(sizes.values())

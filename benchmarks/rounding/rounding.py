@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from asgo import ASGO, route
-from asgo.lab.batches import Data, DataConfig, open_data
-from asgo.lab.config import ModelConfig
-from asgo.lab.models import build_model, token_loss
+from asgo.lab.config.runs import ModelConfig
+from asgo.lab.data.batches import Data, DataConfig, open_data
+from asgo.lab.models.language import build_model, token_loss
 from asgo.rounding import Rounding, init_residual, seed_of, widened, write_rounded_
 
 LR, BLOCK, BATCH = 1.4e-2, 128, 4

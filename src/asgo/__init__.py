@@ -5,7 +5,7 @@
 """
 
 from asgo import checkpoint, diagnostics, folders
-from asgo.advise import Advice, advise
+from asgo.diagnostics.advice import Advice, advise
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 from asgo.report import Report, report, state_bytes

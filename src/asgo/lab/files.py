@@ -76,3 +76,15 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_new(out: Path) -> None:
+    """Refuse a folder for results that is in use.
+
+    Raises:
+        LabError: for a file, or a folder with something in it.
+    """
+    if out.is_file():
+        raise LabError(f"--out {out} is a file: pass a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        raise LabError(f"--out {out} is not empty, and nothing is overwritten: pass another --out.")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from asgo.lab.bench.contenders import CONTENDERS
 from asgo.lab.bench.matrices import KINDS
-from asgo.lab.bench.shapes import SHAPES
-from asgo.lab.config import flag
-from asgo.lab.errors import LabError
+from asgo.lab.bench.optimizers import CONTENDERS
+from asgo.lab.config.ranges import SEED, THREADS, Range, check_distinct, check_known, check_ranges
+from asgo.lab.files import check_new
+from asgo.lab.models.workloads import WORKLOADS
 from asgo.roots import ROOTS
 
 
@@ -41,18 +40,18 @@ class StepConfig:
 
     shapes: tuple[str, ...] = ("gpt2-124m",)
     optimizers: tuple[str, ...] = tuple(CONTENDERS)
-    intervals: tuple[int, ...] = (1, 2)
-    layers: int | None = None
+    intervals: Annotated[tuple[int, ...], Range(1, 1e6, "numbers of steps")] = (1, 2)
+    layers: Annotated[int | None, Range(1, 1e4, "a number of blocks")] = None
     matrices_only: bool = False
-    repeats: int = 10
-    warm: int = 12
+    repeats: Annotated[int, Range(1, 1e6, "a number of rounds")] = 10
+    warm: Annotated[int, Range(10, 1e6, "a number of steps")] = 12
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    threads: int | None = None
-    limit: float = 60.0
-    memory: float | None = None
+    threads: Annotated[int | None, THREADS] = None
+    limit: Annotated[float, Range(1e-3, 1e9, "a number of seconds")] = 60.0
+    memory: Annotated[float | None, Range(1e-3, 1e6, "billions of bytes")] = None
     compile_peers: bool = True
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     out: Path = Path("runs/bench-step")
 
 
@@ -75,13 +74,13 @@ class DistributedConfig:
 
     shapes: tuple[str, ...] = ("gpt2-124m",)
     layouts: tuple[str, ...] = ("ddp", "zero1", "fsdp2")
-    processes: tuple[int, ...] = (1, 2, 4)
-    layers: int | None = None
-    interval: int = 1
-    repeats: int = 5
-    warm: int = 10
-    threads: int | None = None
-    seed: int = 0
+    processes: Annotated[tuple[int, ...], Range(1, 1024, "numbers of processes")] = (1, 2, 4)
+    layers: Annotated[int | None, Range(1, 1e4, "a number of blocks")] = None
+    interval: Annotated[int, Range(1, 1e6, "a number of steps")] = 1
+    repeats: Annotated[int, Range(1, 1e6, "a number of rounds")] = 5
+    warm: Annotated[int, Range(10, 1e6, "a number of steps")] = 10
+    threads: Annotated[int | None, THREADS] = None
+    seed: Annotated[int, SEED] = 0
     out: Path = Path("runs/bench-distributed")
 
 
@@ -105,39 +104,22 @@ class RootConfig:
     """
 
     roots: tuple[str, ...] = tuple(ROOTS)
-    sizes: tuple[int, ...] = (64, 128, 384, 768, 1024)
-    batches: tuple[int, ...] = (1, 4)
+    sizes: Annotated[tuple[int, ...], Range(1, 32768, "numbers of rows")] = (64, 128, 384, 768, 1024)
+    batches: Annotated[tuple[int, ...], Range(1, 1e6, "numbers of matrices")] = (1, 4)
     matrices: tuple[str, ...] = tuple(KINDS)
-    eps: float = 1e-6
-    repeats: int = 7
-    real_steps: int = 30
+    eps: Annotated[float, Range(1e-12, 1, "a share of the norm")] = 1e-6
+    repeats: Annotated[int, Range(1, 1e6, "a number of rounds")] = 7
+    real_steps: Annotated[int, Range(1, 1e6, "a number of steps")] = 30
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = None
-    seed: int = 0
+    threads: Annotated[int | None, THREADS] = None
+    seed: Annotated[int, SEED] = 0
     out: Path = Path("runs/bench-root")
 
 
 BenchConfig = StepConfig | RootConfig | DistributedConfig
 
-# field: smallest value, largest value, what it is
-_RANGES: dict[str, tuple[float, float, str]] = {
-    "intervals": (1, 1e6, "numbers of steps"),
-    "interval": (1, 1e6, "a number of steps"),
-    "processes": (1, 1024, "numbers of processes"),
-    "layers": (1, 1e4, "a number of blocks"),
-    "repeats": (1, 1e6, "a number of rounds"),
-    "warm": (10, 1e6, "a number of steps"),
-    "threads": (1, 4096, "a number of CPU threads"),
-    "limit": (1e-3, 1e9, "a number of seconds"),
-    "memory": (1e-3, 1e6, "billions of bytes"),
-    "sizes": (1, 32768, "numbers of rows"),
-    "batches": (1, 1e6, "numbers of matrices"),
-    "eps": (1e-12, 1, "a share of the norm"),
-    "real_steps": (1, 1e6, "a number of steps"),
-    "seed": (0, 2**31, "a seed"),
-}
 LAYOUTS = ("ddp", "zero1", "fsdp2")
-_NAMES = {"shapes": SHAPES, "optimizers": CONTENDERS, "roots": ROOTS, "matrices": KINDS, "layouts": LAYOUTS}
+_NAMES = {"shapes": WORKLOADS, "optimizers": CONTENDERS, "roots": ROOTS, "matrices": KINDS, "layouts": LAYOUTS}
 
 
 def check(config: BenchConfig) -> None:
@@ -147,23 +129,9 @@ def check(config: BenchConfig) -> None:
         LabError: naming the flag, the value and what would fit.
     """
     for name, value in vars(config).items():
-        entries = value if isinstance(value, tuple) else () if value is None else (value,)
         if isinstance(value, tuple):
-            _check_list(name, value)
-        for entry in entries:
-            if name in _NAMES and entry not in _NAMES[name]:
-                raise LabError(f"{flag(name)} {entry} does not exist: choose from {', '.join(_NAMES[name])}.")
-            low, high, meaning = _RANGES.get(name, (0, 0, ""))
-            if meaning and not low <= entry <= high:
-                raise LabError(f"{flag(name)} {entry} is out of range: pass {meaning}, from {low:g} to {high:g}.")
-    if config.out.is_file():
-        raise LabError(f"--out {config.out} is a file: pass a folder.")
-    if config.out.is_dir() and any(config.out.iterdir()):
-        raise LabError(f"--out {config.out} is not empty, and nothing is overwritten: pass another --out.")
-
-
-def _check_list(name: str, values: Sequence[object]) -> None:
-    if not values:
-        raise LabError(f"{flag(name)} is empty: pass at least one.")
-    if len(set(values)) < len(values):
-        raise LabError(f"{flag(name)} {' '.join(map(str, values))} repeats an entry: pass each once.")
+            check_distinct(name, value)
+        if name in _NAMES:
+            check_known(name, value, _NAMES[name])
+    check_ranges(config)
+    check_new(config.out)

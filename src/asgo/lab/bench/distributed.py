@@ -26,14 +26,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from asgo.lab.bench.config import DistributedConfig, check
-from asgo.lab.bench.shapes import make_workload
 from asgo.lab.bench.tables import Table, csv_text, machine, show, write_tables
 from asgo.lab.bench.timing import WorkProgress
-from asgo.lab.config import command, to_json
+from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
+from asgo.lab.figures import STYLES, png
 from asgo.lab.files import make_folder, write_bytes, write_text
-from asgo.lab.peers import state_bytes
-from asgo.lab.plot import STYLES, png
+from asgo.lab.models.workloads import make_workload
+from asgo.lab.optimizers.registry import state_bytes
 from asgo.param_groups import with_views
 from asgo.presets import ASGO
 
@@ -90,7 +90,7 @@ def bench_distributed(config: DistributedConfig, console: Console) -> list[Distr
     title = f"{config.shapes[0]}: one step of ASGO, roots every {config.interval}"
     table = Table(title, HEAD, tuple(map(_cells, rows)))
     console.print(table.rich())
-    verb = command("bench distributed", config)
+    verb = command("asgo bench distributed", config)
     record = {"command": verb, "config": to_json(config), "machine": machine(torch.device("cpu"))}
     write_tables(config.out, f"`{verb}`", [table], record | {"rows": [vars(row) for row in rows]})
     write_text(config.out / "table.csv", csv_text(rows))

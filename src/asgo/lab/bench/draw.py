@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from asgo.lab.plot import STYLES, png
+from asgo.lab.figures import STYLES, png
 
 # shade and hatching of each family of bars
 _FAMILIES = {"asgo": ("#202020", ""), "torch": ("#9a9a9a", "//"), "other packages": ("#ededed", "..")}

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from asgo.lab.batches import DataConfig, open_data
-from asgo.lab.config import ModelConfig
-from asgo.lab.corpora import CorpusConfig
-from asgo.lab.models import build_model, token_loss
+from asgo.lab.config.runs import ModelConfig
+from asgo.lab.data.batches import DataConfig, open_data
+from asgo.lab.data.corpora import CorpusConfig
+from asgo.lab.models.language import build_model, token_loss
+from asgo.param_groups import with_views
 from asgo.views import View
 from asgo.views.route import route
 
@@ -113,7 +114,7 @@ def real(k: int, device: torch.device, seed: int, real_steps: int) -> Problem:
     model = ModelConfig(preset="demo", layers=2, width=k, heads=max(1, k // 64))
     net = build_model(model, data.vocab_size, 128, seed).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    views = [(p, view) for g in route(net) if (view := View.of(g["view"])) for _, p in g["params"]]
+    views = [(p, view) for group in route(net) for (_, p), view in with_views(group) if view is not None]
     averages: dict[int, Average] = {}
     for step in range(real_steps):
         inputs, targets = (part.to(device) for part in data.batches.batch(step))

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo.lab.bench.config import StepConfig
-from asgo.lab.bench.contenders import COLD_STEPS, CONTENDERS, Contender
-from asgo.lab.bench.shapes import Workload
+from asgo.lab.bench.optimizers import COLD_STEPS, CONTENDERS, Contender
 from asgo.lab.bench.timing import WorkProgress, held_bytes, peak_bytes, seconds
+from asgo.lab.models.workloads import Workload
 
 ANCHORS = ("muon", "adamw", "adamw-fused")
 """What the others are compared with; they take part in every sweep."""

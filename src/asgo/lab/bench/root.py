@@ -15,12 +15,11 @@ from torch import Tensor
 from asgo.lab.bench.accuracy import TARGETS, Accuracy, exact_steps, inside, measure
 from asgo.lab.bench.config import RootConfig, check
 from asgo.lab.bench.draw import Line, draw_roots
-from asgo.lab.bench.gates import judge
 from asgo.lab.bench.matrices import KINDS, Problem, cases
-from asgo.lab.bench.rows import CaseRow, Gate, RootRow
+from asgo.lab.bench.rows import CaseRow, RootRow
 from asgo.lab.bench.tables import Table, csv_text, machine, show, write_tables
 from asgo.lab.bench.timing import Spread, WorkProgress, pick_device, place, ratio, seconds
-from asgo.lab.config import command, to_json
+from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.roots import ROOTS, check_eps
@@ -33,13 +32,13 @@ SHORTEST = 5e-3
 
 
 def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
-    """Time the roots, compare them with float64, judge them, print the tables and write them to ``--out``.
+    """Time the roots, compare them with float64, print the tables and write them to ``--out``.
 
     Raises:
         LabError: for a name that does not exist, a value out of range, or a folder in use.
     """
     check(config)
-    verb, refused = command("bench root", config), _refused(config)
+    verb, refused = command("asgo bench root", config), _refused(config)
     config = replace(config, roots=tuple(name for name in config.roots if name not in refused))
     device = pick_device(config.device)
     if config.threads is not None:
@@ -49,15 +48,14 @@ def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
     with WorkProgress(console, "bench root", work) as progress:
         rows = [row for k in config.sizes for kind in config.matrices for row in _cell(config, k, kind, progress)]
     breaks = _robustness(config, device)
-    gates = judge(rows, breaks, config.eps, device.type, torch.get_num_threads())
-    tables = [*(_table(config, kind, rows) for kind in config.matrices), _case_table(breaks), _gate_table(gates)]
+    tables = [*(_table(config, kind, rows) for kind in config.matrices), _case_table(breaks)]
     tables += [Table("Left out", ("root", "why"), tuple(refused.items()))] if refused else []
     for table in tables:
         console.print(table.rich())
     record: dict[str, Any] = {"command": verb, "config": to_json(config), "machine": machine(device)}
-    record |= {name: [_plain(vars(row)) for row in some] for name, some in _parts(rows, breaks, gates).items()}
+    record |= {name: [_plain(vars(row)) for row in some] for name, some in _parts(rows, breaks).items()}
     write_tables(config.out, f"`{verb}`", tables, record)
-    for name, some in _parts(rows, breaks, gates).items():
+    for name, some in _parts(rows, breaks).items():
         write_text(config.out / f"{name}.csv", csv_text(some))
     write_bytes(config.out / "plot.png", _picture(config, rows))
     console.print(f"written to {config.out}", highlight=False, soft_wrap=True)
@@ -189,11 +187,6 @@ def _case_text(row: CaseRow) -> str:
     return "\n".join(notes)
 
 
-def _gate_table(gates: Sequence[Gate]) -> Table:
-    cells = tuple((gate.what, gate.required, gate.found, gate.verdict) for gate in gates)
-    return Table("Gates", ("what", "required", "found", "verdict"), cells)
-
-
 def _picture(config: RootConfig, rows: Sequence[RootRow]) -> bytes:
     """Cost on the first kind and errors on the last, of the largest batch."""
     kinds, batch = (config.matrices[0], config.matrices[-1]), max(config.batches)
@@ -210,8 +203,8 @@ def _picture(config: RootConfig, rows: Sequence[RootRow]) -> bytes:
     return draw_roots(lines(kinds[0], lambda row: row.products), lines(kinds[1], lambda row: row.max_error), titles)
 
 
-def _parts(rows: Sequence[RootRow], breaks: Sequence[CaseRow], gates: Sequence[Gate]) -> dict[str, Sequence[Any]]:
-    return {"table": rows, "robustness": breaks, "gates": gates}
+def _parts(rows: Sequence[RootRow], breaks: Sequence[CaseRow]) -> dict[str, Sequence[Any]]:
+    return {"table": rows, "robustness": breaks}
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

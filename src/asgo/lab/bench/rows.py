@@ -61,20 +61,3 @@ class CaseRow:
     max_error: float | None
     told: bool
     failure: str = ""
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A number to reach, and what was found.
-
-    Args:
-        what: which root, what is asked and under which conditions.
-        required: the number.
-        found: what was measured; ``-`` if it was not.
-        verdict: pass, FAIL or not measured.
-    """
-
-    what: str
-    required: str
-    found: str
-    verdict: str

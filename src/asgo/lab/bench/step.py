@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from asgo.lab.bench.config import StepConfig, check
-from asgo.lab.bench.contenders import CONTENDERS, HB, compilation
 from asgo.lab.bench.draw import Bar, draw_steps
+from asgo.lab.bench.optimizers import CONTENDERS, HB, compilation
 from asgo.lab.bench.race import Entry, Racer, Sweep, make_entries, sweeps, work
-from asgo.lab.bench.shapes import Workload, make_workload
 from asgo.lab.bench.tables import Table, csv_text, machine, show, write_tables
 from asgo.lab.bench.timing import Spread, WorkProgress, free_bytes, pick_device, place, ratio
-from asgo.lab.config import command, to_json
+from asgo.lab.config.codec import command, to_json
 from asgo.lab.files import make_folder, write_bytes, write_text
+from asgo.lab.models.workloads import Workload, make_workload
 
 SHARE = 0.6
 """Of the free memory that states may take unless ``--memory`` says otherwise."""
@@ -118,7 +118,7 @@ def bench_step(config: StepConfig, console: Console) -> list[StepRow]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     make_folder(config.out)
-    verb = command("bench step", config)
+    verb = command("asgo bench step", config)
     record: dict[str, Any] = {"command": verb, "config": to_json(config), "machine": machine(device)}
     record |= {"workloads": {}, "rows": [], "turns": {}}
     rows: list[StepRow] = []

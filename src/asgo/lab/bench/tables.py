@@ -13,9 +13,9 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-from asgo.lab.bench.contenders import CONTENDERS
-from asgo.lab.environment import describe
+from asgo.lab.bench.optimizers import CONTENDERS
 from asgo.lab.files import write_json, write_text
+from asgo.lab.training.environment import describe
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from asgo.lab.errors import LabError
-from asgo.lab.meter import synchronize
-from asgo.lab.progress import RunProgress
+from asgo.lab.training.meter import synchronize
+from asgo.lab.training.progress import RunProgress
 
 
 def pick_device(name: str) -> torch.device:

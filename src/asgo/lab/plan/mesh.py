@@ -1,4 +1,4 @@
-"""How GPUs are arranged: data parallel, sharded, tensor parallel, and products of these."""
+"""How ranks are arranged: data parallel, sharded, tensor parallel, and products of these."""
 
 from __future__ import annotations
 
@@ -25,15 +25,12 @@ class Mesh:
         fsdp: ranks over which rows are cut (``fully_shard``).
         tp: ranks over which the rows or columns of a Linear are cut before (tensor parallel).
         zero1: of plain data parallel: the owner alone keeps momentum, statistic and root.
-        repeats: with copies of a shard group, whether each of them does all of the optimizer's work, so that nothing
-            travels between them, or every matrix has one owner among all ranks.
     """
 
     replicate: int = 1
     fsdp: int = 1
     tp: int = 1
     zero1: bool = False
-    repeats: bool = False
 
     @property
     def ranks(self) -> int:
@@ -41,27 +38,17 @@ class Mesh:
         return self.replicate * self.fsdp * self.tp
 
     @property
-    def group(self) -> int:
-        """Ranks over which a parameter is cut."""
-        return self.fsdp * self.tp
+    def shape(self) -> tuple[int, int, int]:
+        """``(replicate, fsdp, tp)``."""
+        return self.replicate, self.fsdp, self.tp
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether every rank holds whole parameters: plain data parallel."""
-        return self.group == 1
-
-    @property
-    def sharing(self) -> int:
-        """How many of the copies share the optimizer's work: all, or one."""
-        return self.replicate if self.whole or not self.repeats else 1
-
-    @property
-    def team(self) -> int:
-        """Ranks that share the work of the optimizer; the others repeat it."""
-        return self.sharing * self.group
+        return self.fsdp * self.tp == 1
 
     def __str__(self) -> str:
-        if self.whole:
+        if self.is_whole:
             return "zero1" if self.zero1 else "ddp"
         sizes = [(name, getattr(self, name)) for name in SIZES if getattr(self, name) > 1]
         return sizes[0][0] if len(sizes) == 1 else ",".join(f"{name}={size}" for name, size in sizes)

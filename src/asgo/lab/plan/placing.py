@@ -1,4 +1,8 @@
-"""Which ranks of a mesh hold a matrix, which of them works on it, and at which steps its roots are due."""
+"""Which ranks of a mesh hold a part, who keeps its state and what is sent for it, by the optimizer's own planner.
+
+Arrays have a number for each rank, ``(replicate, fsdp, tp)``. The rules are those of `asgo.distributed`; here they are
+asked for all ranks at once, with no process group and no memory.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from asgo.distributed.work import ROOT_PRODUCTS, turns
+from asgo.distributed.placement import Box, Kind, _aligned, _boxes, overlap, part_boxes, sizes
+from asgo.distributed.summing import most_shards
+from asgo.distributed.work import Unit, cost, owners, turns
 from asgo.lab.plan.mesh import Mesh
 from asgo.lab.plan.parts import Part
-from asgo.views import axes_of
 
-Range: TypeAlias = tuple[int, int]
-Box: TypeAlias = tuple[Range, Range]
-"""Ranges of a parameter's first axis and of one other, see `_second`; the remaining axes are whole."""
+Ranks: TypeAlias = NDArray[np.int64]
 
-Kind: TypeAlias = Literal["alone", "shared", "owned", "aligned", "summed", "rows"]
-Stagger: TypeAlias = Literal["model", "rank"]
-HAVE_OWNERS = ("shared", "owned", "summed")
+HAVE_ROOT_OWNERS = ("shared", "summed")
 """Kinds whose roots are refreshed by one rank."""
-Grid: TypeAlias = NDArray[np.float64]
-"""One number for each rank, ``(replicate, fsdp, tp)``."""
+
+FAILURE_COUNT = 8
+"""Bytes of the count of failures that goes with each root."""
 
 
 @dataclass(frozen=True)
@@ -34,207 +39,280 @@ class Placed:
 
     Args:
         part: which.
-        kind: ``alone``: every rank holds it and does all of what it holds. ``shared``: as alone, but ranks divide the
-            roots. ``owned``: one rank keeps the state and computes the update. ``aligned``: every rank holds whole
-            matrices and does them. ``summed``: every rank holds and does some rows or columns of each matrix, and one
-            rank adds up their statistics and keeps those. ``rows``: of AdamW: every rank holds it whole and does a run
-            of its rows.
-        held: how many of its numbers each rank of a shard group holds, ``fsdp`` by `across` in the order of rows.
+        mesh: where.
+        kind: as of `asgo.distributed.placement.Placement`.
+        held: how many of its numbers each rank of a shard group holds, ``(fsdp, across)``.
         across: ranks of tensor parallel that cut it: 1 or the mesh's ``tp``.
-        owner: of roots or of all, as a place among ``sharing x fsdp x across``; None: there is none.
-        turn: the step of an interval at which its roots are due.
+        owner: its place among ``replicate x fsdp x across`` ranks; None: there is none.
+        phase: the step of an interval at which its roots are refreshed.
     """
 
     part: Part
+    mesh: Mesh
     kind: Kind
     held: tuple[int, ...]
     across: int
     owner: int | None = None
-    turn: int = 0
+    phase: int = 0
+
+    @property
+    def team(self) -> tuple[int, int, int]:
+        """Ranks that step it together; with tensor parallel that does not cut it there are several such teams."""
+        return self.mesh.replicate, self.mesh.fsdp, self.across
+
+    @property
+    def has_owner(self) -> bool:
+        """Whether one rank keeps the part's state, or refreshes its roots for all."""
+        return self.kind == "owned" or (self.kind in HAVE_ROOT_OWNERS and bool(self.part.root_keys))
+
+    @property
+    def on_ranks(self) -> Ranks:
+        """How many of its numbers each rank of the team holds."""
+        one = np.array(self.held, dtype=np.int64).reshape(1, self.mesh.fsdp, self.across)
+        return np.broadcast_to(one, self.team)
+
+    @property
+    def is_owner(self) -> Ranks:
+        """1 for the owner, else 0."""
+        one = np.zeros(self.team, dtype=np.int64)
+        one.flat[self.owner or 0] = 1
+        return one
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """How many whole matrices each rank of a shard group holds, if it holds whole ones."""
+        return tuple(held * self.part.stack[0] // self.part.numel for held in self.held)
+
+    def everywhere(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The same numbers in every team."""
+        return np.broadcast_to(values, self.mesh.shape)
 
 
-def place(parts: Sequence[Part], mesh: Mesh, interval: int, stagger: Stagger = "model") -> list[Placed]:
-    """The parts on a mesh, with the owners and turns that the optimizer chooses.
+def place(parts: Sequence[Part], mesh: Mesh, interval: int) -> list[Placed]:
+    """The parts on a mesh, with the owners and refresh phases that the optimizer chooses.
 
     Args:
         parts: of all parameters.
         mesh: the ranks.
         interval: steps between refreshes of a root.
-        stagger: ``model``: first turns that balance the steps of the whole model, then for each part the owner that
-            has least to do on that turn. ``rank``: first owners of equal work, then each rank spreads its own roots,
-            so that all ranks refresh at the same steps.
     """
     found = [_place(part, mesh) for part in parts]
-    stacks = [i for i, placed in enumerate(found) if placed.part.view is not None]
-    if stagger == "model":
-        for i, turn in zip(stacks, turns([parts[i].cost for i in stacks], interval), strict=True):
-            found[i] = replace(found[i], turn=turn)
-    for across in {placed.across for placed in found}:
-        mine = [i for i in stacks if found[i].kind in HAVE_OWNERS and found[i].across == across]
-        for i, owner in zip(mine, _owners([found[i] for i in mine], mesh.sharing * mesh.fsdp * across), strict=True):
-            found[i] = replace(found[i], owner=owner)
-    if stagger == "rank":
-        for key in {(found[i].across, found[i].owner) for i in stacks}:
-            own = [i for i in stacks if (found[i].across, found[i].owner) == key]
-            for i, turn in zip(own, turns([parts[i].cost for i in own], interval), strict=True):
-                found[i] = replace(found[i], turn=turn)
+    stacks = [i for i, placed in enumerate(found) if placed.part.structure is not None]
+    costs = [b * s.cost(m, n) for i in stacks if (s := parts[i].structure) for b, m, n in [parts[i].stack]]
+    for i, phase in zip(stacks, turns(costs, interval), strict=True):
+        found[i] = replace(found[i], phase=phase)
+    owned = [i for i in stacks if found[i].has_owner]
+    units = [_unit(found[i], interval) for i in owned]
+    for i, owner in zip(owned, owners(units), strict=True):
+        found[i] = replace(found[i], owner=owner)
     return found
 
 
-def _owners(units: Sequence[Placed], ranks: int) -> list[int]:
-    """The dearest first, each to the rank that has least to do on its turn, then in all."""
-    whole, on_turn, chosen = np.zeros(ranks), {unit.turn: np.zeros(ranks) for unit in units}, [0] * len(units)
-    costs = [_cost(unit) for unit in units]
-    for i in sorted(range(len(units)), key=lambda i: -costs[i]):
-        now = on_turn[units[i].turn]
-        chosen[i] = int(np.where(now == now.min(), whole, np.inf).argmin())
-        now[chosen[i]] += costs[i]
-        whole[chosen[i]] += costs[i]
-    return chosen
+def _unit(placed: Placed, interval: int) -> Unit:
+    structure = placed.part.structure
+    price = 0.0 if structure is None else cost(structure, placed.kind, placed.part.stack)
+    return Unit(price, tuple(range(math.prod(placed.team))), (interval, placed.phase))
 
 
-def _cost(unit: Placed) -> float:
-    """What an owner does: the roots, and all the rest where the state is the owner's too."""
-    part = unit.part
-    if unit.kind == "owned":
-        return ROOT_PRODUCTS * part.cost + part.work + part.numel
-    return part.cost if unit.kind == "shared" else ROOT_PRODUCTS * part.cost
-
-
-@lru_cache(maxsize=65_536)
 def _place(part: Part, mesh: Mesh) -> Placed:
     across = mesh.tp if part.tp_dim is not None else 1
-    cuts = _boxes(_sides(part), mesh.fsdp, across, part.tp_dim == 0)
-    rest = math.prod(part.shape) // max(1, math.prod(_sides(part)))
-    return Placed(part, _kind(part, mesh, across, cuts), _held(cuts, _region(part), rest), across)
+    if mesh.is_whole or not part.shape:
+        kind = _kind_of_copies(part, mesh)
+        return Placed(part, mesh, kind, (part.numel,) * mesh.fsdp * across, across)
+    boxes = _boxes(part.shape, *_cuts(mesh.fsdp, across, part.tp_dim))
+    return Placed(part, mesh, _kind_of_shards(part, mesh, across, boxes), _held(boxes, _region(part)), across)
 
 
-def _kind(part: Part, mesh: Mesh, across: int, cuts: Sequence[Box]) -> Kind:
+def _cuts(fsdp: int, across: int, tp_dim: int | None) -> tuple[tuple[int, int], tuple[TorchPlacement, TorchPlacement]]:
+    """Tensor parallel cuts first, then `fully_shard` cuts the rows of each piece."""
+    rows = _StridedShard(0, split_factor=across) if tp_dim == 0 and across > 1 else Shard(0)
+    return (fsdp, across), (rows, Shard(tp_dim or 0))
+
+
+def _kind_of_copies(part: Part, mesh: Mesh) -> Kind:
     if part.view is None:
-        return "rows" if mesh.whole and mesh.zero1 and part.shape else "alone"
-    if mesh.whole and mesh.ranks > 1:
-        return "owned" if mesh.zero1 else "shared"
-    return "alone" if len(cuts) == 1 else _kind_of_shards(part, mesh, across, cuts)
+        return "entries" if mesh.zero1 and part.shape else "alone"
+    return "alone" if mesh.ranks == 1 else "owned" if mesh.zero1 else "shared"
 
 
-def _kind_of_shards(part: Part, mesh: Mesh, across: int, cuts: Sequence[Box]) -> Kind:
+def _kind_of_shards(part: Part, mesh: Mesh, across: int, boxes: tuple[Box, ...]) -> Kind:
+    if len(boxes) == 1:
+        return "alone"
+    if part.view is None or part.structure is None:
+        return "entries"
     dim = 0 if mesh.fsdp > 1 else part.tp_dim
     if min(mesh.fsdp, across) > 1 or dim is None:
         return "owned"
-    if _is_aligned(part, dim, cuts):
+    if _aligned(part.view, part.shape, dim, boxes, 0) is not None:
         return "aligned"
-    return "summed" if len(cuts) <= part.summed[dim] else "owned"
-
-
-def _is_aligned(part: Part, dim: int, cuts: Sequence[Box]) -> bool:
-    """Whether every rank holds one or more whole matrices of the stack; a split parameter never counts as that."""
-    view = part.view
-    if view is None or view.split is not None:
-        return False
-    source, target = map(axes_of, view.pattern_of(0).split("->"))
-    if len(target[0]) != 1 or not target[0][0].isidentifier() or source[dim][:1] != target[0]:
-        return False
-    each = part.shape[dim] // part.stack[0]
-    return all(lo % each == 0 and hi % each == 0 and lo < hi for lo, hi in (box[min(dim, 1)] for box in cuts))
+    return "summed" if len(boxes) <= most_shards(part.view, part.shape, dim, part.structure) else "owned"
 
 
 def _region(part: Part) -> Box:
     """What of the parameter belongs to the part."""
-    rows, columns = _sides(part)
-    if part.view is None or part.view.split is None:
-        return (0, rows), (0, columns)
-    start = sum(part.view.split[: part.part])
-    own = (start, start + part.view.split[part.part])
-    return (own, (0, columns)) if part.view.split_dim % len(part.shape) == 0 else ((0, rows), own)
-
-
-def _second(part: Part) -> int:
-    """The axis beside the first one along which something is cut: by tensor parallel, else by a split."""
-    return part.tp_dim or 1
-
-
-def _sides(part: Part) -> tuple[int, int]:
-    shape, second = part.shape, _second(part)
-    return shape[0] if shape else 1, shape[second] if len(shape) > second else 1
+    return (
+        tuple((0, length) for length in part.shape)
+        if part.view is None
+        else part_boxes(part.view, part.shape)[part.index]
+    )
 
 
 @lru_cache(maxsize=4096)
-def _boxes(sides: tuple[int, int], fsdp: int, across: int, tp_rows: bool) -> tuple[Box, ...]:
-    """What each rank of a shard group holds: tensor parallel cuts first, then the rows of each piece are cut."""
-    rows, columns = sides
-    found: list[Box] = []
-    for f in range(fsdp):
-        for t in range(across):
-            lo, hi = _chunk(rows, across)[t] if tp_rows else (0, rows)
-            first, last = _chunk(hi - lo, fsdp)[f]
-            found.append(((lo + first, lo + last), (0, columns) if tp_rows else _chunk(columns, across)[t]))
-    return tuple(found)
+def _held(boxes: tuple[Box, ...], region: Box) -> tuple[int, ...]:
+    both = (overlap(box, region) for box in boxes)
+    return tuple(0 if found is None else math.prod(sizes(found)) for found in both)
 
 
-@lru_cache(maxsize=4096)
-def _chunk(length: int, count: int) -> list[Range]:
-    """Runs of equal length, as `torch.chunk` cuts: the last ones may be shorter or empty."""
-    size = -(-length // count)
-    return [(min(i * size, length), min((i + 1) * size, length)) for i in range(count)]
+# ---- memory --------------------------------------------------------------------------------------
+
+MEMORY = ("params", "gradients", "momentum", "statistics", "roots", "adamw", "rest")
 
 
-@lru_cache(maxsize=4096)
-def _held(cuts: tuple[Box, ...], whole: Box, rest: int) -> tuple[int, ...]:
-    """How many numbers of the part each rank holds; `rest` for each pair of places on both axes."""
-    return tuple(_overlap(box, whole) * rest for box in cuts)
+def memory(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> dict[str, Ranks]:
+    """Bytes that every rank keeps, by the names of `MEMORY`; activations and temporaries are not among them.
+
+    Args:
+        placed: all parts.
+        mesh: the ranks.
+        itemsize: bytes of a number of a parameter and of its gradient.
+    """
+    found = {name: np.zeros(mesh.shape) for name in MEMORY}
+    for p in placed:
+        for name in ("params", "gradients"):
+            found[name] += p.everywhere(p.on_ranks) * itemsize
+        found["rest"] += p.part.counter
+        if p.part.structure is None:
+            found["adamw"] += p.everywhere(updated_entries(p)) / max(p.part.numel, 1) * sum(p.part.sizes.values())
+            continue
+        share = _share(p)
+        kept = (
+            p.is_owner if p.kind == "summed" and p.part.root_keys else np.ones(p.team) if p.kind == "summed" else share
+        )
+        roots = np.ones(p.team) if p.kind == "summed" else share
+        found["momentum"] += p.everywhere(share) * p.part.sizes["exp_avg"]
+        found["statistics"] += p.everywhere(kept) * p.part.bytes_of(p.part.statistic_keys)
+        found["roots"] += p.everywhere(roots) * p.part.bytes_of(p.part.root_keys)
+        found["rest"] += p.everywhere(share) * p.part.bytes_of(p.part.sharded_keys)
+        found["rest"] += p.everywhere(kept) * p.part.sizes["failures"]
+    return {name: ranks.round().astype(np.int64) for name, ranks in found.items()}
 
 
-def _overlap(a: Box, b: Box) -> int:
-    return math.prod(max(0, min(a[i][1], b[i][1]) - max(a[i][0], b[i][0])) for i in (0, 1))
-
-
-def matrices(placed: Placed) -> tuple[int, ...]:
-    """How many whole matrices of an aligned part each rank of a shard group holds."""
-    each = placed.part.numel // placed.part.stack[0]
-    return tuple(held // each for held in placed.held)
-
-
-# ---- on every rank -------------------------------------------------------------------------------
-
-
-def everywhere(placed: Placed, mesh: Mesh, values: Sequence[float]) -> Grid:
-    """A number for each rank of a shard group, on all ranks: copies have the same."""
-    grid = np.array(values, dtype=np.float64).reshape(1, mesh.fsdp, placed.across)
-    return np.broadcast_to(grid, (mesh.replicate, mesh.fsdp, mesh.tp))
-
-
-def owner(placed: Placed, mesh: Mesh) -> Grid:
-    """1 for the owner, in every copy that works for itself, else 0."""
-    one = np.zeros((mesh.sharing, mesh.fsdp, placed.across))
-    one.flat[placed.owner or 0] = 1
-    return np.broadcast_to(one, (mesh.replicate, mesh.fsdp, mesh.tp))
-
-
-def share(placed: Placed, mesh: Mesh) -> Grid:
-    """The share of a part's statistic, application and momentum that each rank has."""
+def _share(placed: Placed) -> NDArray[np.float64]:
+    """The share of a part's momentum that each rank of its team keeps."""
     if placed.kind in ("alone", "shared"):
-        return np.ones((mesh.replicate, mesh.fsdp, mesh.tp))
+        return np.ones(placed.team)
     if placed.kind == "owned":
-        return owner(placed, mesh)
+        return placed.is_owner.astype(np.float64)
+    return placed.on_ranks / placed.part.numel
+
+
+def updated_entries(placed: Placed) -> Ranks:
+    """How many numbers of a parameter on AdamW each rank of the team updates and keeps the moments of."""
+    if not (placed.kind == "entries" and placed.mesh.is_whole):
+        return placed.on_ranks
+    (boxes, width) = _boxes((placed.part.shape[0],), (placed.mesh.ranks,), (Shard(0),)), placed.part.shape[1:]
+    return np.array([math.prod((*sizes(box), *width)) for box in boxes], dtype=np.int64).reshape(placed.team)
+
+
+# ---- links ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that every rank sends to others and receives from others in one step, once each."""
+
+    sent: Ranks
+    received: Ranks
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.sent + other.sent, self.received + other.received)
+
+
+def step_traffic(placed: Sequence[Placed], mesh: Mesh, phase: int, itemsize: int) -> Traffic:
+    """What the optimizer sends in the step of an interval at which the roots of that phase are refreshed.
+
+    What gradients cost on the way to their ranks is the same for every optimizer, and not in it.
+
+    Args:
+        placed: all parts.
+        mesh: the ranks.
+        phase: the step of the interval.
+        itemsize: bytes of a number of a parameter and of its gradient.
+    """
+    found = fixed_traffic(placed, mesh, itemsize)
+    return sum((root_traffic(p) for p in placed if p.phase == phase), found)
+
+
+def fixed_traffic(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> Traffic:
+    """What every step sends, whichever roots are refreshed; arguments as of `step_traffic`."""
+    nothing = Traffic(np.zeros(mesh.shape, np.int64), np.zeros(mesh.shape, np.int64))
+    return sum((_sent_always(p, itemsize) for p in placed if p.kind in SENDERS), nothing)
+
+
+SENDERS = ("owned", "aligned", "summed", "entries")
+STATE = 4
+"""Bytes of a number of the state, of roots, and of updates on their way."""
+
+
+def root_traffic(placed: Placed) -> Traffic:
+    """The owner of a part sends its refreshed roots to all others that apply them.
+
+    ``b (k^2 itemsize + 8)`` bytes to each of ``N - 1`` ranks; where statistics are summed over shards, without the
+    count of failures. Packed, ``k (k + 1) / 2`` in place of ``k^2``.
+    """
+    size = placed.part.bytes_of(placed.part.root_keys) if placed.kind in HAVE_ROOT_OWNERS else 0
+    if placed.kind == "shared" and size:
+        size += placed.part.stack[0] * FAILURE_COUNT
+    return _broadcast(placed, np.full(placed.team, size, dtype=np.int64))
+
+
+def _sent_always(placed: Placed, itemsize: int) -> Traffic:
+    part, others = placed.part, len(placed.held) - 1
+    if placed.kind == "owned":
+        return _to_owner(placed, placed.on_ranks * itemsize) + _broadcast(placed, placed.on_ranks * STATE)
+    if placed.kind == "aligned":
+        return _all_gathered(placed, max(placed.matrices) * STATE * others)
     if placed.kind == "summed":
-        return everywhere(placed, mesh, [held / placed.part.numel for held in placed.held])
-    return everywhere(placed, mesh, [count / placed.part.stack[0] for count in matrices(placed)])
+        norms = part.stack[0] * (3 if part.sharded_keys else 2)
+        statistics = np.full(placed.team, part.sent_statistic * STATE, dtype=np.int64)
+        return _to_owner(placed, statistics) + _all_gathered(placed, norms * STATE * others)
+    own = updated_entries(placed) * itemsize if placed.mesh.is_whole else np.zeros(placed.team, np.int64)
+    return Traffic(placed.everywhere(own * (placed.mesh.ranks - 1)), placed.everywhere(own.sum() - own))
 
 
-def remembers(placed: Placed, mesh: Mesh) -> Grid:
-    """The share of a part's memory that each rank has: where statistics are summed, one rank has all of it."""
-    return owner(placed, mesh) if placed.kind == "summed" else share(placed, mesh)
+def _to_owner(placed: Placed, own: Ranks) -> Traffic:
+    """The ranks of the owner's replica send theirs to it; those of the first replica if the owner holds nothing."""
+    owner = np.unravel_index(placed.owner or 0, placed.team)
+    replica = owner[0] if placed.on_ranks[owner] or placed.kind == "summed" else 0
+    sent, received = np.zeros(placed.team, np.int64), np.zeros(placed.team, np.int64)
+    sent[replica] = own[replica]
+    sent[owner] = 0
+    received[owner] = sent.sum()
+    return Traffic(placed.everywhere(sent), placed.everywhere(received))
 
 
-def applies(placed: Placed, mesh: Mesh) -> Grid:
-    """The share of a part's roots that each rank has: whole ones where statistics are summed."""
-    return np.ones((mesh.replicate, mesh.fsdp, mesh.tp)) if placed.kind == "summed" else share(placed, mesh)
+def _broadcast(placed: Placed, each: Ranks) -> Traffic:
+    """The owner sends every other rank of the team its own number of bytes."""
+    received = each * (1 - placed.is_owner)
+    return Traffic(placed.everywhere(placed.is_owner * received.sum()), placed.everywhere(received))
 
 
-def updated(placed: Placed, mesh: Mesh) -> Grid:
-    """How many numbers of a parameter of AdamW's each rank updates and keeps the moments of."""
-    if placed.kind != "rows":
-        return everywhere(placed, mesh, placed.held)
-    rows = _chunk(placed.part.shape[0], mesh.ranks)
-    width = placed.part.numel // max(placed.part.shape[0], 1)
-    return np.array([(hi - lo) * width for lo, hi in rows], dtype=np.float64).reshape(mesh.replicate, 1, 1)
+def _all_gathered(placed: Placed, size: int) -> Traffic:
+    """Every rank sends and receives as much."""
+    every = np.full(placed.mesh.shape, size, dtype=np.int64)
+    return Traffic(every, every)
+
+
+def gradient_bytes(numbers: int, mesh: Mesh, itemsize: int) -> float:
+    """What each rank sends for the gradients, whatever the optimizer: a ring's all-reduce or reduce-scatter.
+
+    ``2 (N - 1)/N`` of the bytes for copies, ``(F - 1)/F`` for shards and then the copies of a shard.
+
+    Args:
+        numbers: of the whole model.
+        mesh: the ranks.
+        itemsize: bytes of a number of a gradient.
+    """
+    local = numbers * itemsize / mesh.tp
+    scattered = local * (mesh.fsdp - 1) / mesh.fsdp
+    return scattered + 2 * local / mesh.fsdp * (mesh.replicate - 1) / mesh.replicate

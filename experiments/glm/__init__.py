@@ -1,0 +1,1 @@
+"""AdaGram on generalized linear models, beside SGD, AdaGrad and Shampoo."""

@@ -1,0 +1,150 @@
+"""One small ResNet, trained with one optimizer, one learning rate and one seed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer
+
+from asgo.lab.config.runs import ScheduleConfig
+from asgo.lab.optimizers.registry import state_bytes
+from asgo.lab.training.schedule import scheduler
+from asgo.presets import BAGM
+from experiments.vision.images import Part, load
+
+Build = Callable[..., Optimizer]
+
+METHODS: dict[str, Build] = {
+    "nag": partial(SGD, momentum=0.9, nesterov=True),
+    "adam": Adam,
+    "bagm-b1": partial(BAGM, blocks="tensor"),
+    "bagm-b2": partial(BAGM, blocks="row"),
+    "bagm-b3": partial(BAGM, blocks="kernel"),
+    "bagm-b4": partial(BAGM, blocks="column"),
+}
+"""Nesterov's momentum, Adam, and BAGM with the paper's four kinds of blocks; decay rates are the usual ones."""
+
+CLASSES = 10
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Training:
+    """A job: one run.
+
+    Args:
+        data: name of the data set.
+        folder: where Fashion-MNIST is.
+        images: most training images.
+        method: in `METHODS`.
+        lr: peak learning rate.
+        seed: of the first weights and the order of the images.
+        final: measure errors on training and test images; else only on the validation images.
+        epochs: passes over the training images.
+        batch: images per step.
+        widths: channels of the stages.
+        depths: blocks of the stages.
+        schedule: learning rate over the run.
+    """
+
+    data: str
+    folder: Path
+    images: int
+    method: str
+    lr: float
+    seed: int
+    final: bool
+    epochs: int
+    batch: int
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    schedule: ScheduleConfig
+
+    @property
+    def key(self) -> str:
+        """Its name in the ledger."""
+        return f"{'seed' if self.final else 'tune'}-{self.seed}/{self.method}/lr-{self.lr:g}"
+
+    @property
+    def weight(self) -> float:
+        """All runs take about the same time."""
+        return 1.0
+
+    def run(self) -> dict[str, Any]:
+        """Train, then measure."""
+        data = load(self.data, self.folder, self.images)
+        model = resnet(self.widths, self.depths, self.seed)
+        optimizer = METHODS[self.method](model.parameters(), lr=self.lr)
+        begun = time.perf_counter()
+        losses = self._train(model, optimizer, data.train)
+        seconds = time.perf_counter() - begun
+        steps = self.epochs * (len(data.train.labels) // self.batch)
+        found = {"losses": losses, "seconds_per_step": seconds / steps, "state_bytes": state_bytes(optimizer)}
+        if not self.final:
+            return found | {"validation": measure(model, data.validation)}
+        return found | {"train": measure(model, data.train), "test": measure(model, data.test)}
+
+    def _train(self, model: nn.Module, optimizer: Optimizer, part: Part) -> list[float]:
+        """The mean loss of each epoch, while it was being trained; infinite, and no more, after divergence."""
+        generator = torch.Generator().manual_seed(self.seed)
+        steps = len(part.labels) // self.batch
+        schedule = scheduler(optimizer, self.schedule, self.epochs * steps)
+        losses: list[float] = []
+        model.train()
+        for _ in range(self.epochs):
+            total = torch.zeros(())
+            order = torch.randperm(len(part.labels), generator=generator)
+            for rows in order[: steps * self.batch].view(steps, self.batch):
+                loss = F.cross_entropy(logits(model, part.images[rows]), part.labels[rows])
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                total += loss.detach()
+            losses.append(float(total) / steps)
+            if not math.isfinite(losses[-1]):
+                return [*losses[:-1], math.inf]
+        return losses
+
+
+def resnet(widths: tuple[int, ...], depths: tuple[int, ...], seed: int) -> nn.Module:
+    """A ResNet of basic blocks for one channel and ten classes; the seed decides the weights."""
+    from transformers import ResNetConfig, ResNetForImageClassification  # noqa: PLC0415 (takes seconds; --help should not)
+
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=16,
+        hidden_sizes=list(widths),
+        depths=list(depths),
+        layer_type="basic",
+        num_labels=CLASSES,  # pyright: ignore[reportCallIssue] (a field of the base class)
+    )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return ResNetForImageClassification(config)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's predictions."""
+    return model(pixel_values=images).logits
+
+
+@torch.no_grad()
+def measure(model: nn.Module, part: Part) -> dict[str, float]:
+    """Mean loss and share of wrong answers, with the statistics of batch normalisation that training left."""
+    model.eval()
+    loss = wrong = 0.0
+    for images, labels in zip(part.images.split(EVALUATION_BATCH), part.labels.split(EVALUATION_BATCH), strict=True):
+        found = logits(model, images)
+        loss += float(F.cross_entropy(found, labels, reduction="sum"))
+        wrong += float((found.argmax(1) != labels).sum())
+    return {"loss": loss / len(part.labels), "error": wrong / len(part.labels)}

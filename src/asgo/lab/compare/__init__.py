@@ -1,0 +1,1 @@
+"""Optimizers over seeds, and what the differences are worth."""

@@ -1,0 +1,34 @@
+"""What is checked of a run's configuration before anything is built or written."""
+
+from __future__ import annotations
+
+from asgo.lab.config.ranges import check_distinct, check_ranges
+from asgo.lab.config.runs import CompareConfig, RunConfig
+from asgo.lab.errors import LabError
+
+
+def validate(config: RunConfig) -> None:
+    """Refuse values that no run can use.
+
+    Raises:
+        LabError: naming the flag, the value and the range.
+    """
+    config.data.check()
+    check_ranges(config)
+    if isinstance(config, CompareConfig):
+        _check_comparison(config)
+
+
+def _check_comparison(config: CompareConfig) -> None:
+    check_distinct("optimizers", config.optimizers)
+    check_distinct("seeds", config.seeds)
+    if config.tune and config.tune_seed in config.seeds:
+        raise LabError(
+            f"--tune-seed {config.tune_seed} is also one of --seeds: learning rates must be chosen on a seed "
+            "that is not compared. Pass another."
+        )
+    if config.target != "auto":
+        try:
+            float(config.target)
+        except ValueError:
+            raise LabError(f"--target {config.target!r} is not a loss: pass a number, or auto.") from None

@@ -1,0 +1,103 @@
+"""The one check of ranges: a constraint stands on the field of a configuration, its message is written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator
+from typing import Any, get_type_hints
+
+from asgo.lab.config.codec import flag
+from asgo.lab.errors import LabError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What numbers a field may have, as in ``steps: Annotated[int, Range(1, 1e12, "a number of steps")]``.
+
+    It holds for each entry of a tuple, and not for None.
+
+    Args:
+        least: the smallest.
+        most: the largest.
+        meaning: what it is.
+    """
+
+    least: float
+    most: float = math.inf
+    meaning: str = "a number"
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a value of the field `name`; NaN and infinity too.
+
+        Raises:
+            LabError: naming the flag, the value and the range.
+        """
+        if not self.least <= value <= self.most or not math.isfinite(value):
+            span = f"{self.least:g} or more" if self.most == math.inf else f"from {self.least:g} to {self.most:g}"
+            raise LabError(f"{flag(name)} {value} is out of range: pass {self.meaning}, {span}.")
+
+
+BLOCKS = Range(0, 1e12, "a number of validation blocks; 0 means all")
+NOT_NEGATIVE = Range(0)
+SEED = Range(0, 2**63 - 1, "a seed")
+THREADS = Range(1, 4096, "a number of CPU threads")
+STEPS = Range(1, 1e12, "a number of steps")
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse numbers of a configuration, and of those within it, that are out of the range of their field.
+
+    Args:
+        config: a dataclass.
+
+    Raises:
+        LabError: naming the flag, the value and the range.
+    """
+    for name, value, allowed in _constraints(config, ""):
+        for entry in value if isinstance(value, tuple) else () if value is None else (value,):
+            allowed.check(name, entry)
+
+
+def _constraints(config: Any, prefix: str) -> Iterator[tuple[str, Any, Range]]:
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _constraints(value, f"{name}.")
+        yield from (
+            (name, value, each) for each in getattr(hints[field.name], "__metadata__", ()) if isinstance(each, Range)
+        )
+
+
+def check_distinct(name: str, values: Collection[object], empty: bool = False) -> None:
+    """Refuse a list with an entry twice, or without any.
+
+    Args:
+        name: of the field.
+        values: its entries.
+        empty: whether there may be none.
+
+    Raises:
+        LabError: naming the flag and what would fit.
+    """
+    if not values and not empty:
+        raise LabError(f"{flag(name)} is empty: pass at least one.")
+    if len(set(values)) < len(values):
+        raise LabError(f"{flag(name)} {' '.join(map(str, values))} repeats an entry: pass each once.")
+
+
+def check_known(name: str, values: Collection[str], known: Collection[str]) -> None:
+    """Refuse names that do not exist.
+
+    Args:
+        name: of the field.
+        values: its entries.
+        known: the names that exist.
+
+    Raises:
+        LabError: naming the flag, the name and those that exist.
+    """
+    for value in values:
+        if value not in known:
+            raise LabError(f"{flag(name)} {value} does not exist: choose from {', '.join(known)}.")

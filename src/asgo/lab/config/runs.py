@@ -1,0 +1,202 @@
+"""What a run is: frozen dataclasses whose fields are the command's flags and the lines of ``config.json``.
+
+`RunConfig` holds what all runs of a comparison share; `TrainConfig` adds one optimizer and one seed,
+`CompareConfig` several of both. `DEMO` is the comparison that ``asgo demo`` runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from asgo.lab.config.ranges import BLOCKS, NOT_NEGATIVE, SEED, STEPS, THREADS, Range
+from asgo.lab.data.batches import DataConfig
+from asgo.lab.models.architectures import Preset
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The causal language model; a field left at None keeps the preset's value.
+
+    Args:
+        preset: shape to start from; layers x width: tiny 2x32, demo 4x128, small 6x384, 124m 12x768.
+        family: architecture: gpt2 (learned positions, GELU) or llama (rotary positions, gated MLP).
+        layers: number of transformer blocks.
+        heads: attention heads; must divide width.
+        kv_heads: key and value heads of llama's grouped-query attention; must divide heads.
+        width: size of the residual stream.
+        dropout: probability of dropping an activation (llama: an attention weight) while training.
+        tie_embeddings: use the embedding matrix as output head too.
+        config: a config.json of Hugging Face, or a folder with one, of any causal language model, instead of
+            preset and fields; weights are random, and the vocabulary is that of the data.
+    """
+
+    preset: Preset = "demo"
+    family: Literal["gpt2", "llama"] | None = None
+    layers: Annotated[int | None, Range(1, 1e4, "a number of blocks")] = None
+    heads: Annotated[int | None, Range(1, 1e4, "a number of heads")] = None
+    kv_heads: Annotated[int | None, Range(1, 1e4, "a number of heads")] = None
+    width: Annotated[int | None, Range(1, 1e6, "the size of the residual stream")] = None
+    dropout: Annotated[float, Range(0, 0.99, "a probability below 1")] = 0.0
+    tie_embeddings: bool | None = None
+    config: Path | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer of the hidden matrices; embeddings, vectors and output head go to AdamW in all but adam-mini.
+
+    Args:
+        name: one of those that asgo optimizers lists.
+        lr: peak learning rate; None: the recorded default of that optimizer.
+        weight_decay: decoupled decay of the hidden matrices; None: the optimizer's recorded default.
+        betas: decay rates of the two moments, for optimizers that have both; None: the optimizer's default.
+        adamw_lr: peak learning rate of embeddings, vectors and head; None: the recorded default.
+        options: other constructor arguments as key=value, as in nesterov=False precondition_frequency=2.
+    """
+
+    name: str = "asgo"
+    lr: Annotated[float | None, NOT_NEGATIVE] = None
+    weight_decay: Annotated[float | None, NOT_NEGATIVE] = None
+    betas: tuple[float, float] | None = None
+    adamw_lr: Annotated[float | None, NOT_NEGATIVE] = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run: a linear rise to its peak, then a fall.
+
+    Args:
+        kind: how it falls from the peak: cosine, linear, or constant (not at all).
+        warmup_fraction: share of the steps that rise linearly from zero.
+        final_lr_fraction: learning rate of the last step, as a share of the peak.
+    """
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Annotated[float, Range(0, 1, "a share of the steps")] = 0.1
+    final_lr_fraction: Annotated[float, Range(0, 1, "a share of the peak")] = 0.02
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """Where and in what arithmetic a run computes.
+
+    Args:
+        device: auto: what accelerate finds (a GPU before the CPU); cpu: the CPU whatever there is.
+        precision: mixed precision of forward and backward; parameters and optimizer state stay in fp32.
+        compile: compile the model with torch.compile.
+        threads: CPU threads of torch; None: torch's choice. Bit-exact resume needs the same number.
+        parallel: how the processes of torchrun or accelerate launch divide a run. ddp: all hold everything and share
+            the roots; zero1: they also divide the optimizer's state; fsdp2: and parameters and gradients.
+    """
+
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    threads: Annotated[int | None, THREADS] = None
+    parallel: Literal["ddp", "zero1", "fsdp2"] = "ddp"
+
+
+@dataclass(frozen=True)
+class CadenceConfig:
+    """How often a run reports, measures and saves, in steps.
+
+    Args:
+        log_every: steps between lines of training metrics; each carries the mean loss since the last.
+        eval_every: steps between validation losses; the start and the last step always have one.
+        eval_blocks: validation blocks per measurement, the same ones each time; 0: all of them.
+        final_eval_blocks: blocks for the final validation loss of the result; None: as eval_blocks.
+        checkpoint_every: steps between checkpoints, the most that kill -9 can lose; the last step has one.
+    """
+
+    log_every: Annotated[int, STEPS] = 10
+    eval_every: Annotated[int, STEPS] = 100
+    eval_blocks: Annotated[int, BLOCKS] = 128
+    final_eval_blocks: Annotated[int | None, BLOCKS] = None
+    checkpoint_every: Annotated[int, STEPS] = 200
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run of a comparison has in common.
+
+    Args:
+        data: corpus, tokens and batches.
+        model: the language model.
+        schedule: learning rate over the run.
+        machine: device, precision, threads.
+        cadence: how often to log, evaluate and save.
+        steps: optimizer steps.
+        grad_accumulation: batches whose gradients are averaged into one step.
+        clip: largest norm of the whole gradient; 0: no clipping.
+    """
+
+    data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    machine: Annotated[MachineConfig, tyro.conf.arg(name="")] = MachineConfig()
+    cadence: Annotated[CadenceConfig, tyro.conf.arg(name="")] = CadenceConfig()
+    steps: Annotated[int, STEPS] = 600
+    grad_accumulation: Annotated[int, Range(1, 1e6, "a number of batches per step")] = 1
+    clip: Annotated[float, Range(0, 1e12, "the largest gradient norm; 0 means no clipping")] = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train one language model with one optimizer.
+
+    Args:
+        optimizer: which optimizer, with which hyperparameters.
+        seed: seed of the initial weights, the order of the data and dropout.
+        out: run folder to write; must be new or empty, or a run to --resume.
+        resume: continue the run in that folder, with its own configuration, from its last checkpoint.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    seed: Annotated[int, SEED] = 0
+    out: Path = Path("runs/train")
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class CompareConfig(RunConfig):
+    """Compare optimizers over seeds: one seed gives all of them the same initial weights and batches.
+
+    Args:
+        optimizers: names, or name:key=value,... as in adamw:lr=0.003,weight_decay=0.1,betas=0.9/0.95.
+        seeds: seeds of the runs that are compared.
+        tune: learning rates tried per optimizer before the comparison, the same number for each; 0: none.
+        tune_seed: seed of the tuning runs; keep it out of seeds.
+        target: validation loss for steps-to-target; auto: the worst final loss of the finished runs, so
+            that each of them reaches it.
+        out: folder of the comparison; must be new or empty, or a comparison to --resume.
+        resume: continue an interrupted comparison; finished runs are not repeated.
+    """
+
+    optimizers: tuple[str, ...] = ("asgo", "adamw", "muon")
+    seeds: Annotated[tuple[int, ...], SEED] = (0, 1, 2)
+    tune: Annotated[int, Range(0, 1000, "a number of learning rates; 0 means no tuning")] = 0
+    tune_seed: Annotated[int, SEED] = 1000
+    target: str = "auto"
+    out: Path = Path("runs/compare")
+    resume: bool = False
+
+
+DEMO = CompareConfig(
+    data=DataConfig(block_size=128, batch_size=16),
+    model=ModelConfig(preset="demo"),
+    cadence=CadenceConfig(log_every=10, eval_every=25, eval_blocks=128, final_eval_blocks=0, checkpoint_every=150),
+    steps=300,
+    optimizers=("asgo", "adamw", "muon"),
+    seeds=(0, 1, 2),
+    target="2.03",
+    out=Path("runs/demo"),
+)
+"""The comparison of ``asgo demo``: Shakespeare by characters, a GPT-2 of 4 layers and width 128.
+
+The target is the loss of a trigram model of the same text, in nats per character.
+"""

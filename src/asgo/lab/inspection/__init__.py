@@ -1,0 +1,1 @@
+"""A model as an optimizer sees it: routing, gradients, advice."""

@@ -1,0 +1,106 @@
+"""What an optimizer does with each parameter of a model, without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from asgo.lab.config.runs import ModelConfig, OptimizerConfig
+from asgo.lab.errors import LabError
+from asgo.lab.models.language import build_model, count_parameters
+from asgo.lab.optimizers.composite import Composite
+from asgo.lab.optimizers.registry import build_optimizer, state_bytes
+from asgo.lab.optimizers.rules import read_rules
+from asgo.optimizer import StructuredOptimizer
+from asgo.presets import SPAM
+from asgo.report import report
+from asgo.views.patterns import label
+from asgo.views.route import Decision, explain
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Every parameter's shape, view, structure, state bytes and root cost.
+
+    Args:
+        model: the language model.
+        optimizer: which optimizer, with which hyperparameters.
+        vocab_size: number of tokens; 84 are the characters of Shakespeare.
+        block_size: longest sequence, in tokens.
+        why: show how the view of each parameter was found instead, and what is not known, whatever the optimizer.
+        per_head: with `why`, read queries and keys as one matrix per head.
+        rules: with `why`, a file of rules that come first.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    vocab_size: int = 84
+    block_size: int = 128
+    why: bool = False
+    per_head: bool = False
+    rules: str | None = None
+
+
+def inspect_routing(config: RoutingConfig) -> str:
+    """The routing of a model as text. No memory is needed for the model: its tensors are on the meta device.
+
+    Raises:
+        LabError: for a model or optimizer that does not exist, or sizes that do not fit.
+    """
+    check_sizes(config.vocab_size, config.block_size)
+    with torch.device("meta"):
+        model = build_model(config.model, config.vocab_size, config.block_size, seed=0)
+        if config.why:
+            return decisions_text(explain(model, read_rules(config.rules), config.per_head))
+        optimizer = build_optimizer(model, config.optimizer)
+        return routing_text(model, optimizer)
+
+
+def decisions_text(decisions: Sequence[Decision]) -> str:
+    """How the view of each parameter was found; a question mark where nothing tells what it is."""
+    rows = [
+        (each.name, str(each.shape), label(each.view), each.how if each.known else f"? {each.how}")
+        for each in decisions
+    ]
+    unknown = sum(not each.known for each in decisions)
+    note = (
+        f"\n\n{unknown} of {len(rows)} parameters (?) are read by their axes: say what they are with a rule."
+        if unknown
+        else ""
+    )
+    return text_table(("name", "shape", "view", "found by"), rows) + note
+
+
+def check_sizes(vocab_size: int, block_size: int) -> None:
+    """Raise `LabError` for sizes that no model has."""
+    for flag, size in (("--vocab-size", vocab_size), ("--block-size", block_size)):
+        if size < 1:
+            raise LabError(f"{flag} {size} is out of range: pass 1 or more.")
+
+
+def routing_text(model: nn.Module, optimizer: Optimizer) -> str:
+    """Which parameter is stepped how: the library's own report, or for others class, rate and decay."""
+    head = f"{type(model).__name__}, {count_parameters(model):,} parameters, {type(optimizer).__name__}"
+    inside = optimizer.optimizer if isinstance(optimizer, SPAM) else optimizer
+    if isinstance(inside, StructuredOptimizer):
+        return f"{head}\n\n{report(inside)}"
+    parts = optimizer.optimizers if isinstance(optimizer, Composite) else [optimizer]
+    rows = [
+        (name, str(tuple(param.shape)), type(part).__name__, f"{group['lr']:g}", f"{group['weight_decay']:g}")
+        for part in parts
+        for group in part.param_groups
+        for name, param in zip(group["param_names"], group["params"], strict=True)
+    ]
+    table = text_table(("name", "shape", "optimizer", "lr", "weight decay"), rows)
+    return f"{head}, {state_bytes(optimizer):,} bytes of state now\n\n{table}"
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, each as wide as its longest cell."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,1 @@
+"""Models with random weights, built from a shape and a seed."""

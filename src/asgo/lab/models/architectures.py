@@ -1,0 +1,115 @@
+"""The one builder of models: shapes by name, and the causal language model of `transformers` that has a shape.
+
+Weights are random, so nothing is downloaded; on the meta device a model takes no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from asgo.lab.packages import need
+
+Family = Literal["gpt2", "llama", "olmoe"]
+Preset = Literal["tiny", "demo", "small", "gpt2-124m", "llama-tiny", "llama-demo", "llama-124m"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a model.
+
+    Args:
+        family: architecture.
+        layers: transformer blocks.
+        heads: of queries.
+        kv_heads: of keys and values.
+        width: of the residual stream.
+        tie_embeddings: whether the embedding is the output head too.
+        inner: width of the MLP, or of one expert; None: 4 x width, for llama two thirds of that, because its gated MLP
+            has three matrices instead of two.
+        experts: of each layer; 0: none.
+    """
+
+    family: Family
+    layers: int
+    heads: int
+    kv_heads: int
+    width: int
+    tie_embeddings: bool
+    inner: int | None = None
+    experts: int = 0
+
+
+PRESETS: dict[Preset, Shape] = {
+    "tiny": Shape("gpt2", 2, 2, 2, 32, True),
+    "demo": Shape("gpt2", 4, 4, 4, 128, True),
+    "small": Shape("gpt2", 6, 6, 6, 384, True),
+    "gpt2-124m": Shape("gpt2", 12, 12, 12, 768, True),
+    "llama-tiny": Shape("llama", 2, 4, 2, 32, False),
+    "llama-demo": Shape("llama", 4, 4, 2, 128, False),
+    "llama-124m": Shape("llama", 12, 12, 4, 768, False),
+}
+"""Shapes that can be trained."""
+
+GPT2_VOCABULARY, GPT2_BLOCK = 50_257, 1024
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published model: its shape, its vocabulary and the longest sequence that it reads, in tokens."""
+
+    shape: Shape
+    vocab_size: int
+    block_size: int
+
+
+PUBLISHED: dict[str, Published] = {
+    "llama-1b": Published(Shape("llama", 16, 32, 8, 2048, True, 8192), 128_256, 131_072),
+    "llama-8b": Published(Shape("llama", 32, 32, 8, 4096, False, 14_336), 128_256, 131_072),
+    "llama-70b": Published(Shape("llama", 80, 64, 8, 8192, False, 28_672), 128_256, 131_072),
+    "olmoe-7b": Published(Shape("olmoe", 16, 16, 16, 2048, False, 1024, experts=64), 50_304, 4096),
+}
+"""Shapes as published: "The Llama 3 Herd of Models" (2024), 1B from Llama 3.2; "OLMoE: Open Mixture-of-Experts Language
+Models" (2024)."""
+
+NO_SPECIAL_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+ACTIVE_EXPERTS = 8
+"""Experts that see a token."""
+
+
+def build(shape: Shape, vocab_size: int, block_size: int, dropout: float = 0.0) -> nn.Module:
+    """The causal language model of a shape, with weights from torch's random state.
+
+    Args:
+        shape: what it has.
+        vocab_size: number of tokens.
+        block_size: longest sequence, in tokens.
+        dropout: probability of dropping an activation (llama: an attention weight) while training.
+    """
+    transformers = need("transformers", "a language model", "pip install 'asgo[lab]'")  # takes seconds to import
+    common = {
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+        **NO_SPECIAL_TOKENS,
+    }
+    if shape.family == "gpt2":
+        sizes = {"n_positions": block_size, "n_embd": shape.width, "n_layer": shape.layers, "n_head": shape.heads}
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **drops, **common))
+    sizes = {
+        "max_position_embeddings": block_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner or -(-8 * shape.width // (3 * 32)) * 32,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "attention_dropout": dropout,
+    }
+    if shape.family == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **common))
+    experts = {"num_experts": shape.experts, "num_experts_per_tok": min(ACTIVE_EXPERTS, shape.experts)}
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, **experts, **common))

@@ -1,0 +1,87 @@
+"""What every command of a terminal shares: flags read by tyro, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from asgo.lab.errors import LabError
+from asgo.lab.training.stopping import Stopped
+
+C = TypeVar("C")
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
+
+
+def parse(kind: Any, args: Sequence[str], program: str, description: str | None = None, default: Any = None) -> Any:
+    """The config that the words describe; None if they asked for help, which is then printed.
+
+    Args:
+        kind: a dataclass, or a union of them for subcommands.
+        args: the words after the program's name.
+        program: its name, for the help.
+        description: what it does; None: the docstring of `kind`.
+        default: a config whose values replace the defaults of the fields; None: the class's own.
+
+    Raises:
+        LabError: for flags that do not exist or do not fit.
+    """
+    words = io.StringIO()
+    defaults = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(words):
+            return tyro.cli(kind, args=args, prog=program, description=description, **defaults)
+    except SystemExit as stop:
+        if stop.code:
+            raise LabError(_without_box(words.getvalue())) from None
+        return None
+
+
+def _without_box(box: str) -> str:
+    """The message inside the frame that tyro draws, without its rules, colours and title."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in box.splitlines()]
+    inside = [line.strip("│ ") for line in lines if line.startswith("│")]
+    message = " ".join(line for line in inside if line and not set(line) <= {"─"})
+    return message or " ".join(lines)
+
+
+def exit_code(parse: Callable[[], C | None], run: Callable[[C], Any]) -> int:
+    """Run a command: 0, 2 for what cannot be done, 130 after Ctrl-C, 1 where the reader of its output has left.
+
+    Args:
+        parse: makes the config; None where only help was asked for.
+        run: does what it says.
+    """
+    config = None
+    try:
+        config = parse()
+        if config is not None:
+            run(config)
+        return 0
+    except Stopped as stopped:
+        return _fail(str(stopped), INTERRUPTED) if is_first_process() else INTERRUPTED
+    except KeyboardInterrupt:
+        hint = " Repeat the command with --resume to go on." if hasattr(config, "resume") else ""
+        return _fail(f"interrupted.{hint}", INTERRUPTED)
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
+        return _fail("stopped: broken pipe, the reader of its output has ended.", 1) if config is not None else 1
+    except LabError as error:
+        return _fail(f"error: {error}", 2)
+
+
+def is_first_process() -> bool:
+    """Whether this process prints for all of a run; a single process always does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"asgo: {' '.join(message.split())}", file=sys.stderr)
+    return code

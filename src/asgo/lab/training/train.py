@@ -1,0 +1,298 @@
+"""One training run, from a config to a finished run folder; stopped and resumed at any step, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from rich.console import Console
+from torch import Tensor
+
+from asgo.lab.config.checks import validate
+from asgo.lab.config.codec import command
+from asgo.lab.config.runs import TrainConfig
+from asgo.lab.data.batches import open_data
+from asgo.lab.data.sampling import Batches
+from asgo.lab.errors import LabError
+from asgo.lab.figures import draw_run
+from asgo.lab.inspection.routing import routing_text
+from asgo.lab.models.language import build_model, count_parameters, model_fingerprint, token_loss
+from asgo.lab.optimizers.registry import build_optimizer, resolve, state_bytes
+from asgo.lab.training import environment
+from asgo.lab.training.machine import accelerator
+from asgo.lab.training.meter import Meter
+from asgo.lab.training.parallel import Parallel, reporting, shares
+from asgo.lab.training.progress import RunProgress
+from asgo.lab.training.run_folder import RunFolder
+from asgo.lab.training.schedule import factor, scheduler
+from asgo.lab.training.snapshot import FORMAT, check_identity, random_state, set_random_state
+from asgo.lab.training.stopping import Stopped, StopSignal
+
+
+class Diverged(LabError):
+    """The loss, or a parameter, is no longer a finite number."""
+
+
+def train(config: TrainConfig, console: Console | None = None, title: str | None = None) -> dict[str, Any]:
+    """Train one model and return what ``result.json`` holds; a finished run is only read.
+
+    Args:
+        config: the run.
+        console: where progress is shown; None: nowhere.
+        title: what progress is called; None: optimizer and seed.
+
+    Raises:
+        LabError: for a config, corpus, folder or checkpoint that does not fit, for a disk that refuses, and where
+            another process of the run has ended.
+        Diverged: when the loss is NaN or infinite; the last checkpoint stays as it is.
+        Stopped: after SIGINT or SIGTERM, with a checkpoint of the step just finished.
+    """
+    validate(config)
+    config = replace(config, optimizer=resolve(config.optimizer))
+    folder = RunFolder(config.out)
+    folder.check(config)
+    done = folder.result()
+    if done is not None:
+        if done["status"] == "diverged":
+            raise Diverged(f"the run in {config.out} diverged: {done['message']}")
+        return done
+    stop = StopSignal()
+    with reporting(config.out, stop):
+        trainer = Trainer(config)
+    shown = console if console is not None and trainer.accelerator.is_main_process else Console(quiet=True)
+    title = title or f"{config.optimizer.name} seed {config.seed}"
+    with stop, reporting(config.out, stop), RunProgress(shown, title, config.steps) as progress:
+        return trainer.run(stop, progress)
+
+
+class Trainer:
+    """The parts of one run and the loop over its steps.
+
+    Args:
+        config: the run; its optimizer has no open fields.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.accelerator = accelerator(config.machine)
+        self.device = self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.data = open_data(config.data, config.seed, rank, world)
+        model = build_model(config.model, self.data.vocab_size, config.data.block_size, config.seed)
+        self.parallel = Parallel(self.accelerator, config.machine)
+        self.raw = self.parallel.place(model)
+        self.optimizer = self.parallel.share(build_optimizer(self.raw, config.optimizer))
+        self.scheduler = scheduler(self.optimizer, config.schedule, config.steps)
+        self.model = self.parallel.wrap(torch.compile(self.raw) if config.machine.compile else self.raw)  # pyright: ignore[reportArgumentType]
+        self.stepper = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.folder = RunFolder(config.out, writes=self.accelerator.is_main_process)
+        self.meter, self.step = Meter(self.device), 0
+        self._divide(config.grad_accumulation, world)
+        self.grad_norm = torch.zeros(())
+
+    def run(self, stop: StopSignal, progress: RunProgress) -> dict[str, Any]:
+        """Train from the last checkpoint, or from the start, to the last step."""
+        self._begin(progress)
+        while self.step < self.config.steps:
+            self._train_step()
+            self._after_step(stop, progress)
+        return self._finish()
+
+    # ---- one step --------------------------------------------------------------------------------
+
+    def _train_step(self) -> None:
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        tokens, count = 0, len(self.shares)
+        for number, (part, batches) in enumerate(self.shares, 1):
+            inputs, targets = self._batch(batches, self.step * self.parts + part)
+            with self.parallel.collecting(self.model, number == count):
+                loss = token_loss(self.model, inputs, targets) / count
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            tokens += targets.numel() * self.accelerator.num_processes
+        self.grad_norm = self.parallel.clip(self.model, self.config.clip or math.inf)
+        self.meter.clock.start()
+        self.stepper.step()
+        self.meter.clock.stop()
+        self.scheduler.step()
+        self.stepper.zero_grad()
+        self.meter.add(self.accelerator.reduce(total, "mean"), tokens)  # pyright: ignore[reportArgumentType]
+        self.step += 1
+
+    def _batch(self, batches: Batches, number: int) -> tuple[Tensor, Tensor]:
+        return self._to_device(batches.batch(number))
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    # ---- between steps ---------------------------------------------------------------------------
+
+    def _after_step(self, stop: StopSignal, progress: RunProgress) -> None:
+        cadence, last = self.config.cadence, self.step == self.config.steps
+        stopping = self._agree(stop.asked)
+        log = last or self.step % cadence.log_every == 0
+        evaluate = last or self.step % cadence.eval_every == 0
+        save = last or stopping or self.step % cadence.checkpoint_every == 0
+        if not (log or evaluate or save):
+            return
+        self.meter.pause()
+        self._check_loss(self.meter.loss(), "training")
+        line = (self._log() if log else {}) | (self._evaluate() if evaluate else {})
+        progress.update(self.step, line)
+        if save:
+            self._save()
+        if stopping and not last:
+            processes = self.accelerator.num_processes
+            asgo = "asgo" if processes == 1 else f"torchrun --nproc_per_node {processes} -m asgo.lab"
+            raise Stopped(
+                f"stopped after step {self.step} of {self.config.steps}; a checkpoint is written. Continue "
+                f"with: {asgo} train --out {self.config.out} --resume"
+            )
+        self.meter.start()
+
+    def _agree(self, asked: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return asked
+        if asked:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def _log(self) -> dict[str, Any]:
+        line = {
+            "step": self.step,
+            "loss": self.meter.loss(),
+            "lr": (self.config.optimizer.lr or 0.0) * factor(self.config.schedule, self.step - 1, self.config.steps),
+            "grad_norm": float(self.grad_norm),
+            "tokens": self.meter.tokens,
+            "seconds": self.meter.seconds,
+            "optimizer_seconds": self.meter.clock.seconds,
+            "tokens_per_second": self.meter.lap(),
+            "failed_roots": self.parallel.failed_roots(self.optimizer),
+        }
+        self.folder.log(line)
+        return line
+
+    def _evaluate(self) -> dict[str, Any]:
+        loss = self._validation_loss(self.config.cadence.eval_blocks)
+        self.meter.val_losses.append(loss)
+        line = {
+            "step": self.step,
+            "val_loss": loss,
+            "tokens": self.meter.tokens,
+            "seconds": self.meter.seconds,
+        }
+        self.folder.log(line)
+        return line
+
+    @torch.no_grad()
+    def _validation_loss(self, blocks: int) -> float:
+        self.model.eval()
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
+        for batch in self.data.validation(self.config.data.batch_size, blocks or None):
+            inputs, targets = self._to_device(batch)
+            total += token_loss(self.model, inputs, targets).double().cpu() * targets.numel()
+            tokens += targets.numel()
+        loss = float(total) / tokens
+        self._check_loss(loss, "validation")
+        return loss
+
+    def _check_loss(self, loss: float, which: str) -> None:
+        if math.isfinite(loss):
+            return
+        saved = self.folder.saved()
+        kept = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        message = (
+            f"the {which} loss is {loss} at step {self.step} ({self.config.optimizer.name}, lr "
+            f"{self.config.optimizer.lr:g}); {kept}. Start again with a smaller --optimizer.lr."
+        )
+        self.folder.finish({"status": "diverged", "step": self.step, "message": message})
+        raise Diverged(message)
+
+    # ---- beginning, saving, end ------------------------------------------------------------------
+
+    def _begin(self, progress: RunProgress) -> None:
+        torch.manual_seed(self.config.seed + self.accelerator.process_index)
+        state = self.folder.load() if self.config.resume else None
+        if state is not None:
+            self._restore(state)
+        self.accelerator.wait_for_everyone()
+        session = environment.describe(self.device, self.accelerator.num_processes, self.step)
+        self.folder.create(self.config, session, routing_text(self.raw, self.optimizer))
+        self.folder.rewind(self.step if state is not None else -1)
+        progress.begin(self.step)
+        if state is None:
+            progress.update(0, self._evaluate())
+        self.meter.start()
+
+    def _save(self) -> None:
+        self._check_loss(0.0 if self.parallel.all_finite(self.raw) else math.nan, "next")
+        local = {"data": self.data.batches.state_dict(), "rng": random_state(self.device)}
+        ranks = [local] if self.accelerator.num_processes == 1 else gather_object([local])
+        scaler = self.accelerator.scaler
+        state = {
+            **self._identity(),
+            "step": self.step,
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "meter": self.meter.state_dict(),
+            "ranks": ranks,
+            "world": self.world,
+        }
+        self.parallel.save(self.folder, state, self.raw, self.optimizer)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        check_identity(state, self._identity(), self.folder.saved()[-1])
+        self._divide(self.parts, state.get("world", len(state["ranks"])))
+        self.parallel.restore(self.folder, state, self.raw, self.optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"])
+        if len(state["ranks"]) == self.accelerator.num_processes:
+            local = state["ranks"][self.accelerator.process_index]
+            self.data.batches.load_state_dict(local["data"])
+            set_random_state(local["rng"], self.device)
+        self.step = state["step"]
+
+    def _divide(self, parts: int, world: int) -> None:
+        """Divide the batches of a step, which were made for `world` processes."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.parts, self.world = parts, world
+        self.shares = shares(self.data.batches, parts, world, rank, processes)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model_fingerprint": model_fingerprint(self.raw),
+            "data_fingerprint": self.data.fingerprint,
+            "optimizer_name": self.config.optimizer.name,
+        }
+
+    def _finish(self) -> dict[str, Any]:
+        meter, losses, blocks = self.meter, self.meter.val_losses, self.config.cadence.final_eval_blocks
+        result = {
+            "status": "finished",
+            "optimizer": self.config.optimizer.name,
+            "seed": self.config.seed,
+            "val_loss": losses[-1] if blocks is None else self._validation_loss(blocks),
+            "best_val_loss": min(losses),
+            "steps": self.step,
+            "tokens": meter.tokens,
+            "seconds": meter.seconds,
+            "seconds_per_step": meter.seconds / self.step,
+            "tokens_per_second": meter.tokens / meter.seconds,
+            "optimizer_share": meter.clock.seconds / meter.seconds,
+            "failed_roots": self.parallel.failed_roots(self.optimizer),
+            "state_bytes": state_bytes(self.optimizer),
+            "parameters": count_parameters(self.raw),
+            "data": self.data.description,
+            "command": command("asgo train", replace(self.config, resume=False)),
+            "date": environment.now(),
+        }
+        self.folder.finish(result, draw_run(self.folder.metrics()))
+        return result
