@@ -103,6 +103,16 @@ def compose(low: float, tolerance: float, degree: Literal[5, 9] = 5) -> tuple[Od
     return tuple(steps)
 
 
+def chain(low: float, degrees: tuple[Literal[5, 9], ...]) -> tuple[Odd, ...]:
+    """Polynomials of given degrees, each the best on the interval ``[low, 1]`` is in by then."""
+    high = 1.0
+    steps: list[Odd] = []
+    for degree in degrees:
+        odd, low, high = _next_step(low, high, degree)
+        steps.append(odd)
+    return tuple(steps)
+
+
 @lru_cache(maxsize=256)
 def schedule(eps: float, tolerance: float = 2e-3, degree: Literal[5, 9] = 5) -> tuple[Odd, ...]:
     """The polynomials' coefficients for a relative damping ``eps``, cached.

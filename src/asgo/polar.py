@@ -1,0 +1,270 @@
+"""Polar factors of stacks of matrices in half precision: ``A -> (A A^T)^(-1/2) A``, by matrix products alone.
+
+Every step applies an odd polynomial ``p`` to the singular values::
+
+    R = X X^T;   B = c1 R + c2 R^2 (+ c3 R^3 + c4 R^4);   X <- c0 X + B X
+
+`minimax.chain` chooses the polynomials: each is the best one on the interval that the chain has reached, which starts
+at ``[low, 1]``. Singular values of A in ``[low ||A||_F, ||A||_F]`` come out within `tolerance` of 1. A smaller
+``sigma`` comes out as ``sigma amplification / ||A||_F`` at most, with ``amplification`` the product of all ``c0``:
+that is the damping. "The Polar Express", Amsel, Persson, Musco and Gower 2025, has the theory.
+
+The plain form above corrects itself: it forms ``R`` anew in every step, so that an error of rounding in one step is an
+error in the input of the next. That is why it works in bfloat16, where the coupled iteration of `asgo.minimax` fails.
+
+The last steps may run in Gram form, on ``k x k`` matrices only::
+
+    R = X X^T;   P = c0 I + B(R);   R <- P R P;   Q <- P Q;   ...   X <- Q X
+
+It saves products with the long side and does not correct itself, so it serves where all singular values are of one
+size. An error of rounding in R is relative to its largest eigenvalue, and the Gram form magnifies it by the condition
+of R: ``(high / low)^2`` on the interval that the plain steps have reached, `Plan.condition`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+
+from asgo import minimax
+from asgo.masks import choose
+from asgo.matmul import exact_matmul
+from asgo.minimax import Odd, bracket
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    Square: TypeAlias = Float[Tensor, "b k k"]
+    Wide: TypeAlias = Float[Tensor, "b k n"]
+    PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
+
+PANELS = 4
+SMALLEST_WITH_PANELS = 640
+"""Size from which a symmetric product by panels is the faster one in bfloat16 on a CPU: 0.7 of the time at 768, 0.95 at
+512. On a GPU its panels would be strided batches; there the whole product is computed."""
+HEALTHY_NORM = (0.5, 2.0)
+"""Where ``||X A^T||_F`` must be if ``||A||_F = 1``: in exact arithmetic it is 1 within the tolerance."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to compute a polar factor.
+
+    Args:
+        dtype: of all products.
+        low: the smallest singular value, relative to the Frobenius norm, that comes out within `tolerance` of 1.
+        steps: the polynomials' coefficients.
+        gram: how many of the last steps run in Gram form.
+    """
+
+    dtype: torch.dtype
+    low: float
+    steps: tuple[Odd, ...]
+    gram: int = 0
+
+    @property
+    def tolerance(self) -> float:
+        """Largest distance from 1 of the singular values, for those of A in ``[low, 1]``, in exact arithmetic."""
+        return max(abs(1 - end) for end in _interval(self.low, self.steps))
+
+    @property
+    def amplification(self) -> float:
+        """What the smallest singular values are multiplied by."""
+        return math.prod(step[0] for step in self.steps)
+
+    @property
+    def condition(self) -> float:
+        """The largest eigenvalue of the Gram form's first ``R`` by its smallest, for those of A in ``[low, 1]``."""
+        low, high = _interval(self.low, self.steps[: len(self.steps) - self.gram])
+        return (high / low) ** 2
+
+    def products(self, k: int, n: int) -> float:
+        """Cost of the factor of a ``k x n`` matrix, in products of ``2 k^3`` operations each."""
+        inner = sum((len(step) - 1) // 2 for step in self.steps)
+        plain = len(self.steps) - self.gram
+        return 2 * n / k * (plain + (self.gram > 0)) + inner + 3 * max(self.gram - 1, 0)
+
+
+def plan(dtype: torch.dtype, low: float, degrees: tuple[Literal[5, 9], ...], gram: int = 0) -> Plan:
+    """The `Plan` of the best polynomials of these degrees; 5 takes one product of its own, 9 takes two."""
+    return Plan(dtype, low, minimax.chain(low, degrees), gram)
+
+
+def _interval(low: float, steps: tuple[Odd, ...]) -> tuple[float, float]:
+    """Where the steps take ``[low, 1]``: the images of a fine grid, as no polynomial is monotonic there."""
+    x = torch.logspace(math.log10(low), 0, 20001, dtype=torch.float64, device="cpu")
+    for step in steps:
+        x = sum((c * x ** (2 * i + 1) for i, c in enumerate(step)), torch.zeros_like(x))
+    return float(x.min()), float(x.max())
+
+
+PLANS = {
+    "bf16": plan(torch.bfloat16, 2.7e-3, (5, 5, 5, 5, 5), gram=2),
+    "bf16_fast": plan(torch.bfloat16, 6e-3, (5, 5, 5, 9), gram=2),
+    "fp16": plan(torch.float16, 2.7e-3, (5, 5, 5, 5, 5), gram=3),
+    "fp16_fast": plan(torch.float16, 6e-3, (5, 5, 5, 9), gram=2),
+    "fp32": plan(torch.float32, 5.2e-4, (5, 5, 5, 5, 5, 5, 5)),
+    "fp64": plan(torch.float64, 1e-6, (5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5)),
+}
+"""The plans by name. `low` of a half precision is what 5 quintics (or 3 and one of degree 9) reach with a tolerance of
+1e-2, about twice the error of rounding: a smaller `low` costs another step and magnifies rounding by 4."""
+
+
+def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan called `precision`; of "auto" the fastest one that the device is built for.
+
+    That is float64 for a state in float64; float16 on CUDA, as exact as 8 times bfloat16 at the same rate; bfloat16 on
+    CPUs with units for it; else float32 with the polynomials of the half precisions.
+
+    Raises:
+        ValueError: there is no plan of that name.
+    """
+    if precision != "auto":
+        if precision not in PLANS:
+            known = ", ".join(map(repr, ["auto", *PLANS]))
+            raise ValueError(f"square root got precision={precision!r}: choose one of {known}")
+        return PLANS[precision]
+    if dtype == torch.float64:
+        return PLANS["fp64"]
+    if device.type == "cuda":
+        return PLANS["fp16"]
+    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
+        return PLANS["bf16"]
+    return PLANS["fp32"]
+
+
+def polar_and_root(
+    A: Wide, plan: Plan, wanted: int, carried: Wide | None = None, root: bool = True
+) -> tuple[Wide, Square | None, PerMatrix, Bool[Tensor, "b"]]:
+    """The polar factor and the square root of ``A A^T``, for a stack.
+
+    Nothing waits for the device, nothing depends on the data but by masks.
+
+    Args:
+        A: ``(b, k, n)`` with ``k <= n``, in float32 or float64; of any size, as it is scaled by its norm first.
+        plan: precision and polynomials.
+        wanted: how many leading columns of the polar factor to return; the others are needed for the root alone.
+        carried: ``(b, k, c)``, multiplied by ``(A A^T)^(-1/2)`` in the place of A. Directions that it has and A has not
+            are multiplied by ``plan.amplification / ||A||_F``.
+        root: whether to compute the root.
+
+    Returns:
+        ``X``, ``(b, k, wanted)``, or ``(b, k, c)`` where something is carried; ``S / norm``, symmetric up to rounding
+        and in the precision of the plan, or None; the ``norm`` of A, ``(b, 1, 1)``; and ``ok``, ``(b,)``. X is in the dtype of
+        A. X and S are 0 for A = 0, which is ok, and for matrices with NaN or infinity and those whose iteration has
+        diverged, which are not.
+    """
+    X, norm = normalised(A, plan.dtype)
+    finite, n, stack, scale = norm.isfinite(), X.shape[2], X, None
+    if carried is not None:
+        D, size = normalised(carried, plan.dtype)
+        stack, finite, scale = beside(X, D), finite & size.isfinite(), size / choose(norm > 0, norm, 1.0)
+    with exact_matmul(A.device):
+        factor = iterate(stack, plan, n)
+        S = symmetric(factor[..., :n], X) if root else None
+    result = factor[..., :wanted].to(A.dtype) if scale is None else factor[..., n:] * scale
+    good = finite if S is None else finite & _is_healthy(S, norm)
+    good = good & _is_finite(result) if S is None or scale is not None else good
+    return choose(good, result, 0.0), None if S is None else choose(good, S, 0.0), norm, good[:, 0, 0]
+
+
+def normalised(A: Wide, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
+    """``A / ||A||_F`` in another precision, and the norm, which is NaN or infinite if A is; such an A gives 0.
+
+    A power of two of the size of the largest entry is taken out first, so that squares neither overflow nor vanish.
+    """
+    top = torch.linalg.vector_norm(A, math.inf, dim=(1, 2), keepdim=True) if A.numel() else A.new_zeros(len(A), 1, 1)
+    live = top.isfinite() & (top >= torch.finfo(A.dtype).tiny)
+    exponent = torch.frexp(choose(live, top, 1.0)).exponent.clamp(-125, 126)  # both powers are normal in float32
+    X = torch.ldexp(A, -exponent)
+    norm = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True)
+    X = choose(live, X.mul_(norm.reciprocal()), 0.0).to(dtype)
+    return X, choose(live, torch.ldexp(norm, exponent), choose(top.isfinite(), 0.0 * top, top))
+
+
+def iterate(X: Wide, plan: Plan, n: int) -> Wide:
+    """The steps of a plan; columns after the first n are multiplied and do not enter ``X X^T``."""
+    plain = len(plan.steps) - plan.gram
+    for step in plan.steps[:plain]:
+        X = _times(X, bracket(_gram(X, n), step), step[0])
+    if not plan.gram:
+        return X
+    return _times(X, _gram_form(_gram(X, n), plan.steps[plain:]))
+
+
+def _gram_form(R: Square, steps: tuple[Odd, ...]) -> Square:
+    """The product of all ``P = c0 I + B(R)``, the linear term outside of products where there is one."""
+    Q = None
+    for i, step in enumerate(steps):
+        P, c0 = bracket(R, step), step[0]
+        Q = _plus_identity(P, c0) if Q is None else torch.baddbmm(Q, P, Q, beta=c0)
+        if i + 1 < len(steps):
+            R = torch.baddbmm(R, P, R, beta=c0)
+            R = torch.baddbmm(R, P, R, beta=c0)
+    return R if Q is None else Q
+
+
+def _plus_identity(P: Square, c0: float) -> Square:
+    Q = P.clone()
+    diagonal = Q.diagonal(dim1=1, dim2=2)
+    diagonal.copy_(diagonal.float() + c0 if P.dtype.itemsize < 4 else diagonal + c0)  # a CPU would round c0 first
+    return Q
+
+
+def _gram(X: Wide, n: int) -> Square:
+    seen = X if n == X.shape[2] else X[..., :n]
+    return symmetric(seen, seen)
+
+
+def symmetric(X: Wide, Y: Wide) -> Square:
+    """``X Y^T`` where that is symmetric: on a CPU the lower triangle by panels of rows where that is faster."""
+    k = X.shape[1]
+    if k < SMALLEST_WITH_PANELS or X.dtype != torch.bfloat16 or X.device.type != "cpu":
+        return torch.bmm(X, Y.mT)
+    result = X.new_empty(len(X), k, k)
+    cuts = [k * i // PANELS for i in range(PANELS + 1)]
+    for out, x, y in zip(result, X, Y, strict=True):  # batches of strided panels would be copied first
+        for start, stop in pairwise(cuts):
+            panel = x[start:stop] @ y[:stop].mT
+            out[start:stop, :stop] = panel
+            out[:start, start:stop] = panel[:, :start].mT
+    return result
+
+
+def _times(X: Wide, B: Square, c: float = 0.0) -> Wide:
+    """``c X + B X`` for a symmetric B, in the memory order of X."""
+    if not X.is_contiguous() and X.mT.is_contiguous():
+        return _times_right(X.mT, B.mT, c).mT
+    return torch.baddbmm(X, B, X, beta=c) if c else torch.bmm(B, X)
+
+
+def _times_right(X: Tensor, B: Square, c: float) -> Tensor:
+    return torch.baddbmm(X, X, B, beta=c) if c else torch.bmm(X, B)
+
+
+def beside(*parts: Wide) -> Wide:
+    """Matrices side by side, in the memory order of the first."""
+    if not parts[0].is_contiguous() and parts[0].mT.is_contiguous():
+        return torch.cat([part.mT for part in parts], 1).mT
+    return torch.cat(parts, 2)
+
+
+def _is_healthy(S: Square, norm: PerMatrix) -> Bool[Tensor, "b 1 1"]:
+    """Whether the root of a normalised matrix has the norm 1, or is that of 0; false with NaN."""
+    size = _norm(S)
+    low, high = HEALTHY_NORM
+    return ((size > low) & (size < high)) | ((norm == 0) & (size == 0))
+
+
+def _is_finite(X: Tensor) -> Bool[Tensor, "b 1 1"]:
+    return _norm(X).isfinite()
+
+
+def _norm(X: Tensor) -> PerMatrix:
+    wide = X.dtype if X.dtype.itemsize >= 4 else torch.float32
+    return torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=wide)
