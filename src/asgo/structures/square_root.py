@@ -39,8 +39,8 @@ class SquareRoot(Structure):
     as it is, and the update is Muon's. At the first step S is 0 and ``V = (1 - b2) D D^T``, as of `OneSided`.
 
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
-    ``plan.amplification / ||A||_F`` at most (see `asgo.polar`), as by a damping of ``1 / plan.amplification^2``: 2.9e-6
-    for "bf16" and "fp16", 1.4e-5 for their fast plans, 4e-8 for "fp32". No row or column of U is longer than
+    ``plan.amplification / ||A||_F`` at most (see `asgo.polar`), as by a damping of ``1 / plan.amplification^2``: 4.7e-6
+    for "bf16" and "fp16", 2.1e-5 for their fast plans, 3.7e-8 for "fp32". No row or column of U is longer than
     ``(1 + tolerance) / sqrt(1 - b2)`` with the momentum statistic.
 
     Nor is there an interval between refreshes: the root is a by-product of the update.
@@ -233,7 +233,7 @@ class SquareRoot(Structure):
 
 
 def _nonzero(stack: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(stack, math.inf, dim=(1, 2), keepdim=True) > 0
+    return polar.largest(stack) > 0
 
 
 def from_gram(state: State, keep: torch.dtype) -> State:
