@@ -16,7 +16,7 @@ CORE = [path for path in FILES if "lab" not in path.relative_to(ROOT).parts]
 FLOORS = [
     {"_types"},
     {"views", "partition", "masks", "matmul", "scaling", "triangles"},
-    {"minimax", "eigen", "powers", "roots"},
+    {"minimax", "eigen", "polar", "powers", "roots"},
     {"adamw"},
     {"structures", *(f"structures.{path.stem}" for path in (ROOT / "structures").glob("[!_]*.py"))},
     {"ladder"},

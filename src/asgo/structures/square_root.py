@@ -45,9 +45,10 @@ class SquareRoot(Structure):
 
     Nor is there an interval between refreshes: the root is a by-product of the update.
 
-    State: ``sqrt (b, k, k)``, symmetric, in bfloat16 for the half precisions, whose exponents reach as far as
-    float32's; and with `cross_normalize` ``cross`` as of `OneSided`. Stored in bfloat16, S follows V as long as one
-    step changes it by more than a rounding: use ``keep="fp32"`` for b2 above 0.98 and for sums (b2 = 1).
+    State: ``sqrt (b, k, k)``, symmetric (`Packed` leaves it as it is), in bfloat16 for the half precisions, whose
+    exponents reach as far as float32's; and with `cross_normalize` ``cross`` as of `OneSided`. Stored in bfloat16, S
+    follows V as long as one step changes it by more than a rounding: use ``keep="fp32"`` for b2 above 0.98 and for sums
+    (b2 = 1).
 
     **How to step.** One call does all of it, where this process has whole matrices::
 
@@ -93,11 +94,6 @@ class SquareRoot(Structure):
     def plan(self, like: Tensor) -> polar.Plan:
         """The plan for a stack of this dtype on this device."""
         return polar.plan_for(self.precision, like.dtype, like.device)
-
-    @property
-    def symmetric(self) -> tuple[str, ...]:
-        """The root."""
-        return ("sqrt",)
 
     @property
     def spread(self) -> tuple[str, ...]:
