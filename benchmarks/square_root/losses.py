@@ -1,10 +1,10 @@
 """Losses of a small character GPT: the square-root form in every precision beside float64 eigendecompositions.
 
-python benchmarks/square_root/losses.py --out runs.jsonl --statistic momentum --beta2 0.2 --forms exact bf16 --seeds 0 1 2
+python benchmarks/square_root/losses.py --out benchmarks/square_root/losses.jsonl --beta2 0.2 --forms exact bf16
 
-One simple loop steps all: momentum .95 with Nesterov, decoupled decay, an update of root mean square 0.2, AdamW for the rest,
-so that forms differ in their preconditioner alone. Runs of one seed have the same weights and batches. Each run is a line of
-the output; those that are there already are not repeated.
+One simple loop steps all: momentum .95 with Nesterov, decoupled decay, an update of root mean square 0.2, AdamW for the
+rest, so that forms differ in their preconditioner alone. The form "exact" has eps 1e-6, "exact 4.7e-6" another. Runs of
+one seed have the same weights and batches. Each run is a line of the output; those that are there are not repeated.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,15 +31,16 @@ SIZES = {128: (4, 4, 8, 128), 384: (4, 6, 8, 128)}
 class Exact:
     """The statistic and its root in float64, preconditioning the shorter side as `OneSided` does."""
 
-    def __init__(self) -> None:
+    def __init__(self, eps: float) -> None:
         self.V: Tensor | None = None
+        self.eps = eps
 
     def update(self, direction: Tensor, seen: Tensor, beta2: float) -> Tensor:
         left = direction.shape[1] < direction.shape[2]
         D, G = (x.double() if left else x.double().mT for x in (direction, seen))
         seen_now = (1 - beta2) * (G @ G.mT)
         self.V = seen_now if self.V is None else beta2 * self.V + seen_now
-        U = exact_root(self.V, EPS) @ D
+        U = exact_root(self.V, self.eps) @ D
         return (U if left else U.mT).float()
 
 
@@ -59,7 +61,7 @@ class Form:
 class Hidden:
     """The step of a stack of equal hidden matrices."""
 
-    def __init__(self, params: list[Tensor], form: Exact | Form, statistic: str, beta2: float) -> None:
+    def __init__(self, params: Sequence[Tensor], form: Exact | Form, statistic: str, beta2: float) -> None:
         self.params, self.form, self.statistic, self.beta2 = params, form, statistic, beta2
         self.momentum = torch.zeros(len(params), *params[0].shape)
         left = self.momentum.shape[1] < self.momentum.shape[2]
@@ -86,7 +88,7 @@ def train(form: str, statistic: str, beta2: float, seed: int, width: int, steps:
     torch.manual_seed(seed)
     model = CharGPT(count, layers, width, heads, block)
     hidden = [
-        Hidden(params, Exact() if form == "exact" else Form(form), statistic, beta2)
+        Hidden(params, Exact(float(form[6:] or EPS)) if form.startswith("exact") else Form(form), statistic, beta2)
         for params in model.matrices().values()
     ]
     inside = {id(p) for h in hidden for p in h.params}

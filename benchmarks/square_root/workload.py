@@ -43,7 +43,9 @@ class CharGPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * layers) if name.endswith(("o.weight", "proj.weight")) else 1))
+                nn.init.normal_(
+                    p, std=0.02 / (math.sqrt(2 * layers) if name.endswith(("o.weight", "proj.weight")) else 1)
+                )
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.token(ids[:, :-1]) + self.position.weight[: ids.shape[1] - 1]

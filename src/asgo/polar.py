@@ -9,8 +9,8 @@ at ``[low, 1]``. Singular values of A in ``[low ||A||_F, ||A||_F]`` come out wit
 ``sigma`` comes out as ``sigma amplification / ||A||_F`` at most, with ``amplification`` the product of all ``c0``:
 that is the damping. "The Polar Express", Amsel, Persson, Musco and Gower 2025, has the theory.
 
-The plain form above corrects itself: it forms ``R`` anew in every step, so that an error of rounding in one step is an
-error in the input of the next. That is why it works in bfloat16, where the coupled iteration of `asgo.minimax` fails.
+The plain form above corrects itself: it forms ``R`` anew in every step, so that rounding in one step is an error in the
+input of the next. That is why it works in bfloat16, where the coupled iteration of `asgo.minimax` fails.
 
 The last steps may run in Gram form, on ``k x k`` matrices only::
 
@@ -24,6 +24,7 @@ of R: ``(high / low)^2`` on the interval that the plain steps have reached, `Pla
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     Square: TypeAlias = Float[Tensor, "b k k"]
     Wide: TypeAlias = Float[Tensor, "b k n"]
     PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
+    Blocks: TypeAlias = Sequence[tuple[Wide, float]]
 
 PANELS = 4
 SMALLEST_WITH_PANELS = 640
@@ -116,7 +118,7 @@ PLANS = {
     "bf16_fast": plan(torch.bfloat16, 8e-3, (5, 5, 5, 9), gram=2),
     "fp16": plan(torch.float16, 4e-3, (5,) * 5, gram=3),
     "fp16_fast": plan(torch.float16, 8e-3, (5, 5, 5, 9), gram=2),
-    "fp32": plan(torch.float32, 5.2e-4, (5,) * 7),
+    "fp32": plan(torch.float32, 2e-3, (5,) * 6),
     "fp64": plan(torch.float64, 1e-4, (5,) * 11),
 }
 """The plans by name. `low` of a half precision is what 5 quintics (or 3 and one of degree 9) reach with a tolerance of
@@ -126,8 +128,8 @@ about the rounding of bfloat16, 2e-3 to 4e-3. A smaller `low` costs another step
 def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
     """The plan called `precision`; of "auto" the fastest one that the device is built for.
 
-    That is float64 for a state in float64; float16 on CUDA, as exact as 8 times bfloat16 at the same rate; bfloat16 on
-    CPUs with units for it; else float32 with the polynomials of the half precisions.
+    That is float64 for a state in float64; float16 on CUDA, which has the rate of bfloat16 and an eighth of its
+    rounding; bfloat16 on CPUs with units for it; else float32.
 
     Raises:
         ValueError: there is no plan of that name.
@@ -139,67 +141,67 @@ def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
         return PLANS[precision]
     if dtype == torch.float64:
         return PLANS["fp64"]
-    if device.type == "cuda":
-        return PLANS["fp16"]
-    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
-        return PLANS["bf16"]
-    return PLANS["fp32"]
+    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    return PLANS["fp16" if device.type == "cuda" else "fp32" if slow else "bf16"]
 
 
 def polar_and_root(
-    A: Wide, plan: Plan, wanted: int, carried: Wide | None = None, root: bool = True
+    A: Blocks, plan: Plan, carried: Wide | None = None, root: bool = True
 ) -> tuple[Wide, Square | None, PerMatrix, Bool[Tensor, "b"]]:
     """The polar factor and the square root of ``A A^T``, for a stack.
 
     Nothing waits for the device, nothing depends on the data but by masks.
 
     Args:
-        A: ``(b, k, n)`` with ``k <= n``, in float32 or float64; of any size, as it is scaled by its norm first.
+        A: its blocks of columns ``(b, k, n_i)``, each with a factor; the first in float32 or float64. They may be of
+            any size, as A is divided by its norm first.
         plan: precision and polynomials.
-        wanted: how many leading columns of the polar factor to return; the others are needed for the root alone.
         carried: ``(b, k, c)``, multiplied by ``(A A^T)^(-1/2)`` in the place of A. Directions that it has and A has not
             are multiplied by ``plan.amplification / ||A||_F``.
         root: whether to compute the root.
 
     Returns:
-        ``X``, ``(b, k, wanted)``, or ``(b, k, c)`` where something is carried, in the dtype of A; ``S / norm``,
-        symmetric up to rounding, in the precision of the plan, or None; the ``norm`` of A, ``(b, 1, 1)``; and ``ok``,
-        ``(b,)``. X and S are 0 for A = 0, which is ok, and for matrices with NaN or infinity and those whose iteration
-        has diverged, which are not.
+        ``X``: the columns of the polar factor that belong to the first block, or what is carried times the root, in the
+        dtype of the first block; ``S / norm``, exactly symmetric, in the precision of the plan, or None; the ``norm``
+        of A, ``(b, 1, 1)``; and ``ok``, ``(b,)``. X and S are 0 for A = 0, which is ok, and for matrices with NaN or
+        infinity and those whose iteration has diverged, which are not.
     """
+    first = A[0][0]
     X, norm = normalised(A, plan.dtype)
     finite, n, stack, scale = norm.isfinite(), X.shape[2], X, None
     if carried is not None:
-        D, size = normalised(carried, plan.dtype)
-        stack, finite, scale = beside(X, D), finite & size.isfinite(), size / choose(norm > 0, norm, 1.0)
-    with _precise(A.device, plan.dtype):
+        D, size = normalised([(carried, 1.0)], plan.dtype)
+        stack, finite, scale = _beside(X, D), finite & size.isfinite(), size / choose(norm > 0, norm, 1.0)
+    with _precise(first.device, plan.dtype):
         factor = iterate(stack, plan, n)
         S = symmetric(factor[..., :n], X) if root else None
-    result = factor[..., :wanted].to(A.dtype) if scale is None else factor[..., n:] * scale
+    result = factor[..., : first.shape[2]].to(first.dtype) if scale is None else factor[..., n:] * scale
     good = finite if S is None else finite & _is_healthy(S, norm)
     good = good & _norm(result).isfinite() if S is None or scale is not None else good
     return choose(good, result, 0.0), None if S is None else choose(good, S, 0.0), norm, good[:, 0, 0]
 
 
-def _precise(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+def _precise(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """No autocast, and for float32 no TF32 either; half precision needs only the former, which a graph can hold."""
     if dtype.itemsize >= 4:
         return exact_matmul(device)
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
-def normalised(A: Wide, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
+def normalised(A: Blocks, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
     """``A / ||A||_F`` in another precision, and the norm, which is NaN or infinite if A is; such an A gives 0.
 
     A power of two of the size of the largest entry is taken out first, so that squares neither overflow nor vanish.
     """
-    top = largest(A)
-    live = top.isfinite() & (top >= torch.finfo(A.dtype).tiny)
+    first = A[0][0]
+    top = torch.cat([largest(block).to(first.dtype) * factor for block, factor in A], 2).amax(2, keepdim=True)
+    live = top.isfinite() & (top >= torch.finfo(first.dtype).tiny)
     exponent = torch.frexp(choose(live, top, 1.0)).exponent.clamp(-125, 126)  # both powers are normal in float32
-    X = torch.ldexp(A, -exponent)
-    norm = torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True)
-    X = choose(live, X.mul_(norm.reciprocal()), 0.0).to(dtype)
+    unit = torch.ldexp(torch.ones_like(top), -exponent)  # a product with a small tensor: ldexp of A takes 10 times that
+    scaled = [block * (unit * factor) for block, factor in A]
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in scaled], 2)
+    norm = torch.linalg.vector_norm(norms, dim=2, keepdim=True)
+    X = choose(live, _beside(*(x.mul_(norm.reciprocal()).to(dtype) for x in scaled)), 0.0)
     return X, choose(live, torch.ldexp(norm, exponent), choose(top.isfinite(), 0.0 * top, top))
 
 
@@ -207,7 +209,7 @@ def largest(A: Wide) -> PerMatrix:
     """The largest absolute value of every matrix, NaN where it has one; 0 of a matrix without entries."""
     if 0 in A.shape:
         return A.new_zeros(len(A), 1, 1)
-    return torch.linalg.vector_norm(A, math.inf, dim=(1, 2), keepdim=True)
+    return A.abs().amax((1, 2), keepdim=True)  # on a CPU an eighth of the time of a norm of infinite order
 
 
 def iterate(X: Wide, plan: Plan, n: int) -> Wide:
@@ -258,10 +260,14 @@ def _gram(X: Wide, n: int) -> Square:
 
 
 def symmetric(X: Wide, Y: Wide) -> Square:
-    """``X Y^T`` where that is symmetric: on a CPU the lower triangle by panels of rows where that is faster."""
+    """``X Y^T`` where that is symmetric: its lower triangle, mirrored.
+
+    On a CPU only that is computed, by panels of rows, where it is the faster way.
+    """
     k = X.shape[1]
     if k < SMALLEST_WITH_PANELS or X.dtype != torch.bfloat16 or X.device.type != "cpu":
-        return torch.bmm(X, Y.mT)
+        product = torch.bmm(X, Y.mT)
+        return product if X is Y else product.tril() + product.tril(-1).mT
     result = X.new_empty(len(X), k, k)
     cuts = [k * i // PANELS for i in range(PANELS + 1)]
     for out, x, y in zip(result, X, Y, strict=True):  # batches of strided panels would be copied first
@@ -279,8 +285,10 @@ def _times(X: Wide, B: Square, c: float = 0.0) -> Wide:
     return torch.baddbmm(X.mT, X.mT, B.mT, beta=c).mT if c else torch.bmm(X.mT, B.mT).mT
 
 
-def beside(*parts: Wide) -> Wide:
+def _beside(*parts: Wide) -> Wide:
     """Matrices side by side, in the memory order of the first."""
+    if len(parts) == 1:
+        return parts[0]
     if not parts[0].is_contiguous() and parts[0].mT.is_contiguous():
         return torch.cat([part.mT for part in parts], 1).mT
     return torch.cat(parts, 2)
@@ -289,8 +297,7 @@ def beside(*parts: Wide) -> Wide:
 def _is_healthy(S: Square, norm: PerMatrix) -> Bool[Tensor, "b 1 1"]:
     """Whether the root of a normalised matrix has the norm 1, or is that of 0; false with NaN."""
     size = _norm(S)
-    low, high = HEALTHY_NORM
-    return ((size > low) & (size < high)) | ((norm == 0) & (size == 0))
+    return ((size > HEALTHY_NORM[0]) & (size < HEALTHY_NORM[1])) | ((norm == 0) & (size == 0))
 
 
 def _norm(X: Tensor) -> PerMatrix:

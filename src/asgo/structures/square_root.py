@@ -40,7 +40,7 @@ class SquareRoot(Structure):
 
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
     ``plan.amplification / ||A||_F`` at most (see `asgo.polar`), as by a damping of ``1 / plan.amplification^2``: 4.7e-6
-    for "bf16" and "fp16", 2.1e-5 for their fast plans, 3.7e-8 for "fp32". No row or column of U is longer than
+    for "bf16" and "fp16", 2.1e-5 for their fast plans, 5.9e-7 for "fp32". No row or column of U is longer than
     ``(1 + tolerance) / sqrt(1 - b2)`` with the momentum statistic.
 
     Nor is there an interval between refreshes: the root is a by-product of the update.
@@ -135,10 +135,10 @@ class SquareRoot(Structure):
         D, G = (direction, seen) if left else (direction.mT, seen.mT)
         carried = None if seen is direction else D
         weight, decay = (1.0, 1.0) if beta2 == 1 else (math.sqrt(1 - beta2), math.sqrt(beta2))
-        A = polar.beside(G * weight, state["sqrt"].to(G.dtype) * decay) if beta2 > 0 else G * weight
-        X, S, norm, ok = polar.polar_and_root(A, self.plan(D), D.shape[2], carried, root=beta2 > 0)
+        A = [(G, weight), (state["sqrt"], decay)] if beta2 > 0 else [(G, weight)]
+        X, S, norm, ok = polar.polar_and_root(A, self.plan(D), carried, root=beta2 > 0)
         if S is not None:
-            self._keep(state, S.to(A.dtype) * norm, ok[:, None, None] & _nonzero(G))
+            _keep(state, S * norm, ok[:, None, None] & (polar.largest(G) > 0))
         U = X.div_(weight) if carried is None and weight != 1 else X
         return self._across(state, U if left else U.mT, lambda norms: norms), ok
 
@@ -177,7 +177,8 @@ class SquareRoot(Structure):
         with exact_matmul(R.device):
             V = torch.baddbmm(R, S, S.mT, beta=1.0 if beta2 == 1 else 1 - beta2, alpha=beta2)
             Z, ok = ROOTS["auto"](V, self._eps(R))
-            self._keep(state, Z @ V, ok[:, None, None] & _nonzero(R))
+            S = (Z @ V).mul_(0.5)
+        _keep(state, S + S.mT, ok[:, None, None] & (polar.largest(R) > 0))
         return Z, ok
 
     def _eps(self, like: Tensor) -> float:
@@ -201,7 +202,7 @@ class SquareRoot(Structure):
         """As `precondition`; `whole` as of `update_from`."""
         left = self.left(*direction.shape[1:])
         D = direction if left else direction.mT
-        U, *_ = polar.polar_and_root(state["sqrt"].to(D.dtype), self.plan(D), 0, D, root=False)
+        U, *_ = polar.polar_and_root([(state["sqrt"].to(D.dtype), 1.0)], self.plan(D), D, root=False)
         return self._across(state, U if left else U.mT, whole)
 
     def cost(self, m: int, n: int) -> float:
@@ -214,10 +215,6 @@ class SquareRoot(Structure):
         k, long = (m, n) if self.left(m, n) else (n, m)
         return float(k) ** 2 * (k + long)
 
-    def _keep(self, state: State, S: Tensor, active: Tensor) -> None:
-        half = S.mul(0.5)
-        state["sqrt"].copy_(choose(active, half + half.mT, state["sqrt"].to(S.dtype)))
-
     def _across(self, state: State, U: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
         """U, evened out along the other side if asked."""
         if not self.cross_normalize:
@@ -228,8 +225,8 @@ class SquareRoot(Structure):
         return U.mul_(state["cross"].clamp_min(torch.finfo(square.dtype).tiny).rsqrt())
 
 
-def _nonzero(stack: Tensor) -> Tensor:
-    return polar.largest(stack) > 0
+def _keep(state: State, S: Tensor, active: Tensor) -> None:
+    state["sqrt"].copy_(choose(active, S, state["sqrt"].to(S.dtype)))
 
 
 def from_gram(state: State, keep: torch.dtype) -> State:
