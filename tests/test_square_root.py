@@ -271,6 +271,20 @@ def test_a_direction_that_the_statistic_lacks_is_amplified_no_more_than_damping_
     assert update[0, 1, 1] == pytest.approx(2.0 * plan.amplification / norm, rel=len(plan.steps) * 4 * unit(plan))
 
 
+def test_what_is_carried_along_is_not_in_bfloat16_unless_asked(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    like = torch.zeros(1, 2, 3)
+    chosen = {
+        precision: [SquareRoot(precision=precision).plan(like, carried) for carried in (False, True)]
+        for precision in ("auto", "bf16", "fp16")
+    }
+    assert chosen == {
+        "auto": [PLANS["bf16"], PLANS["fp32"]],
+        "bf16": [PLANS["bf16"]] * 2,
+        "fp16": [PLANS["fp16"]] * 2,
+    }
+
+
 # ---- what breaks other forms
 
 

@@ -69,7 +69,8 @@ class SquareRoot(Structure):
     Args:
         side: as of `OneSided`.
         precision: one of `asgo.polar.PLANS`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs that
-            have units for it, else float32.
+            have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
+            columns that are carried along do not correct themselves.
         cross_normalize: as of `OneSided`.
         keep: the dtype of ``sqrt``; "auto" is bfloat16 for half precision, else that of the state.
     """
@@ -91,9 +92,11 @@ class SquareRoot(Structure):
         """With the side that ``"auto"`` would take."""
         return replace(self, side="left" if self.left(m, n) else "right")
 
-    def plan(self, like: Tensor) -> polar.Plan:
-        """The plan for a stack of this dtype on this device."""
-        return polar.plan_for(self.precision, like.dtype, like.device)
+    def plan(self, like: Tensor, carried: bool = False) -> polar.Plan:
+        """The plan for a stack of this dtype on this device, with a gradient statistic if something is carried."""
+        plan = polar.plan_for(self.precision, like.dtype, like.device)
+        too_coarse = carried and self.precision == "auto" and plan.dtype == torch.bfloat16
+        return polar.PLANS["fp32"] if too_coarse else plan
 
     @property
     def spread(self) -> tuple[str, ...]:
@@ -136,7 +139,7 @@ class SquareRoot(Structure):
         carried = None if seen is direction else D
         weight, decay = (1.0, 1.0) if beta2 == 1 else (math.sqrt(1 - beta2), math.sqrt(beta2))
         A = [(G, weight), (state["sqrt"], decay)] if beta2 > 0 else [(G, weight)]
-        X, S, norm, ok = polar.polar_and_root(A, self.plan(D), carried, root=beta2 > 0)
+        X, S, norm, ok = polar.polar_and_root(A, self.plan(D, carried is not None), carried, root=beta2 > 0)
         if S is not None:
             _keep(state, S * norm, ok[:, None, None] & (polar.largest(G) > 0))
         U = X.div_(weight) if carried is None and weight != 1 else X
@@ -202,7 +205,7 @@ class SquareRoot(Structure):
         """As `precondition`; `whole` as of `update_from`."""
         left = self.left(*direction.shape[1:])
         D = direction if left else direction.mT
-        U, *_ = polar.polar_and_root([(state["sqrt"].to(D.dtype), 1.0)], self.plan(D), D, root=False)
+        U, *_ = polar.polar_and_root([(state["sqrt"].to(D.dtype), 1.0)], self.plan(D, carried=True), D, root=False)
         return self._across(state, U if left else U.mT, whole)
 
     def cost(self, m: int, n: int) -> float:
