@@ -116,13 +116,14 @@ def _interval(low: float, steps: tuple[Odd, ...]) -> tuple[float, float]:
 PLANS = {
     "bf16": plan(torch.bfloat16, 4e-3, (5,) * 5, gram=2),
     "bf16_fast": plan(torch.bfloat16, 8e-3, (5, 5, 5, 9), gram=2),
-    "fp16": plan(torch.float16, 4e-3, (5,) * 5, gram=3),
+    "fp16": plan(torch.float16, 4e-3, (5,) * 5, gram=2),
     "fp16_fast": plan(torch.float16, 8e-3, (5, 5, 5, 9), gram=2),
     "fp32": plan(torch.float32, 2e-3, (5,) * 6),
     "fp64": plan(torch.float64, 1e-4, (5,) * 11),
 }
 """The plans by name. `low` of a half precision is what 5 quintics (or 3 and one of degree 9) reach with a tolerance of
-about the rounding of bfloat16, 2e-3 to 4e-3. A smaller `low` costs another step, which magnifies rounding by 4."""
+about the rounding of bfloat16. Of the Gram steps a simulation with the worst rounding (`benchmarks/square_root`) allows
+two: the largest error is 3e-2 in bfloat16 and 6e-3 in float16 then; with three 7e-1 and 5e-2."""
 
 
 def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -216,10 +217,8 @@ def iterate(X: Wide, plan: Plan, n: int) -> Wide:
     """The steps of a plan; columns after the first n are multiplied and do not enter ``X X^T``."""
     plain = len(plan.steps) - plan.gram
     for step in plan.steps[:plain]:
-        X = _times(X, _bracket(_gram(X, n), step), step[0])
-    if not plan.gram:
-        return X
-    return _times(X, _gram_form(_gram(X, n), plan.steps[plain:]))
+        X = _times(X, _bracket(symmetric(X[..., :n]), step), step[0])
+    return _times(X, _gram_form(symmetric(X[..., :n]), plan.steps[plain:])) if plan.gram else X
 
 
 def _gram_form(R: Square, steps: tuple[Odd, ...]) -> Square:
@@ -232,6 +231,13 @@ def _gram_form(R: Square, steps: tuple[Odd, ...]) -> Square:
             R = torch.baddbmm(R, P, R, beta=c0)
             R = torch.baddbmm(R, P, R, beta=c0)
     return R if Q is None else Q
+
+
+def _plus_identity(P: Square, c0: float) -> Square:
+    Q = P.clone()
+    diagonal = Q.diagonal(dim1=1, dim2=2)
+    diagonal.copy_(diagonal.to(torch.promote_types(P.dtype, torch.float32)) + c0)
+    return Q
 
 
 def _bracket(R: Square, odd: Odd) -> Square:
@@ -247,27 +253,15 @@ def _bracket(R: Square, odd: Odd) -> Square:
     return torch.baddbmm(low.to(R.dtype), square, high.to(R.dtype))
 
 
-def _plus_identity(P: Square, c0: float) -> Square:
-    Q = P.clone()
-    diagonal = Q.diagonal(dim1=1, dim2=2)
-    diagonal.copy_(diagonal.to(torch.promote_types(P.dtype, torch.float32)) + c0)
-    return Q
-
-
-def _gram(X: Wide, n: int) -> Square:
-    seen = X if n == X.shape[2] else X[..., :n]
-    return symmetric(seen, seen)
-
-
-def symmetric(X: Wide, Y: Wide) -> Square:
-    """``X Y^T`` where that is symmetric: its lower triangle, mirrored.
+def symmetric(X: Wide, Y: Wide | None = None) -> Square:
+    """``X Y^T`` where that is symmetric, ``X X^T`` without Y: the lower triangle, mirrored.
 
     On a CPU only that is computed, by panels of rows, where it is the faster way.
     """
-    k = X.shape[1]
+    k, Y, own = X.shape[1], X if Y is None else Y, Y is None
     if k < SMALLEST_WITH_PANELS or X.dtype != torch.bfloat16 or X.device.type != "cpu":
         product = torch.bmm(X, Y.mT)
-        return product if X is Y else product.tril() + product.tril(-1).mT
+        return product if own else product.tril() + product.tril(-1).mT
     result = X.new_empty(len(X), k, k)
     cuts = [k * i // PANELS for i in range(PANELS + 1)]
     for out, x, y in zip(result, X, Y, strict=True):  # batches of strided panels would be copied first
