@@ -85,11 +85,11 @@ def _evaluate(odd: Odd, x: float) -> float:
     return sum(c * x ** (2 * i + 1) for i, c in enumerate(odd))
 
 
-def _next_step(low: float, high: float, degree: Literal[5, 9]) -> tuple[Odd, float, float]:
+def _next_step(low: float, high: float, degree: Literal[5, 9], cushion: float = CUSHION) -> tuple[Odd, float, float]:
     """The next polynomial and the interval it leads to."""
-    if high - low < CUSHION - 1:  # so narrow that the cushion would cost more than the best polynomial gains
+    if high - low < cushion - 1:  # so narrow that the cushion would cost more than the best polynomial gains
         return TAYLOR, _evaluate(TAYLOR, low), _evaluate(TAYLOR, high)
-    odd, error = best_odd(low, high * CUSHION, degree)
+    odd, error = best_odd(low, high * cushion, degree)
     return odd, 1 - error, 1 + error
 
 
@@ -99,6 +99,16 @@ def compose(low: float, tolerance: float, degree: Literal[5, 9] = 5) -> tuple[Od
     steps: list[Odd] = []
     while max(1 - low, high - 1) > tolerance and len(steps) < MAX_STEPS:
         odd, low, high = _next_step(low, high, degree)
+        steps.append(odd)
+    return tuple(steps)
+
+
+def chain(low: float, degrees: tuple[Literal[5, 9], ...], cushion: float = CUSHION) -> tuple[Odd, ...]:
+    """Polynomials of given degrees, each the best on the interval that ``[low, 1]`` is in by then."""
+    high = 1.0
+    steps: list[Odd] = []
+    for degree in degrees:
+        odd, low, high = _next_step(low, high, degree, cushion)
         steps.append(odd)
     return tuple(steps)
 

@@ -8,6 +8,7 @@ from asgo.structures.kronecker import Kronecker
 from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
 from asgo.structures.one_sided import OneSided
 from asgo.structures.packed import Packed, opened, packed_if
+from asgo.structures.square_root import SquareRoot
 
 __all__ = [
     "Algebra",
@@ -19,6 +20,7 @@ __all__ = [
     "LowRankSymmetric",
     "OneSided",
     "Packed",
+    "SquareRoot",
     "Structure",
     "limit_of",
     "opened",

@@ -148,7 +148,7 @@ class OneSided(Algebra):
         square = result.square().mean(1 if left else 2, keepdim=True)
         if moved is None:
             moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
-        return _normalized(state, result, square, moved)
+        return normalized(state, result, square, moved)
 
     def _length(self, m: int, n: int) -> int:
         return max(self.length or (n if self.left(m, n) else m), 1)
@@ -169,7 +169,7 @@ class OneSided(Algebra):
         return torch.kron(torch.eye(m).to(A), torch.einsum("minj,mn->ij", cells, torch.eye(m).to(A)) / m)
 
 
-def _normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> Stack:
+def normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> Stack:
     """The result divided by the root of its average square, in place; that is `square` where it is seen first."""
     cross, weight = state["cross"], state["cross_weight"]
     count(weight, CROSS_DECAY, (moved & ((square > 0) | (weight > 0))).to(weight.dtype))

@@ -1,0 +1,262 @@
+"""The square root of the one-sided statistic in place of the statistic and its inverse root."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from asgo import polar
+from asgo._types import Root, Stack, State
+from asgo.eigen import decompose
+from asgo.masks import choose
+from asgo.matmul import exact_matmul, gram, times
+from asgo.roots import ROOTS, eigh64
+from asgo.structures.base import Axis, Structure
+from asgo.structures.one_sided import normalized
+
+LEAST_EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
+"""Least relative damping of the roots that are computed of ``S S^T`` itself, by the dtype they are computed in."""
+
+
+@dataclass(frozen=True)
+class SquareRoot(Structure):
+    """ASGO's preconditioner without an inverse root: keeps ``S = V^(1/2)`` and runs Muon's iteration on ``[D | S]``.
+
+    With ``V <- b2 V + (1 - b2) D D^T`` (left side, momentum statistic) and ``S S^T = V``::
+
+        A = [sqrt(1 - b2) D | sqrt(b2) S]      A A^T is the new V, exactly
+        X = (A A^T)^(-1/2) A                   the polar factor, by matrix products in half precision
+        U = X[:, :n] / sqrt(1 - b2)            = V^(-1/2) D
+        S <- X A^T                             = V^(1/2)
+
+    For the gradient statistic G stands in the place of D, and D follows as further columns that are multiplied and do
+    not enter ``X X^T``. With ``b2 = 1`` statistics add up: ``A = [G | S]``. With ``b2 = 0`` there is no S in A, S stays
+    as it is, and the update is Muon's. At the first step S is 0 and ``V = (1 - b2) D D^T``, as of `OneSided`.
+
+    There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
+    ``plan.amplification / ||A||_F`` at most (see `asgo.polar`), as by a damping of ``1 / plan.amplification^2``: 4.7e-6
+    for "bf16" and "fp16", 2.1e-5 for their fast plans, 5.9e-7 for "fp32". No row or column of U is longer than
+    ``(1 + tolerance) / sqrt(1 - b2)`` with the momentum statistic.
+
+    Nor is there an interval between refreshes: the root is a by-product of the update.
+
+    State: ``sqrt (b, k, k)``, symmetric (`Packed` leaves it as it is), in bfloat16 for the half precisions, whose
+    exponents reach as far as float32's; and with `cross_normalize` ``cross`` as of `OneSided`. Stored in bfloat16, S
+    follows V as long as one step changes it by more than a rounding: use ``keep="fp32"`` for b2 above 0.98 and for sums
+    (b2 = 1).
+
+    **How to step.** One call does all of it, where this process has whole matrices::
+
+        update, ok = structure.update(state, direction, seen, beta2)
+
+    Where ranks hold shards of a matrix along the axis that is `additive`, statistics add up over ranks::
+
+        R = structure.measure(seen)                                   # float32 (b, k, k) of the shard
+        R = all_reduce(R)                                             # the only transfer but for norms
+        update, ok = structure.update_from(state, direction, R, beta2, whole)   # direction: the shard; state: whole
+
+    Then ``V = b2 S S^T + (1 - b2) R`` is formed, its root Z is computed in float32 by `asgo.roots`, and ``S = Z V`` and
+    ``U = Z D`` follow. The state is the same on all ranks, bit for bit, if R is. In both calls the caller counts
+    ``~ok``, rescales the update and adds it; the update is a new tensor. `measure`, `fold`, `refresh` and
+    `precondition` do the same in the four calls of every structure, at twice the cost and with the error of the root of
+    V: for loops that know nothing of `update`.
+
+    Args:
+        side: as of `OneSided`.
+        precision: one of `asgo.polar.PLANS`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs that
+            have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
+            columns that are carried along do not correct themselves.
+        cross_normalize: as of `OneSided`.
+        keep: the dtype of ``sqrt``; "auto" is bfloat16 for half precision, else that of the state.
+    """
+
+    side: Literal["auto", "left", "right"] = "auto"
+    precision: str = "auto"
+    cross_normalize: bool = False
+    keep: Literal["auto", "bf16", "fp32"] = "auto"
+
+    def left(self, m: int, n: int) -> bool:
+        """Whether an ``m x n`` matrix is preconditioned from the left."""
+        return self.side == "left" or (self.side == "auto" and m < n)
+
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
+        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
+        return axis == ("columns" if self.left(m, n) else "rows")
+
+    def fixed(self, m: int, n: int) -> SquareRoot:
+        """With the side that ``"auto"`` would take."""
+        return replace(self, side="left" if self.left(m, n) else "right")
+
+    def plan(self, like: Tensor, carried: bool = False) -> polar.Plan:
+        """The plan for a stack of this dtype on this device, with a gradient statistic if something is carried."""
+        plan = polar.plan_for(self.precision, like.dtype, like.device)
+        too_coarse = carried and self.precision == "auto" and plan.dtype == torch.bfloat16
+        return polar.PLANS["fp32"] if too_coarse else plan
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """``cross`` and its weight are cut where the matrix is."""
+        return ("cross", "cross_weight") if self.cross_normalize else ()
+
+    @property
+    def added(self) -> Mapping[str, float]:
+        """As of `OneSided`."""
+        return {"cross_weight": 1.0} if self.cross_normalize else {}
+
+    def init(self, like: Stack) -> State:
+        """Zeros."""
+        b, m, n = like.shape
+        left = self.left(m, n)
+        k = m if left else n
+        state = {"sqrt": like.new_zeros(b, k, k, dtype=self._kept(like))}
+        if self.cross_normalize:
+            shape = (b, 1, n) if left else (b, m, 1)
+            state |= {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
+        return state
+
+    def _kept(self, like: Tensor) -> torch.dtype:
+        if self.keep == "auto":
+            return torch.bfloat16 if self.plan(like).dtype.itemsize < 4 else like.dtype
+        return torch.bfloat16 if self.keep == "bf16" else torch.float32
+
+    # ---- whole matrices: one call
+
+    def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
+        """Take a gradient into the statistic and precondition a direction with the result.
+
+        Args:
+            state: from `init`; ``sqrt`` and ``cross`` change in place. Where `seen` is zero they stay.
+            direction: ``(b, m, n)`` in float32 or float64.
+            seen: what enters the statistic, of the same shape: `direction` itself (the same object) for the momentum
+                statistic, the gradient for the paper's.
+            beta2: decay of the statistic; 1 adds up.
+
+        Returns:
+            The update in the dtype of `direction`, and ``(b,)`` bool: where it is False (NaN, infinity, a diverged
+            iteration) the update is zero and the state has not changed.
+        """
+        left = self.left(*direction.shape[1:])
+        D, G = (direction, seen) if left else (direction.mT, seen.mT)
+        carried = None if seen is direction else D
+        weight, decay = (1.0, 1.0) if beta2 == 1 else (math.sqrt(1 - beta2), math.sqrt(beta2))
+        A = [(G, weight), (state["sqrt"], decay)] if beta2 > 0 else [(G, weight)]
+        X, S, norm, ok = polar.polar_and_root(A, self.plan(D, carried is not None), carried, root=beta2 > 0)
+        if S is not None:
+            _keep(state, S * norm, ok[:, None, None] & (polar.largest(G) > 0))
+        U = X.div_(weight) if carried is None and weight != 1 else X
+        return self._across(state, U if left else U.mT, lambda norms: norms), ok
+
+    # ---- shards: measure, all-reduce, then one call
+
+    def measure(self, grad: Stack) -> Tensor:
+        """``G G^T`` or ``G^T G`` in the dtype of the gradient: sums over shards are that of the whole.
+
+        Its entries are squares, so that in float32 those of gradients beyond 1e19 or below 1e-19 are out of range, as
+        in `OneSided`; `update` has no such limit.
+        """
+        return gram(grad if self.left(*grad.shape[1:]) else grad.mT)
+
+    def update_from(
+        self, state: State, direction: Stack, R: Tensor, beta2: float, whole: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Stack, Tensor]:
+        """As `update`, with the measurement of whole matrices and a shard of the direction.
+
+        Args:
+            state: of whole matrices, but for ``cross``, which is cut like the direction.
+            direction: the shard, or all of it.
+            R: `measure` of what enters the statistic, summed over the ranks that hold shards.
+            beta2: decay of the statistic; 1 adds up.
+            whole: all-reduces norms ``(b, 1, 1)`` of shards to those of whole matrices; None for matrices that are
+                whole. Called with `cross_normalize` only, once.
+        """
+        Z, ok = self._take_in(state, R, beta2)
+        left = self.left(*direction.shape[1:])
+        with exact_matmul(direction.device):
+            U = times(Z, direction) if left else times(Z, direction.mT).mT
+        return self._across(state, U, whole or (lambda norms: norms)), ok
+
+    def _take_in(self, state: State, R: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+        """S of the new statistic in place; its inverse root, 0 where that cannot be computed."""
+        S = state["sqrt"].to(R.dtype)
+        with exact_matmul(R.device):
+            V = torch.baddbmm(R, S, S.mT, beta=1.0 if beta2 == 1 else 1 - beta2, alpha=beta2)
+            Z, ok = ROOTS["auto"](V, self._eps(R))
+            S = (Z @ V).mul_(0.5)
+        _keep(state, S + S.mT, ok[:, None, None] & (polar.largest(R) > 0))
+        return Z, ok
+
+    def _eps(self, like: Tensor) -> float:
+        return max(self.plan(like).amplification ** -2, LEAST_EPS[like.dtype])
+
+    # ---- the four calls of every structure
+
+    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+        """The new square root, from the measurement of whole matrices."""
+        self._take_in(state, measurement, beta2)
+
+    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+        """``S`` is refreshed by `fold`; where that failed the last one stays."""
+        return torch.isfinite(state["sqrt"]).all(-1).all(-1)
+
+    def precondition(self, state: State, direction: Stack) -> Stack:
+        """``(S S^T)^(-1/2) D``: the iteration on S, with D as further columns."""
+        return self.precondition_shard(state, direction, lambda norms: norms)
+
+    def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
+        """As `precondition`; `whole` as of `update_from`."""
+        left = self.left(*direction.shape[1:])
+        D = direction if left else direction.mT
+        U, *_ = polar.polar_and_root([(state["sqrt"].to(D.dtype), 1.0)], self.plan(D, carried=True), D, root=False)
+        return self._across(state, U if left else U.mT, whole)
+
+    def cost(self, m: int, n: int) -> float:
+        """``k^3`` for each product of the iteration."""
+        k, long = (m, n) if self.left(m, n) else (n, m)
+        return polar.PLANS["bf16"].products(k, k + long) * float(k) ** 3
+
+    def work(self, m: int, n: int) -> float:
+        """``k^2 (k + n)``: the product ``X A^T``."""
+        k, long = (m, n) if self.left(m, n) else (n, m)
+        return float(k) ** 2 * (k + long)
+
+    def _across(self, state: State, U: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
+        """U, divided by its running size along the other side if asked."""
+        if not self.cross_normalize:
+            return U
+        square = U.square().mean(1 if self.left(*U.shape[1:]) else 2, keepdim=True)
+        moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
+        return normalized(state, U, square, moved)
+
+
+def _keep(state: State, S: Tensor, active: Tensor) -> None:
+    state["sqrt"].copy_(choose(active, S, state["sqrt"].to(S.dtype)))
+
+
+def from_gram(state: State, keep: torch.dtype) -> State:
+    """A state of `SquareRoot` from one of `OneSided`: ``sqrt = gram^(1/2)`` by float64 eigendecomposition.
+
+    Args:
+        state: with ``gram`` (and ``root``, which is dropped); all other keys are kept. Packed ones must be unpacked.
+        keep: the dtype of ``sqrt``.
+    """
+    values, vectors = decompose(state["gram"].double())
+    S = (vectors * values.clamp_min(0).sqrt()[:, None]) @ vectors.mT
+    return {key: x for key, x in state.items() if key not in ("gram", "root")} | {"sqrt": S.to(keep)}
+
+
+def to_gram(state: State, dtype: torch.dtype, eps: float) -> State:
+    """A state of `OneSided` from one of `SquareRoot`: ``gram = S S^T`` and its inverse root by `asgo.roots.eigh64`.
+
+    Args:
+        state: with ``sqrt``; all other keys are kept.
+        dtype: of ``gram`` and ``root``.
+        eps: damping of the root.
+    """
+    S = state["sqrt"].double()
+    V = (S @ S.mT).to(dtype)
+    return {key: x for key, x in state.items() if key != "sqrt"} | {"gram": V, "root": eigh64(V, eps)[0]}
