@@ -455,7 +455,8 @@ def transformers_table() -> None:
 
 def census() -> None:
     """Print what is not known in any class of transformers that can be built without memory."""
-    tables = [getattr(modeling_auto, name) for name in dir(modeling_auto) if name.endswith("_MAPPING_NAMES")]
+    kinds = [name for name in dir(modeling_auto) if name.startswith("MODEL_") and name.endswith("_NAMES")]
+    tables = [getattr(modeling_auto, name) for name in kinds]
     entries = [entry for table in tables for entry in table.values()]
     names = sorted({name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)} - {None})
     built, parameters, unknown = 0, 0, collections.defaultdict[tuple[str, ...], list[str]](list)

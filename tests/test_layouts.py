@@ -319,6 +319,10 @@ HEADS = {
         Holder(num_attention_heads=4, head_dim=6, q_proj=(48, D), k_proj=(12, D)),
         {"q_proj.weight": 8, "k_proj.weight": 2},
     ),
+    "of a narrower stream": (
+        Holder(num_heads=4, head_dim=6, channel_shrink_ratio=2, layout_query=(12, D), layout_key=(12, D)),
+        {"layout_query.weight": 4, "layout_key.weight": 4},
+    ),
     "a multiple of the heads that is none": (
         Holder(num_attention_heads=4, head_dim=6, q_proj=(72, D), k_proj=(12, D)),
         {"q_proj.weight": 1, "k_proj.weight": 2},

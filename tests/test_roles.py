@@ -43,6 +43,10 @@ HEADS = {
     ),
     "in a sequence": (nn.Sequential(nn.Embedding(V, D), block(), block(), nn.Linear(D, V)), ["3.weight"]),
     "several": (model(heads=nn.ModuleList(nn.Linear(D, V) for _ in range(3))), [f"heads.{i}.weight" for i in range(3)]),
+    "several with layers of their own": (
+        model(more=nn.ModuleList(nn.Sequential(nn.Linear(D, 23), nn.SiLU(), nn.Linear(23, V)) for _ in range(2))),
+        ["more.0.2.weight", "more.1.2.weight"],
+    ),
     "padded": (model(head=nn.Linear(D, V - 1)), ["head.weight"]),
     "padded to a multiple": (
         nn.ModuleDict({"embed": nn.Embedding(50257, D), "head": nn.Linear(D, 50304)}),

@@ -11,7 +11,6 @@ from asgo.views.patterns import (
     fused_qkv,
     head_columns,
     heads,
-    whole,
 )
 from asgo.views.view import View, axes_of, lengths
 
@@ -29,5 +28,4 @@ __all__ = [
     "head_columns",
     "heads",
     "lengths",
-    "whole",
 ]

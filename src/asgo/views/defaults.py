@@ -38,7 +38,6 @@ NAMED_GAINS = {"norm", "norm1", "norm2", "layer_norm", "layernorm", "input_layer
 """Exact names of normalizations, for parameters whose module is not known."""
 
 _CONVS = LAYERS[5:]
-_MATRIX, _ADAMW = (lambda how: Reading(MATRIX, MATRIX, how)), (lambda how: Reading(None, None, how))
 
 
 def default_reading(site: Site) -> Reading:
@@ -68,14 +67,18 @@ def _is_named_table(name: str) -> bool:
     return leaf in EXACT or leaf in known or leaf == "bias" or (leaf == "weight" and slot in known)
 
 
+def _adamw(how: str) -> Reading:
+    return Reading(None, None, how)
+
+
 # ---- the rows ----------------------------------------------------------------------------------------------
 
 
 def _vector(site: Site) -> Reading | None:
     if site.param.ndim < 2:
-        return _ADAMW("vector")
+        return _adamw("vector")
     is_gain = site.leaf.endswith("_g") and hasattr(site.module, f"{site.leaf[:-2]}_v")
-    return _ADAMW("gain of weight_norm") if is_gain else None
+    return _adamw("gain of weight_norm") if is_gain else None
 
 
 def _head(site: Site) -> Reading | None:
@@ -88,12 +91,12 @@ def _head(site: Site) -> Reading | None:
         shape = (0, 0)
     out, inner = list(shape[-2:])[:: -1 if is_transposed(module) else 1]
     either = len(shape) > 2 and site.vocabulary.is_head(module, slots, inner, out)
-    return _ADAMW("vocabulary head") if either or site.vocabulary.is_head(module, slots, out, inner) else None
+    return _adamw("vocabulary head") if either or site.vocabulary.is_head(module, slots, out, inner) else None
 
 
 def _table_or_gain(site: Site) -> Reading | None:
     why = table_or_gain(site)
-    return None if why is None else _ADAMW(why)
+    return None if why is None else _adamw(why)
 
 
 def _attention(site: Site) -> Reading | None:
@@ -211,7 +214,7 @@ def _bare(site: Site) -> Reading:
     """
     shape, table = site.shape, named_table(site)
     if table or sum(length != 1 for length in shape) < 2:
-        return _ADAMW(f"table or gain by its name, {site.leaf}" if table else "one axis longer than 1")
+        return _adamw(f"table or gain by its name, {site.leaf}" if table else "one axis longer than 1")
     known = table is not None
     if not known and len(shape) > 2 and shape[0] == 1:
         return Reading(None, None, f"nothing known of {site.leaf}; a first axis of 1", known=False)

@@ -373,6 +373,8 @@ def _separate(place: Place, ndim: int, transposed: bool) -> Reading | None:
     h, d, rows = place.heads, place.head_dim, place.rows
     if not h or not rows:
         return Reading(None, None, f"{place.slot}: the number of heads is not known")
+    if place.slot.startswith("layout_"):
+        d //= place.number("channel_shrink_ratio") or 1
     if place.has("key_dim") and rows == h * place.number("key_dim"):
         d = place.number("key_dim")
     if queries:

@@ -26,16 +26,6 @@ def heads(h: int, transposed: bool = False) -> View:
     return View("n (h d) -> h d n" if transposed else "(h d) n -> h d n", {"h": h})
 
 
-def whole(view: View) -> View:
-    """The view with the heads of each part read as one matrix; a view without heads is returned as it is."""
-    merge = {heads(1).pattern: MATRIX.pattern, heads(1, True).pattern: TRANSPOSED.pattern}
-    patterns = (view.pattern,) if isinstance(view.pattern, str) else view.pattern
-    merged = tuple(str(merge.get(pattern, pattern)) for pattern in patterns)
-    if merged == patterns:
-        return view
-    return View(merged[0] if view.split is None else merged, (), view.split, view.split_dim)
-
-
 def head_columns(h: int) -> View:
     """One matrix ``(m, d)`` per head for an output projection, whose columns belong to heads."""
     return View("m (h d) -> h m d", {"h": h})

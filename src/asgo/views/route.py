@@ -146,6 +146,9 @@ def route(
         `torch.optim.Optimizer`, in the order of their first parameter; ``views`` has one entry per parameter,
         plain data of `View.to_dict`, ``None`` for AdamW.
 
+    Warns:
+        UserWarning: once, if nothing tells what some parameters are, naming them and the rule to write.
+
     Raises:
         TypeError: if `model` is not a module, or `rules` not a sequence of rules.
         ValueError: a view that does not fit, a rule that decides no parameter, a model with nothing to train,

@@ -49,14 +49,14 @@ class Vocabulary:
         heads: modules that are heads, and all inside them.
         sizes: numbers of tokens.
         widths: of the tables and hidden states, which a vocabulary may happen to equal.
-        blocks: modules inside repeated blocks.
+        blocks: modules inside repeated blocks, each with its block.
         last: the last dense layer outside the blocks.
     """
 
     heads: frozenset[nn.Module]
     sizes: frozenset[int]
     widths: frozenset[int]
-    blocks: frozenset[nn.Module]
+    blocks: dict[nn.Module, nn.Module]
     last: nn.Module | None
 
     def is_head(self, module: nn.Module, slots: Iterable[str], out: int, inner: int) -> bool:
@@ -68,7 +68,8 @@ class Vocabulary:
             return True
         named = bool(HEAD_SLOTS.intersection(slots))
         if module in self.blocks:
-            return named and self._is_padded(out)
+            ends = out in self.sizes and out != inner and out >= FEWEST and _ends(self.blocks[module], module, out)
+            return ends or (named and self._is_padded(out))
         if out in self.sizes and (named or module is self.last):
             return True
         if inner == out or out < 2:
@@ -90,7 +91,7 @@ def find_vocabulary(model: nn.Module) -> Vocabulary:
     tokens = {name: len(table.weight) for name, table in tables.items() if not _NOT_TOKENS & set(words(_slot(name)))}  # pyright: ignore
     tokens = {name: length for name, length in tokens.items() if 4 * length >= max(tokens.values())}
     sizes = {*tokens.values(), *(size for module in modules.values() for size in _told_sizes(module))}
-    blocks = frozenset(_in_blocks(modules.values()))
+    blocks = dict(_in_blocks(modules.values()))
     dense = [module for module in modules.values() if _is_dense(module) and module not in blocks]
     return Vocabulary(
         frozenset(inner for head in _named_heads(modules.values()) for inner in head.modules()),
@@ -99,6 +100,14 @@ def find_vocabulary(model: nn.Module) -> Vocabulary:
         blocks,
         dense[-1] if dense else None,
     )
+
+
+def _ends(block: nn.Module, module: nn.Module, out: int) -> bool:
+    """Whether a layer is one that nothing in its block reads: neither all of its outputs, nor a part, nor several."""
+    if not isinstance(module, nn.Linear):
+        return False
+    read = {other.in_features for other in block.modules() if isinstance(other, nn.Linear)}
+    return not any(out % width == 0 or width % out == 0 for width in read if width > 1)
 
 
 def _slot(name: str) -> str:
@@ -147,7 +156,7 @@ def _answer(ask: object) -> object:
         return None
 
 
-def _in_blocks(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def _in_blocks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Everything inside repeated elements with layers, but no table of tokens: of lists, and of sequences if alike."""
     for container in modules:
         elements = [*container.children()] if isinstance(container, (nn.ModuleList, nn.Sequential)) else []
@@ -158,4 +167,4 @@ def _in_blocks(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
             inside = list(element.modules())
             layers = any(any(p.ndim >= 2 for p in module.parameters(recurse=False)) for module in inside[1:])
             if layers and not any(map(_is_table, inside)):
-                yield from inside
+                yield from ((module, element) for module in inside)
