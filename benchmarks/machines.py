@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 ROWS: dict[str, dict[str, str]] = {
     "as it is": {},
-    "two threads": {"OMP_NUM_THREADS": "2"},
+    "two threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},
     "ATen without vectors": {"ATEN_CPU_CAPABILITY": "default"},
     "ATen with AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
     "ATen with AVX-512": {"ATEN_CPU_CAPABILITY": "avx512"},

@@ -395,7 +395,7 @@ ADAGRAMS = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     options=st.sampled_from(ADAGRAMS),
     powers=st.lists(st.integers(-10, 10), min_size=1, max_size=12),

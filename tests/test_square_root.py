@@ -452,11 +452,11 @@ def test_a_state_of_gram_and_root_goes_on_as_a_square_root_and_back():
     for D in seen[:3]:
         old.fold(state, old.measure(D), 0.5)
     state = from_gram(state | {"exp_avg": seen[0]}, torch.float64)
-    assert set(state) == {"exp_avg", "cross", "sqrt"}
+    assert set(state) == {"exp_avg", "cross", "cross_weight", "sqrt"}
     for D in seen[3:]:
         new.update(state, D, D, 0.5)
     state = to_gram(state, torch.float64, 1e-12)
-    assert set(state) == {"exp_avg", "cross", "gram", "root"}
+    assert set(state) == {"exp_avg", "cross", "cross_weight", "gram", "root"}
     for i in range(2):
         V = exact([D[i] for D in seen], 0.5)
         assert relative(state["gram"][i], V) < 1e-9
