@@ -112,7 +112,7 @@ def test_internal_imports_stand_at_the_top(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_sizes(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 400
     for function in functions(path):
         assert body_lines(function) <= 45, f"{function.name} has {body_lines(function)} lines"
 
