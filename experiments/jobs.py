@@ -44,16 +44,16 @@ Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Known(Generic[J]):
+class JobPlan(Generic[J]):
     """The jobs that are known so far.
 
     Args:
         jobs: with different keys.
-        ahead: the weight of those that will be known once these are done.
+        remaining: the weight of those that will be known once these are done.
     """
 
     jobs: Sequence[J]
-    ahead: float = 0.0
+    remaining: float = 0.0
 
 
 class Ledger:
@@ -85,7 +85,7 @@ def processors() -> int:
 def run_jobs(
     title: str,
     work: Callable[[J], Any],
-    known: Known[J],
+    known: JobPlan[J],
     ledger: Ledger,
     *,
     processes: int | None = None,
@@ -107,8 +107,8 @@ def run_jobs(
     """
     jobs = known.jobs
     left = [job for job in jobs if job.key not in ledger.done]
-    total = sum(job.weight for job in jobs) + known.ahead
-    done = total - known.ahead - sum(job.weight for job in left)
+    total = sum(job.weight for job in jobs) + known.remaining
+    done = total - known.remaining - sum(job.weight for job in left)
     processes = min(processes or processors(), max(1, len(left)))
     shown = console or Console(quiet=True)
     with StopSignal() as stop, LiveLine(shown, title, total) as line:
@@ -117,7 +117,7 @@ def run_jobs(
         with contextlib.closing(worked) as results:
             for number, (job, result) in enumerate(results, len(jobs) - len(left) + 1):
                 ledger.add(job.key, result)
-                done = total if number == len(jobs) and not known.ahead else done + job.weight
+                done = total if number == len(jobs) and not known.remaining else done + job.weight
                 line.show(done, f"job {number}/{len(jobs)}  {job.key}")
     if any(job.key not in ledger.done for job in jobs):
         raise Stopped("stopped; finished jobs are kept")

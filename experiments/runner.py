@@ -24,7 +24,7 @@ from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_js
 from asgo.lab.training import environment
 from asgo.lab.training.run_folder import check_folder, check_same
 from asgo.lab.training.stopping import Stopped
-from experiments.jobs import Job, Known, Ledger, Results, processors, run_jobs
+from experiments.jobs import Job, JobPlan, Ledger, Results, processors, run_jobs
 
 FREE = ("out", "resume", "processes")
 """Fields that may differ when an experiment is resumed: no result depends on them."""
@@ -53,7 +53,7 @@ J = TypeVar("J", bound=Job)
 
 
 @dataclass(frozen=True)
-class Findings:
+class Report:
     """What an experiment found.
 
     Args:
@@ -95,8 +95,8 @@ def run_experiment(
     name: str,
     config: ExperimentConfig,
     work: Callable[[J], Any],
-    plan: Callable[[Results], Known[J]],
-    conclude: Callable[[Results], Findings],
+    plan: Callable[[Results], JobPlan[J]],
+    conclude: Callable[[Results], Report],
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the jobs, or what is left of them, write what they found, and return what ``results.json`` holds.
@@ -160,7 +160,7 @@ def _sessions(config: ExperimentConfig, begins: bool) -> list[dict[str, Any]]:
     return sessions
 
 
-def _write(out: Path, findings: Findings, results: Mapping[str, Any]) -> None:
+def _write(out: Path, findings: Report, results: Mapping[str, Any]) -> None:
     parts = [f"`{results['command']}`", findings.note, tables.markdown(findings.head, findings.cells)]
     parts.append("\n".join(f"- {line}" for line in findings.lines))
     parts += [f"{title}\n\n{tables.markdown(head, cells)}" for title, head, cells in findings.details]
@@ -173,7 +173,7 @@ def _write(out: Path, findings: Findings, results: Mapping[str, Any]) -> None:
     write_json(out / "results.json", finite(dict(results)))
 
 
-def _show(out: Path, findings: Findings, console: Console) -> None:
+def _show(out: Path, findings: Report, console: Console) -> None:
     console.print(tables.rich_table(findings.head, findings.cells, findings.title))
     for line in findings.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 import asgo
 from asgo import ASGO, Rule, View, advise, route
-from asgo.diagnostics.advice import HEAD
+from asgo.diagnostics.advice import COLUMNS
 from asgo.lab.errors import LabError
 from asgo.lab.optimizers.rules import read_rules, write_rules
 
@@ -203,7 +203,7 @@ def test_advice_can_be_followed(tmp_path):
         inner(model, batches[0]).backward()
         optimizer.step()
     table = str(advice).splitlines()
-    assert table[0].split()[:5] == list(HEAD)
+    assert table[0].split()[:5] == list(COLUMNS)
     assert table[1].split()[:3] == ["w", "whole", "left"]
 
 

@@ -19,7 +19,7 @@ from asgo.lab.bench import race, root, step
 from asgo.lab.bench.accuracy import exact_steps, measure, outside
 from asgo.lab.bench.config import RootConfig, StepConfig
 from asgo.lab.bench.matrices import KINDS, Problem, cases
-from asgo.lab.bench.optimizers import COLD_STEPS, CONTENDERS, Contender, compilation
+from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS, COLD_STEPS, BenchSpec, compilation
 from asgo.lab.bench.race import Entry, Sweep, make_entries, sweeps
 from asgo.lab.bench.timing import Spread, WorkProgress, held_bytes, peak_bytes, pick_device, ratio, seconds
 from asgo.lab.cli import main, parse
@@ -127,26 +127,27 @@ def installed(contender):
     return importlib.util.find_spec(module) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", TINY)
 def test_every_optimizer_runs_on_every_kind_of_shapes_or_says_why_not(shapes):
     work = workload(shapes)
     with compilation(allowed=False):
-        racers = sweep(work, make_entries(tuple(CONTENDERS), (1, 2)))
+        racers = sweep(work, make_entries(tuple(BENCH_OPTIMIZERS), (1, 2)))
     for racer in racers:
-        if not installed(racer.entry.contender):
+        if not installed(racer.entry.spec):
             assert "is not installed: pip install 'asgo[peers]'" in racer.failure
             continue
         assert not racer.failure, racer.entry
         assert [len(turn) for turn in racer.turns] == [racer.entry.steps] * 2
         assert racer.state_bytes >= 4 * work.numel
         assert racer.worst >= 1
-    assert {racer.entry.name for racer in racers} == set(CONTENDERS)
+    assert {racer.entry.name for racer in racers} == set(BENCH_OPTIMIZERS)
     assert all(param.isfinite().all() for param in work.params)
 
 
 def test_contenders_of_ours_are_what_they_say():
     work = workload()
-    built = {name: CONTENDERS[name].build(work, 3) for name, row in CONTENDERS.items() if row.is_ours}
+    built = {name: BENCH_OPTIMIZERS[name].build(work, 3) for name, row in BENCH_OPTIMIZERS.items() if row.is_ours}
     assert all(isinstance(optimizer, ASGO) for optimizer in built.values())
     assert built["asgo"].defaults["precondition_frequency"] == 3
     assert built["asgo-paper"].defaults["statistic"] == "gradient"
@@ -172,7 +173,7 @@ def test_sweeps_fit_the_memory_and_each_has_the_anchors():
     work = workload()
     entries = make_entries(("po-soap", "asgo", "muon", "adamw", "asgo-paper"), (1, 2))
     assert list(sweeps(entries, work, 1e12)) == [[entries[3], entries[4], *entries[:3], entries[5]]]
-    needs = {entry: entry.contender.memory(work) for entry in entries}
+    needs = {entry: entry.spec.memory(work) for entry in entries}
     groups = list(sweeps(entries, work, needs[entries[3]] + needs[entries[4]] + 2.1 * needs[entries[1]]))
     assert [[str(e) for e in group] for group in groups] == [
         ["muon", "adamw", "po-soap"],
@@ -185,11 +186,11 @@ def test_sweeps_fit_the_memory_and_each_has_the_anchors():
 def test_the_memory_of_ours_is_estimated_within_a_factor_of_two():
     work = workload()
     for name in ("asgo", "adamw", "muon"):
-        optimizer = CONTENDERS[name].build(work, 1)
+        optimizer = BENCH_OPTIMIZERS[name].build(work, 1)
         work.attach()
         optimizer.step()
         held = held_bytes(optimizer, [*work.params, *work.gradients])
-        assert held / 2 < CONTENDERS[name].memory(work) < held * 2
+        assert held / 2 < BENCH_OPTIMIZERS[name].memory(work) < held * 2
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------
@@ -234,8 +235,8 @@ class Greedy(Base):
 
 
 def add(monkeypatch, name, build):
-    row = Contender("torch", lambda work, interval: build(work), "every", 0, "of a test")
-    monkeypatch.setitem(CONTENDERS, name, row)
+    row = BenchSpec("torch", lambda work, interval: build(work), "every", 0, "of a test")
+    monkeypatch.setitem(BENCH_OPTIMIZERS, name, row)
     return Entry(name, 1)
 
 
@@ -305,7 +306,7 @@ def test_spread_and_ratio():
 
 
 def test_the_worst_step_is_that_of_the_interval_not_of_a_disturbance():
-    racer = race.Racer(Entry("asgo", 2), 12, 3)
+    racer = race.TimedOptimizer(Entry("asgo", 2), 12, 3)
     assert racer.worst is None
     racer.turns = [[1.0, 3.0], [1.0, 3.0], [50.0, 3.0]]
     assert racer.worst == 3.0 / 2.0
@@ -411,7 +412,7 @@ def test_rows_of_a_later_sweep_are_compared_with_the_anchors_of_that_sweep(tmp_p
     assert rows["muon"].to_muon == 1.0
     assert rows["asgo"].to_muon
     assert rows["asgo"].to_reference is None
-    assert bool(rows["po-soap"].to_muon) == installed(CONTENDERS["po-soap"])
+    assert bool(rows["po-soap"].to_muon) == installed(BENCH_OPTIMIZERS["po-soap"])
 
 
 def test_bfloat16_parameters(tmp_path):
@@ -553,6 +554,7 @@ def test_cases_find_what_is_wrong():
         assert not bad.told or bad.max_error == math.inf
 
 
+@pytest.mark.slow
 def test_bench_root(tmp_path, capsys):
     words = "bench root --sizes 8 16 --batches 1 3 --repeats 2 --real-steps 1 --device cpu --threads 1"
     assert main([*words.split(), "--out", str(tmp_path / "out")]) == 0
@@ -599,5 +601,5 @@ def test_a_root_that_raises_is_a_row(tmp_path, monkeypatch):
 
 def test_the_extra_installs_the_peers():
     extra = (Path(__file__).parent.parent / "pyproject.toml").read_text().split("peers = [")[1].split("]")[0]
-    packages = {contender.package for contender in CONTENDERS.values()} - {"asgo", "torch"}
+    packages = {contender.package for contender in BENCH_OPTIMIZERS.values()} - {"asgo", "torch"}
     assert {line.strip(' "\n').split(">=")[0] for line in extra.split(",\n") if line.strip()} == packages

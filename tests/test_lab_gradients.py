@@ -75,6 +75,7 @@ def config(shared):
     return GradientsConfig(**shared, sample_every=2, microbatches=2)
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_and_trains_as_without(config, tmp_path, capsys, drawn):
     samples = inspect_gradients(config, Console(width=80))
     shown = " ".join(capsys.readouterr().out.split())

@@ -120,6 +120,7 @@ def steps(out):
     return [line["step"] for line in RunFolder(out).metrics() if "loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize(("parallel", "victim"), [("ddp", 0), ("fsdp2", 1)])
 def test_a_process_that_dies_ends_the_run_with_a_message(launch, tmp_path, monkeypatch, capsys, parallel, victim):
@@ -156,6 +157,7 @@ def ctrl_c(launcher):
     os.killpg(launcher.pid, signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_on_with_another_launcher_and_division(launch, tmp_path, monkeypatch, capsys):
     out, logs = tmp_path / "run", tmp_path / "logs"
     launcher, said = launch(*ACCELERATE, "-m", "asgo.lab", *RUN, "--parallel", "fsdp2", "--out", str(out))
@@ -187,6 +189,7 @@ def test_ctrl_c_and_on_with_another_launcher_and_division(launch, tmp_path, monk
     assert steps(out) == list(range(1, second + 3))
 
 
+@pytest.mark.slow
 def test_resuming_another_run_is_refused_by_every_process(launch, tmp_path, monkeypatch, capsys):
     out, logs = tmp_path / "run", tmp_path / "logs"
     resume(out, monkeypatch, capsys, RUN[1:])  # begins it

@@ -46,6 +46,7 @@ def torchrun(words, processes=2):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_in_shards_continues_on_one_process(tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     printed = torchrun([*RUN, "--parallel", "fsdp2", "--out", str(together)])
@@ -97,6 +98,7 @@ def poisoned(kind):
     return own_failures(optimizer, not dist.is_initialized() or dist.get_rank() == 0)
 
 
+@pytest.mark.slow
 def test_a_failed_matrix_counts_once_whoever_keeps_it():
     world = World(2)
     try:
@@ -113,6 +115,7 @@ def test_what_says_that_a_process_is_gone():
     assert not lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+@pytest.mark.slow
 def test_bench_distributed(tmp_path):
     config = DistributedConfig(("tiny-gpt2",), ("fsdp2",), (2,), layers=1, repeats=1, warm=10, out=tmp_path / "out")
     alone, shards = bench_distributed(config, Console(quiet=True))

@@ -444,6 +444,7 @@ def test_the_verdict_names_what_fits():
     assert plan(replace(config, memory_gb=1e-6)).verdict.startswith("nothing here fits; ddp (")
 
 
+@pytest.mark.slow
 def test_seventy_billion_parameters_on_a_thousand_gpus():
     found = plan(PlanConfig("llama-70b", gpus=1024, mesh=("ddp", "fsdp"), intervals=(10,)))
     ddp, fsdp = found.rows

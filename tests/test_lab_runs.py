@@ -29,7 +29,9 @@ from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.errors import LabError
 from asgo.lab.models.architectures import PRESETS
 from asgo.lab.models.language import build_model, count_parameters, model_fingerprint, token_loss
-from asgo.lab.optimizers.registry import PEERS, Composite, build_optimizer, resolve, split, state_bytes
+from asgo.lab.optimizers.composite import Composite
+from asgo.lab.optimizers.factories import split
+from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, resolve, state_bytes
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.schedule import factor
 from asgo.lab.training.stopping import Stopped
@@ -119,7 +121,7 @@ def test_run_folder_explains_itself(config):
     assert [x["step"] for x in evaluations] == [0, 4, 8]
     assert [x["tokens"] for x in training] == [64, 128, 192, 256]
     for line in training:
-        assert line["lr"] == pytest.approx(PEERS["asgo"].lr * factor(config.schedule, line["step"] - 1, 8))
+        assert line["lr"] == pytest.approx(OPTIMIZERS["asgo"].lr * factor(config.schedule, line["step"] - 1, 8))
         assert line["failed_roots"] == 0
         assert line["grad_norm"] > 0
         assert 0 < line["optimizer_seconds"] < line["seconds"]
@@ -151,7 +153,7 @@ def test_plain_progress_lines(config, capsys):
         assert part in line
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_peer_trains(config, name):
     config = replace(config, optimizer=OptimizerConfig(name=name), grad_accumulation=2, clip=0.0, steps=3)
     result = train(config)
@@ -243,6 +245,7 @@ def test_killed_while_a_checkpoint_is_written(config, tmp_path, monkeypatch):
     assert_same_run(config.out, killed.out)
 
 
+@pytest.mark.slow
 def test_sigkill_at_a_random_moment_and_resumed(config, tmp_path):
     cadence = CadenceConfig(log_every=1, eval_every=50, eval_blocks=4, checkpoint_every=7)
     config = replace(config, steps=90, cadence=cadence)
@@ -439,7 +442,7 @@ def test_models_that_do_not_fit(model, message):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (OptimizerConfig(name="adam"), "'adam' does not exist: choose from " + ", ".join(PEERS)),
+        (OptimizerConfig(name="adam"), "'adam' does not exist: choose from " + ", ".join(OPTIMIZERS)),
         (OptimizerConfig(options=("beta=1",)), "asgo has no option 'beta': it has .*cross_normalize"),
         (OptimizerConfig(options=("nesterov",)), "'nesterov' is not key=value"),
         (OptimizerConfig(name="muon", betas=(0.9, 0.9)), "muon has no betas"),
@@ -494,7 +497,7 @@ def test_composite_state_survives():
     assert same(model.state_dict(), twin.state_dict())
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_routes_alike(name):
     model = build_model(ModelConfig(preset="tiny"), 50, 8, 0)
     optimizer = build_optimizer(model, OptimizerConfig(name=name, lr=0.5, adamw_lr=0.25))

@@ -138,6 +138,7 @@ MESHES = [Mesh(2), Mesh(2, zero1=True), Mesh(fsdp=2), Mesh(tp=2)]
 MESHES += [Mesh(4), Mesh(4, zero1=True), Mesh(fsdp=4), Mesh(2, 2), Mesh(fsdp=2, tp=2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh}-{mesh.ranks}")
 @pytest.mark.parametrize("interval", [1, 3])
 def test_every_rank_keeps_and_sends_what_the_plan_says(world, mesh, interval):

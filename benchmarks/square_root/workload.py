@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 
 import torch
-from asgo.lab.data.corpora import read_shakespeare
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from asgo.lab.data.corpora import read_shakespeare
 
 HELD_OUT = 0.1
 

@@ -13,9 +13,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from scipy.stats import ttest_1samp
+from scipy.stats import t as student
 
 from asgo.lab.compare.paired_test import paired_test
 from experiments.glm.contenders import parse
@@ -73,7 +72,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class TestResult:
     """A ratio of slownesses and what a paired t-test says of it.
 
     Args:
@@ -130,20 +129,20 @@ class Verdict:
     """
 
     variant: Variant
-    each: Mapping[tuple[str, int], tuple[str, str, Judgement]]
-    sets: Mapping[str, Judgement]
-    overall: Judgement
+    each: Mapping[tuple[str, int], tuple[str, str, TestResult]]
+    sets: Mapping[str, TestResult]
+    overall: TestResult
 
 
-def judge(logs: Sequence[float], margin: float) -> Judgement:
+def judge(logs: Sequence[float], margin: float) -> TestResult:
     """Test logarithms of ratios, one per pair."""
     test = paired_test("", "", [(value, 0.0) for value in logs])
     ratio = math.exp(test.difference)
     if math.isnan(test.t):
-        return Judgement(ratio, len(logs), math.nan, math.nan, math.nan, "open")
-    shifted: Any = ttest_1samp(logs, math.log1p(margin), alternative="less")
-    p_margin = float(shifted.pvalue)
-    return Judgement(ratio, len(logs), test.t, test.p, p_margin, _outcome(ratio, test.p, p_margin))
+        return TestResult(ratio, len(logs), math.nan, math.nan, math.nan, "open")
+    shifted = (test.difference - math.log1p(margin)) / test.standard_error
+    p_margin = float(student.cdf(shifted, len(logs) - 1))
+    return TestResult(ratio, len(logs), test.t, test.p, p_margin, _outcome(ratio, test.p, p_margin))
 
 
 def _outcome(ratio: float, p: float, p_margin: float) -> str:
@@ -171,7 +170,7 @@ def verdicts(trials: Sequence[Trial], contenders: Sequence[str], margin: float) 
 
 
 def _verdict(trials: Sequence[Trial], variant: Variant, rivals: Sequence[str], margin: float) -> Verdict:
-    each: dict[tuple[str, int], tuple[str, str, Judgement]] = {}
+    each: dict[tuple[str, int], tuple[str, str, TestResult]] = {}
     by_problem: dict[str, list[list[float]]] = {}
     for trial in trials:
         own, rival = trial.best(variant.contenders), trial.best(rivals)
@@ -185,7 +184,7 @@ def _verdict(trials: Sequence[Trial], variant: Variant, rivals: Sequence[str], m
     return Verdict(variant, each, sets, over)
 
 
-def in_words(found: Sequence[Verdict], margin: float) -> list[str]:
+def summary_lines(found: Sequence[Verdict], margin: float) -> list[str]:
     """The verdicts as sentences, the last one the answer."""
     if not found:
         return ["no AdaGram of rank 5 or less, or no diagonal method, is among the contenders: nothing to judge"]

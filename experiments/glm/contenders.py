@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
 """torch's own SGD and diagonal AdaGrad, the dense reference, and this library's."""
 
 FLOOR = 1e-2
-"""What the statistics of `Contender.build` start from; `descent.Setting` says how others are had."""
+"""What the statistics of `OptimizerSpec.build` start from; `descent.Setting` says how others are had."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Contender:
+class OptimizerSpec:
     """An optimizer with its options.
 
     Args:
@@ -122,7 +122,7 @@ class Contender:
         return (6 if self.name == "adagram" else 1) * (1 + d / 250)
 
 
-def parse(text: str) -> Contender:
+def parse(text: str) -> OptimizerSpec:
     """The contender that `text` describes: a name, or ``name:key=value,...`` as in ``adagram:rank=3``.
 
     Two numbers are joined by ``/``, as in ``shampoo:betas=0/1``.
@@ -141,7 +141,7 @@ def parse(text: str) -> Contender:
             known = ", ".join(sorted(takes))
             raise LabError(f"optimizer {text!r}: {entry!r} is not key=value with a key it has: {known}.")
         options.append((key, _value(value)))
-    return Contender(text, name, tuple(options))
+    return OptimizerSpec(text, name, tuple(options))
 
 
 def _value(text: str) -> Any:

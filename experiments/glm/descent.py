@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from experiments.glm.contenders import FLOOR, Contender
+from experiments.glm.contenders import FLOOR, OptimizerSpec
 from experiments.glm.problems import Problem
 
 DIVERGED = 1e10
@@ -78,7 +78,7 @@ class Curves:
 
 @torch.no_grad()
 def descend(
-    problem: Problem, contender: Contender, settings: Sequence[Setting], seeds: Sequence[int], plan: Plan
+    problem: Problem, contender: OptimizerSpec, settings: Sequence[Setting], seeds: Sequence[int], plan: Plan
 ) -> Curves:
     """Fit a model for every seed and setting. One seed gives every contender the same start and batches."""
     models = torch.stack([start(problem, seed) for seed in seeds]).repeat_interleave(len(settings), 0)

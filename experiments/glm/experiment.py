@@ -17,8 +17,8 @@ from asgo.lab.files import finite
 from experiments.glm import claim, contenders, problems
 from experiments.glm.descent import Plan, Setting, descend, optimum
 from experiments.glm.report import Entry, Row, cells, draw, head, panels, plain, summarize, trials_of
-from experiments.jobs import Known, Results
-from experiments.runner import Findings, run_experiment
+from experiments.jobs import JobPlan, Results
+from experiments.runner import Report, run_experiment
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -150,7 +150,7 @@ def glm(config: GlmConfig, console: Console | None = None) -> dict[str, Any]:
         left_out = ", ".join(f"{name} ({install})" for name, install in problems.missing().items())
         console.print(f"left out, not installed: {left_out}", highlight=False, markup=False, soft_wrap=True)
     jobs = [job for name in sets for job in _jobs(config, name)]
-    known = Known(jobs)
+    known = JobPlan(jobs)
     return run_experiment("glm", config, do, lambda done: known, lambda done: _conclude(config, jobs, done), console)
 
 
@@ -187,17 +187,17 @@ def _jobs(config: GlmConfig, name: str) -> list[Fit]:
     ]
 
 
-def _conclude(config: GlmConfig, jobs: Sequence[Fit], done: Results) -> Findings:
+def _conclude(config: GlmConfig, jobs: Sequence[Fit], done: Results) -> Report:
     entries = [Entry.of(job.problem, job.plan.batch, job.contender, job.plan.marks(), done[job.key]) for job in jobs]
     trials = trials_of(entries)
     found = claim.verdicts(trials, _contenders(config), config.margin)
     rows = summarize(entries, trials, config.margin)
-    return Findings(
+    return Report(
         rows=[vars(row) for row in rows],
         head=head(rows, "batch"),
         cells=cells(rows, _contenders(config), "batch"),
         title=f"slowness over that of the best diagonal method: {config.steps} steps, {len(config.seeds)} seeds",
-        lines=claim.in_words(found, config.margin),
+        lines=claim.summary_lines(found, config.margin),
         picture=draw(panels(entries, trials, found)),
         data={"claim": [plain(verdict) for verdict in found], "curves": [vars(entry) for entry in entries]},
         note=" ".join((claim.__doc__ or "").split("\n\n")[1].split()),

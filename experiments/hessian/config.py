@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from asgo.diagnostics.hessian import SETS
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
 from asgo.lab.data.batches import DataConfig
 from asgo.lab.errors import LabError
+from experiments.hessian.estimates import SETS
 
 Curvature = Literal["hessian", "ggn"]
 STEPS = (0, 500)

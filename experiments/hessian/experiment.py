@@ -17,10 +17,10 @@ from experiments.hessian.curvature import INSTALL
 from experiments.hessian.matrices import Matrix
 from experiments.hessian.measure import Measure, Training, build, do
 from experiments.hessian.pairs import Pairs
-from experiments.hessian.report import HEAD, Row, by_parameter, cells, says
+from experiments.hessian.report import COLUMNS, Row, by_parameter, cells, says
 from experiments.hessian.states import State, find_states
-from experiments.jobs import Known, Results
-from experiments.runner import Findings, run_experiment
+from experiments.jobs import JobPlan, Results
+from experiments.runner import Report, run_experiment
 
 NAME = "hessian"
 Column = tuple[State, Curvature]
@@ -70,20 +70,20 @@ def _jobs(config: HessianConfig, state: State, matrices: Sequence[Matrix]) -> li
 
 def _plan(
     config: HessianConfig, states: Sequence[State], matrices: Sequence[Matrix], done: Results
-) -> Known[Measure | Training]:
+) -> JobPlan[Measure | Training]:
     """Training first, with what needs none; then what could be trained."""
     jobs: list[Measure | Training] = []
-    ahead = 0.0
+    remaining = 0.0
     for state in states:
         measures = _jobs(config, state, matrices)
         if state.training is not None:
             jobs.insert(0, state.training)
             if state.training.key not in done:
-                ahead += sum(job.weight for job in measures)
+                remaining += sum(job.weight for job in measures)
                 continue
         if state.training is None or "reason" not in done[state.training.key]:
             jobs += measures
-    return Known(jobs, ahead)
+    return JobPlan(jobs, remaining)
 
 
 def _result(job: Measure, state: State, done: Results) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _result(job: Measure, state: State, done: Results) -> dict[str, Any]:
 # ---- conclusions ---------------------------------------------------------------------------------
 
 
-def _conclude(config: HessianConfig, states: Sequence[State], matrices: Sequence[Matrix], done: Results) -> Findings:
+def _conclude(config: HessianConfig, states: Sequence[State], matrices: Sequence[Matrix], done: Results) -> Report:
     rows: list[Row] = []
     pairs: list[Pairs] = []
     for state in states:
@@ -107,9 +107,9 @@ def _conclude(config: HessianConfig, states: Sequence[State], matrices: Sequence
     lines = [line for each in pairs for line in says([row for row in rows if row.of_same(each)], each)]
     table, sides = [row.flat() for row in rows], by_parameter(rows, states[-1].point.step, config.curvatures[0])
     pair_rows = [row for each in pairs for row in each.rows()]
-    return Findings(
+    return Report(
         rows=table,
-        head=HEAD,
+        head=COLUMNS,
         cells=[cells(row) for row in rows],
         title=f"curvature of {len(matrices)} matrices",
         lines=lines,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from asgo import checkpoint
-from asgo.diagnostics.hessian import Estimate, Exact, Probed, mean, units
 from asgo.lab.config.runs import CadenceConfig, MachineConfig, ModelConfig, OptimizerConfig, TrainConfig
 from asgo.lab.data.batches import DataConfig, open_data
 from asgo.lab.errors import LabError
@@ -23,6 +22,7 @@ from asgo.lab.training.stopping import Stopped
 from asgo.lab.training.train import Diverged, train
 from experiments.hessian.config import Curvature
 from experiments.hessian.curvature import Logits, NotMeasurable, Products, check_loss
+from experiments.hessian.estimates import Estimate, Exact, Probed, mean, units
 from experiments.hessian.matrices import Matrix, find_matrices
 
 WEIGHTS: dict[Curvature, float] = {"hessian": 3.0, "ggn": 1.0}

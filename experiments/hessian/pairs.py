@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from asgo.diagnostics.hessian import Estimate
 from experiments.hessian.config import Curvature
+from experiments.hessian.estimates import Estimate
 from experiments.hessian.matrices import Matrix, layers
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from asgo.diagnostics.hessian import Estimate
 from experiments.hessian.config import Curvature
+from experiments.hessian.estimates import Estimate
 from experiments.hessian.matrices import Matrix
 from experiments.hessian.pairs import Pairs
 
@@ -34,7 +34,7 @@ class Row:
         method: exact or probed; empty where it could not be measured.
         reason: why it could not.
         products: how many it took.
-        shares: the numbers of `asgo.diagnostics.hessian`, by name.
+        shares: the numbers of `experiments.hessian.estimates`, by name.
     """
 
     step: int
@@ -118,7 +118,7 @@ TITLES = {
     "right": "right",
     "scalar": "scalar",
 }
-HEAD = ("matrix", "step", "curvature", "by head", "by neuron", "left", "right", "favours")
+COLUMNS = ("matrix", "step", "curvature", "by head", "by neuron", "left", "right", "favours")
 
 
 def cells(row: Row) -> list[str]:

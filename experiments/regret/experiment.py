@@ -28,8 +28,8 @@ from asgo.lab.errors import LabError
 from asgo.lab.figures import STYLES, label, png
 from asgo.presets import BAG
 from asgo.views import View
-from experiments.jobs import Known, Results
-from experiments.runner import Findings, run_experiment
+from experiments.jobs import JobPlan, Results
+from experiments.runner import Report, run_experiment
 
 FEATURES = 100
 CHUNK = 100
@@ -68,7 +68,7 @@ class RegretConfig:
 
 
 @dataclass(frozen=True)
-class Play:
+class RegretJob:
     """A job: BAG with one number of blocks on all streams; with `blocks` of 0 the best fixed weights in hindsight."""
 
     blocks: int
@@ -93,7 +93,7 @@ class Play:
         return play(self) if self.blocks else hindsight(self)
 
 
-def do(job: Play) -> list[list[float]]:
+def do(job: RegretJob) -> list[list[float]]:
     """Do one job, in this process or another."""
     return job.run()
 
@@ -103,7 +103,7 @@ def marks(rounds: int) -> list[int]:
     return sorted({round(10 ** (k / 10)) for k in range(math.floor(10 * math.log10(rounds)) + 1)} | {rounds})
 
 
-def examples(job: Play) -> Iterator[tuple[Tensor, Tensor]]:
+def examples(job: RegretJob) -> Iterator[tuple[Tensor, Tensor]]:
     """Features ``(repeats, 100)`` and labels ``(repeats,)`` of every round."""
     for chunk in range(math.ceil(job.rounds / CHUNK)):
         random = np.random.default_rng((job.seed, chunk))
@@ -126,7 +126,7 @@ def view(blocks: int) -> View:
 
 
 @torch.no_grad()
-def play(job: Play) -> list[list[float]]:
+def play(job: RegretJob) -> list[list[float]]:
     """BAG on every stream at once, from zero weights."""
     weights = nn.Parameter(torch.zeros(job.repeats, FEATURES, dtype=torch.float64))
     optimizer = BAG([{"params": [weights], "view": view(job.blocks)}], job.lr, job.eps)
@@ -141,7 +141,7 @@ def play(job: Play) -> list[list[float]]:
     return noted
 
 
-def hindsight(job: Play) -> list[list[float]]:
+def hindsight(job: RegretJob) -> list[list[float]]:
     """The smallest sum of losses that fixed weights could have had on all rounds; one mark, the last.
 
     It is 0 where some weights separate the stream: then a multiple of them has no loss at all. Those of Fisher's
@@ -159,7 +159,7 @@ def hindsight(job: Play) -> list[list[float]]:
     return [[solved.get(repeat, 0.0) for repeat in range(job.repeats)]]
 
 
-def _stream(job: Play, repeat: int) -> tuple[np.ndarray, np.ndarray]:
+def _stream(job: RegretJob, repeat: int) -> tuple[np.ndarray, np.ndarray]:
     x, y = zip(*((x[repeat], y[repeat]) for x, y in examples(job)), strict=True)
     return torch.stack(x).numpy(), torch.stack(y).numpy()
 
@@ -185,7 +185,7 @@ def regret(config: RegretConfig, console: Console | None = None) -> dict[str, An
     """
     _check(config)
     shared = {name: getattr(config, name) for name in ("repeats", "rounds", "lr", "eps", "seed")}
-    known = Known([Play(blocks=blocks, **shared) for blocks in (*config.blocks, 0)])
+    known = JobPlan([RegretJob(blocks=blocks, **shared) for blocks in (*config.blocks, 0)])
     return run_experiment("regret", config, do, lambda done: known, lambda done: _conclude(config, done), console)
 
 
@@ -221,7 +221,7 @@ class Row:
     early: float
 
 
-def _conclude(config: RegretConfig, done: Results) -> Findings:
+def _conclude(config: RegretConfig, done: Results) -> Report:
     at = marks(config.rounds)
     tenth = max(i for i, mark in enumerate(at) if mark <= max(1, config.rounds / 10))
     best = done["hindsight"][0]
@@ -232,7 +232,7 @@ def _conclude(config: RegretConfig, done: Results) -> Findings:
     neighbours = [_test(final, *pair) for pair in pairwise(order)]
     paper = [_test(final, *pair) for pair in PAPER if set(pair) <= set(final)]
     spread = [("-", "-") if r.spread is None else (f"{r.spread:.3f}", f"{r.standard_error:.3f}") for r in rows]
-    return Findings(
+    return Report(
         rows=[vars(row) for row in rows],
         head=("blocks", "regret", "standard deviation", "standard error", f"loss to round {at[tenth]}"),
         cells=[[str(r.blocks), f"{r.regret:.3f}", *s, f"{r.early:.3f}"] for r, s in zip(rows, spread, strict=True)],

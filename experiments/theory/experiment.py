@@ -11,11 +11,11 @@ from typing import Any, Literal
 from rich.console import Console
 
 from asgo.lab.errors import LabError
-from experiments.jobs import Known
+from experiments.jobs import JobPlan
 from experiments.runner import run_experiment
-from experiments.theory.instance import Dials, Structure
+from experiments.theory.instance import ProblemConfig, Structure
 from experiments.theory.methods import METHODS
-from experiments.theory.play import Play, do, marks
+from experiments.theory.play import TheoryJob, do, marks
 from experiments.theory.problems import PROBLEMS
 from experiments.theory.report import conclude
 
@@ -92,19 +92,21 @@ def theory(config: TheoryConfig, console: Console | None = None) -> dict[str, An
     """
     check(config)
     plays, maps = jobs(config)
-    known = Known([*plays, *maps])
+    known = JobPlan([*plays, *maps])
     return run_experiment("theory", config, do, lambda done: known, lambda done: conclude(plays, maps, done), console)
 
 
-def jobs(config: TheoryConfig) -> tuple[list[Play], list[Play]]:
+def jobs(config: TheoryConfig) -> tuple[list[TheoryJob], list[TheoryJob]]:
     """Those with curves, and those of the map."""
     plays = [
-        Play(_dials(config, problem, config.rank, config.spread), method, config.rounds, config.steps,
+        TheoryJob(_dials(config, problem, config.rank, config.spread), method, config.rounds, config.steps,
              marks(config.rounds))
         for problem in config.problems for method in config.methods
     ]  # fmt: skip
     maps = [
-        Play(_dials(config, problem, rank, spread), method, config.sweep_rounds, config.steps, (config.sweep_rounds,))
+        TheoryJob(
+            _dials(config, problem, rank, spread), method, config.sweep_rounds, config.steps, (config.sweep_rounds,)
+        )
         for problem in config.sweep_problems
         for rank in config.sweep_ranks
         for spread in config.sweep_spreads
@@ -113,10 +115,10 @@ def jobs(config: TheoryConfig) -> tuple[list[Play], list[Play]]:
     return plays, maps
 
 
-def _dials(config: TheoryConfig, problem: str, rank: int, spread: float) -> Dials:
+def _dials(config: TheoryConfig, problem: str, rank: int, spread: float) -> ProblemConfig:
     shared = ("rows", "columns", "tail", "structure", "aligned", "noise", "batch", "repeats", "seed")
     values = {name: getattr(config, name) for name in shared}
-    return Dials(problem=problem, rank=rank, spread=spread, white=config.noise_shape == "white", **values)
+    return ProblemConfig(problem=problem, rank=rank, spread=spread, white=config.noise_shape == "white", **values)
 
 
 # ---- what fits -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ DTYPE = torch.float64
 
 
 @dataclass(frozen=True)
-class Dials:
+class ProblemConfig:
     """What can be chosen of a problem.
 
     Args:
@@ -124,7 +124,7 @@ def _times(stack: Tensor, matrix: Tensor) -> Tensor:
     return (stack.flatten(2) @ matrix).view_as(stack)
 
 
-def make(dials: Dials) -> Instance:
+def make(dials: ProblemConfig) -> Instance:
     """The instances that the dials describe."""
     draws = Draws(dials.seed, dials.repeats, 0)
     m, n = dials.rows, dials.columns
@@ -138,21 +138,21 @@ def make(dials: Dials) -> Instance:
     return Instance(left, right, _rotation(dials, draws), _target(dials, draws))
 
 
-def _sizes(dials: Dials, k: int, structured: bool) -> Tensor:
+def _sizes(dials: ProblemConfig, k: int, structured: bool) -> Tensor:
     sizes = torch.ones(k, dtype=DTYPE)
     if structured:
         sizes[dials.rank :] = dials.tail
     return sizes / sizes.norm()
 
 
-def _rotation(dials: Dials, draws: Draws) -> Tensor | None:
+def _rotation(dials: ProblemConfig, draws: Draws) -> Tensor | None:
     d = dials.rows * dials.columns
     if dials.structure != "none":
         return None
     return torch.eye(d, dtype=DTYPE)[draws.permutation(d)] if dials.aligned else draws.orthogonal(d)
 
 
-def _target(dials: Dials, draws: Draws) -> Tensor:
+def _target(dials: ProblemConfig, draws: Draws) -> Tensor:
     """Singular values of 1, as many as fit into `spread`, and one for the rest: ``||W*||_F^2`` is `spread`."""
     whole = math.floor(dials.spread)
     k = min(dials.rows, dials.columns)

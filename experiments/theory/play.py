@@ -1,4 +1,4 @@
-"""Play a problem with a method at several step sizes at once, and keep regret and bounds along the way.
+"""TheoryJob a problem with a method at several step sizes at once, and keep regret and bounds along the way.
 
 All repeats and step sizes are one stack of independent matrices. The optimizer itself takes the step, at a step size of
 1 and from zero, which gives its direction; each matrix then moves by its own step size along it. That is exact:
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.theory import bounds
-from experiments.theory.instance import Dials
+from experiments.theory.instance import ProblemConfig
 from experiments.theory.methods import METHODS, Method, Projection
 from experiments.theory.problem import Problem, Round
 from experiments.theory.problems import PROBLEMS
@@ -24,7 +24,7 @@ FIELDS = ("regret", "linear", "excess", "bound", "rate", "path", "distance", "tr
 
 
 @dataclass(frozen=True)
-class Play:
+class TheoryJob:
     """A job: one method on the instances of a problem.
 
     Args:
@@ -35,7 +35,7 @@ class Play:
         marks: the rounds after which everything is noted; the last is `rounds`.
     """
 
-    dials: Dials
+    dials: ProblemConfig
     method: str
     rounds: int
     steps: tuple[float, ...]
@@ -59,7 +59,7 @@ class Play:
         return play(self).plain()
 
 
-def do(job: Play) -> dict[str, list[list[list[float]]]]:
+def do(job: TheoryJob) -> dict[str, list[list[list[float]]]]:
     """Do one job, in this process or another."""
     return job.run()
 
@@ -150,7 +150,7 @@ def _sum(total: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 
 @torch.no_grad()
-def play(job: Play) -> Record:
+def play(job: TheoryJob) -> Record:
     """All rounds, from zero weights."""
     problem, method = PROBLEMS[job.dials.problem](job.dials), METHODS[job.method]
     target = problem.instance.target

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from experiments.theory.instance import Dials, Draws, Instance, make
+from experiments.theory.instance import Draws, Instance, ProblemConfig, make
 
 EXAMPLES = 256
 """Examples of the classification problems."""
@@ -43,7 +43,7 @@ class Problem(ABC):
     unit: Tensor
     """``F(0) - F(W*)``, ``(R, 1)``: what pictures measure everything by (of the hinge loss without wrong labels)."""
 
-    def __init__(self, dials: Dials) -> None:
+    def __init__(self, dials: ProblemConfig) -> None:
         self.dials = dials
         self.instance: Instance = make(dials)
         self.draws = Draws(dials.seed, dials.repeats, 1)

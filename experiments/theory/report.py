@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from experiments.jobs import Results
-from experiments.runner import Findings
+from experiments.runner import Report
 from experiments.theory.draw import draw_curves, draw_map, draw_steps
-from experiments.theory.play import FIELDS, Play
+from experiments.theory.play import FIELDS, TheoryJob
 from experiments.theory.problems import PROBLEMS
 
 ROUNDING = 1e-9
@@ -20,7 +20,7 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class Observation:
     """The result of a job: arrays ``(marks, repeats, steps)``; losses and bounds in units of ``F(0) - F(W*)``.
 
     Args:
@@ -28,18 +28,18 @@ class Seen:
         values: the fields of `Record`, and eta; NaN where there is none.
     """
 
-    job: Play
+    job: TheoryJob
     values: dict[str, np.ndarray]
 
     @staticmethod
-    def of(job: Play, result: Any) -> Seen:
+    def of(job: TheoryJob, result: Any) -> Observation:
         """From the ledger, which has None for what is not finite."""
         values = {name: np.array(inner, dtype=float) for name, inner in result.items()}
         unit = values.pop("unit")
         for name in FIELDS:
             if name not in ("distance", "trace"):
                 values[name] = values[name] / unit
-        return Seen(job, values)
+        return Observation(job, values)
 
     def mean(self, name: str) -> np.ndarray:
         """Mean over rounds so far and repeats, ``(marks, steps)``."""
@@ -112,7 +112,7 @@ class Row:
     rate_slope: float | None
 
 
-def rows_of(seen: Seen) -> list[Row]:
+def rows_of(seen: Observation) -> list[Row]:
     """A row for each step size."""
     best, ratio, last = seen.best(), seen.ratio(), {n: seen.values[n][-1].mean(0) for n in ("eta", "distance", "trace")}
     means = {name: seen.mean(name)[-1] for name in ("regret", "excess", "bound", "rate")}
@@ -128,7 +128,7 @@ def rows_of(seen: Seen) -> list[Row]:
     return rows
 
 
-def curve_rows(seen: Seen) -> list[dict[str, Any]]:
+def curve_rows(seen: Observation) -> list[dict[str, Any]]:
     """Lines of ``curves.csv``: what the picture shows."""
     best = seen.best()
     means = {name: seen.mean(name)[:, best] for name in ("regret", "bound", "rate")}
@@ -139,7 +139,7 @@ def curve_rows(seen: Seen) -> list[dict[str, Any]]:
     ]
 
 
-def map_row(seen: Seen) -> dict[str, Any]:
+def map_row(seen: Observation) -> dict[str, Any]:
     """A line of ``sweep.csv``: a method at a point of the map, each number at its own best step size."""
     dials, regret, bound = seen.job.dials, seen.mean("regret")[-1], seen.mean("bound")[-1]
     return {
@@ -157,22 +157,22 @@ def map_row(seen: Seen) -> dict[str, Any]:
 
 # ---- findings ------------------------------------------------------------------------------------
 
-HEAD = ("problem and method", "step", "regret", "bound", "largest regret / bound", "slope", "bound's slope")
+COLUMNS = ("problem and method", "step", "regret", "bound", "largest regret / bound", "slope", "bound's slope")
 
 
-def conclude(plays: Sequence[Play], maps: Sequence[Play], done: Results) -> Findings:
+def conclude(plays: Sequence[TheoryJob], maps: Sequence[TheoryJob], done: Results) -> Report:
     """Tables, pictures and words."""
-    seen = [Seen.of(job, done[job.key]) for job in plays]
-    points = [map_row(Seen.of(job, done[job.key])) for job in maps]
+    seen = [Observation.of(job, done[job.key]) for job in plays]
+    points = [map_row(Observation.of(job, done[job.key])) for job in maps]
     rows = [row for each in seen for row in rows_of(each)]
     curves = [line for each in seen for line in curve_rows(each)]
     first, table = plays[0], [asdict(row) for row in rows]
     files: dict[str, bytes | Sequence[dict[str, Any]]] = {"curves.csv": curves, "steps.png": draw_steps(table)}
     if points:
         files |= {"sweep.png": draw_map(points), "sweep.csv": points}
-    return Findings(
+    return Report(
         rows=table,
-        head=HEAD,
+        head=COLUMNS,
         cells=[_cells(row, rows) for row in rows if row.best],
         title=f"{first.dials.rows} x {first.dials.columns}, {first.rounds} rounds, {first.dials.repeats} repeats",
         lines=words(rows, points, seen),
@@ -193,7 +193,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
             *slopes]  # fmt: skip
 
 
-def words(rows: Sequence[Row], points: Sequence[dict[str, Any]], seen: Sequence[Seen]) -> list[str]:
+def words(rows: Sequence[Row], points: Sequence[dict[str, Any]], seen: Sequence[Observation]) -> list[str]:
     """What the numbers say."""
     lines = [_holds(method, rows, points, seen) for method in dict.fromkeys(row.method for row in rows)]
     lines += [line for line in map(_theorem, seen) if line]
@@ -201,7 +201,7 @@ def words(rows: Sequence[Row], points: Sequence[dict[str, Any]], seen: Sequence[
     return lines + [_wins(problem, points) for problem in dict.fromkeys(point["problem"] for point in points)]
 
 
-def _holds(method: str, rows: Sequence[Row], points: Sequence[dict[str, Any]], seen: Sequence[Seen]) -> str:
+def _holds(method: str, rows: Sequence[Row], points: Sequence[dict[str, Any]], seen: Sequence[Observation]) -> str:
     own = [row for row in rows if row.method == method]
     on_map = [point for point in points if point["method"] == method]
     breaks = sum(row.breaks for row in own) + sum(point["breaks"] for point in on_map)
@@ -214,7 +214,7 @@ def _holds(method: str, rows: Sequence[Row], points: Sequence[dict[str, Any]], s
     return f"{method}: the regret is below its bound in all {runs} runs{also}; at most {largest:.2f} times it"
 
 
-def _theorem(seen: Seen) -> str | None:
+def _theorem(seen: Observation) -> str | None:
     """Of ASGO: whether the excess is below the theorem's bound, which is by the problem's constants."""
     problem, job = seen.job.dials.problem, seen.job
     if job.method != "asgo":

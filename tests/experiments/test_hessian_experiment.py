@@ -330,6 +330,7 @@ def words(corpus, tmp_path):
     return f"{model} --steps 0 2 --train-batch 2 --processes 1 --out {tmp_path / 'out'}".split()
 
 
+@pytest.mark.slow
 def test_the_command(words, tmp_path, capsys, monkeypatch):
     assert main([*words, "--exact-up-to", "16", "--probes", "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -367,6 +368,7 @@ def test_what_cannot_be_measured_is_marked_and_the_rest_is_kept(words, tmp_path,
     assert (tmp_path / "out" / "pairs.png").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_leaves_the_rest(words, tmp_path, capsys):
     more = ["--probes", "3", "--exact-up-to", "0", "--curvatures", "ggn", "--optimizer.lr", "1e30"]
     assert main([*words, *more]) == 0

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from asgo.lab.errors import LabError
 from asgo.lab.training.stopping import Stopped
-from experiments.jobs import Known, Ledger, run_jobs
-from experiments.runner import Findings, run_experiment
+from experiments.jobs import JobPlan, Ledger, run_jobs
+from experiments.runner import Report, run_experiment
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def die(job):
     os._exit(9)
 
 
-JOBS = Known([Square(number) for number in (1, 2, 3, 4)])
+JOBS = JobPlan([Square(number) for number in (1, 2, 3, 4)])
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_jobs_are_done_once(ledger):
     run_jobs("squares", die, JOBS, again)  # nothing is left that could end the process
 
 
+@pytest.mark.slow
 def test_workers_have_one_thread_and_processes_of_their_own(ledger):
     run_jobs("where", threads_and_process, JOBS, ledger, processes=2)
     assert set(ledger.done) == {job.key for job in JOBS.jobs}
@@ -74,10 +75,11 @@ def test_workers_have_one_thread_and_processes_of_their_own(ledger):
 
 def test_an_error_of_a_job_keeps_the_results_before_it(ledger):
     with pytest.raises(LabError, match="no negative numbers"):
-        run_jobs("squares", square, Known([Square(3), Square(-1), Square(2)]), ledger, processes=1)
+        run_jobs("squares", square, JobPlan([Square(3), Square(-1), Square(2)]), ledger, processes=1)
     assert Ledger(ledger.path).done == {"square-3": 9}
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_one_line(ledger):
     with pytest.raises(LabError, match="a worker process ended before its job"):
         run_jobs("squares", die, JOBS, ledger, processes=2)
@@ -105,7 +107,7 @@ def test_what_is_not_finite_is_null(ledger):
 
 def test_progress_tells_how_far_and_how_long(ledger, capsys, monkeypatch):
     monkeypatch.setattr("asgo.lab.training.progress.INTERVAL", 0.0)
-    known = Known([Square(1), Square(2, weight=3.0)], ahead=4.0)
+    known = JobPlan([Square(1), Square(2, weight=3.0)], remaining=4.0)
     run_jobs("squares", square, known, ledger, processes=1, console=Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[:3] for line in lines] == [
@@ -141,8 +143,8 @@ def plan(config):
     def known(done):
         jobs = [Square(number) for number in config.numbers]
         if any(job.key not in done for job in jobs):
-            return Known(jobs, ahead=1.0)
-        return Known([*jobs, Square(sum(done[job.key] for job in jobs))])
+            return JobPlan(jobs, remaining=1.0)
+        return JobPlan([*jobs, Square(sum(done[job.key] for job in jobs))])
 
     return known
 
@@ -150,7 +152,7 @@ def plan(config):
 def conclude(done):
     rows = [{"job": key, "square": value} for key, value in done.items()]
     cells = [[key, str(value)] for key, value in done.items()]
-    return Findings(rows, ["job", "square"], cells, "Squares", ["they grow"], b"png", {"done": done})
+    return Report(rows, ["job", "square"], cells, "Squares", ["they grow"], b"png", {"done": done})
 
 
 def run(config, work=square, console=None):

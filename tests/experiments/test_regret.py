@@ -12,9 +12,9 @@ import torch
 from asgo.lab.compare.paired_test import paired_test
 from experiments.regret import experiment as module
 from experiments.regret.__main__ import main
-from experiments.regret.experiment import FEATURES, Play, examples, hindsight, marks, play, view
+from experiments.regret.experiment import FEATURES, RegretJob, examples, hindsight, marks, play, view
 
-JOB = Play(blocks=2, repeats=3, rounds=130, lr=0.01, eps=1e-8, seed=4)
+JOB = RegretJob(blocks=2, repeats=3, rounds=130, lr=0.01, eps=1e-8, seed=4)
 
 
 def stream(job):
@@ -125,7 +125,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert [row["blocks"] for row in results["rows"]] == [1, 2, 3, 4, 100]
     assert all(len(values) == 5 for values in results["final"].values())
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(Play, "run", None)
+    monkeypatch.setattr(RegretJob, "run", None)
     assert main(["--out", str(out), "--resume"]) == 0
 
 

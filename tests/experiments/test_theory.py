@@ -17,14 +17,14 @@ from asgo.lab.errors import LabError
 from experiments.theory import bounds, problem
 from experiments.theory.__main__ import main
 from experiments.theory.experiment import TheoryConfig, check, jobs
-from experiments.theory.instance import Dials
+from experiments.theory.instance import ProblemConfig
 from experiments.theory.methods import METHODS, Projection
-from experiments.theory.play import Play, do, marks, play
+from experiments.theory.play import TheoryJob, do, marks, play
 from experiments.theory.problem import EXAMPLES
 from experiments.theory.problems import PROBLEMS
-from experiments.theory.report import Seen
+from experiments.theory.report import Observation
 
-DIALS = Dials("squares", 4, 6, 2, 0.1, 3.0, "left", False, 0.0, True, 2, 3, 0)
+DIALS = ProblemConfig("squares", 4, 6, 2, 0.1, 3.0, "left", False, 0.0, True, 2, 3, 0)
 SMOOTH = ("squares", "logistic")
 PROJECTIONS = {name: method for name, method in METHODS.items() if isinstance(method, Projection)}
 SLACK = 1e-9
@@ -36,7 +36,7 @@ def plays(draw, problems=tuple(PROBLEMS), methods=tuple(METHODS), noisy=True):
     m, n = draw(st.integers(2, 5)), draw(st.integers(2, 6))
     structure = draw(st.sampled_from(("left", "right", "both", "none")))
     side = {"left": m, "none": m, "right": n, "both": min(m, n)}[structure]
-    dials = Dials(
+    dials = ProblemConfig(
         problem=draw(st.sampled_from(problems)),
         rows=m,
         columns=n,
@@ -53,7 +53,7 @@ def plays(draw, problems=tuple(PROBLEMS), methods=tuple(METHODS), noisy=True):
     )
     steps = tuple(10**power for power in draw(st.lists(st.floats(-3, 3), min_size=3, max_size=3, unique=True)))
     rounds = draw(st.integers(1, 30))
-    return Play(dials, draw(st.sampled_from(methods)), rounds, steps, marks(rounds))
+    return TheoryJob(dials, draw(st.sampled_from(methods)), rounds, steps, marks(rounds))
 
 
 def noted(job):
@@ -64,6 +64,7 @@ def noted(job):
 # ---- the theorems ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(plays(methods=("asgo", "asgo-right")))
 def test_regret_never_exceeds_its_bound(job):
@@ -103,7 +104,7 @@ def test_the_inequality_behind_the_smooth_theorem_holds_with_the_noise_that_was_
 def test_theorems_in_expectation(problem, noise, method):
     """The mean excess of many runs against the bound with the largest distance of all of them."""
     dials = replace(DIALS, problem=problem, noise=noise, repeats=60, batch=1)
-    job = Play(dials, method, 40, (0.25, 1.0, 4.0), (40,))
+    job = TheoryJob(dials, method, 40, (0.25, 1.0, 4.0), (40,))
     record = play(job)
     record.distance = record.distance.amax(0).expand_as(record.distance)
     record.note()
@@ -113,7 +114,7 @@ def test_theorems_in_expectation(problem, noise, method):
 @pytest.mark.parametrize("method", ["asgo", "adagrad-norm"])
 def test_the_bounds_are_not_idle(method):
     """Half of them would be exceeded."""
-    seen = noted(Play(replace(DIALS, spread=1.0, rank=1, tail=0.0), method, 30, (16.0, 64.0), marks(30)))
+    seen = noted(TheoryJob(replace(DIALS, spread=1.0, rank=1, tail=0.0), method, 30, (16.0, 64.0), marks(30)))
     assert (seen["linear"] / seen["bound"]).max() > 0.5
 
 
@@ -173,7 +174,7 @@ def test_asgo_moves_as_algorithm_1_says(side):
     # Structure on the side that is preconditioned, and full rank: elsewhere rounding errors can grow at large steps
     m, n = (4, 6) if side == "left" else (6, 4)
     dials = replace(DIALS, repeats=1, rows=m, columns=n, spread=4.0, structure=side)
-    job = Play(dials, "asgo" if side == "left" else "asgo-right", 12, (0.5, 2.0), marks(12))
+    job = TheoryJob(dials, "asgo" if side == "left" else "asgo-right", 12, (0.5, 2.0), marks(12))
     record = play(job)
     problem = PROBLEMS["squares"](job.dials)
     target, hessian = problem.instance.target[0].numpy(), problem.moment()[0].numpy()
@@ -193,7 +194,7 @@ def test_asgo_moves_as_algorithm_1_says(side):
 
 
 def test_adagrad_norm_moves_by_its_formula():
-    record = play(Play(replace(DIALS, repeats=1), "adagrad-norm", 9, (1.0,), (9,)))
+    record = play(TheoryJob(replace(DIALS, repeats=1), "adagrad-norm", 9, (1.0,), (9,)))
     problem = PROBLEMS["squares"](replace(DIALS, repeats=1))
     target, hessian = problem.instance.target[0].flatten().numpy(), problem.moment()[0].numpy()
     weight, square, total = np.zeros(24), 0.0, 0.0
@@ -306,7 +307,7 @@ def test_the_rotated_problem_is_the_same_to_methods_without_structure():
 
 
 def test_repeats_do_not_depend_on_their_number():
-    few, many = (play(Play(replace(DIALS, problem="hinge", repeats=r), "asgo", 5, (1.0,), (5,))) for r in (1, 3))
+    few, many = (play(TheoryJob(replace(DIALS, problem="hinge", repeats=r), "asgo", 5, (1.0,), (5,))) for r in (1, 3))
     torch.testing.assert_close(few.excess, many.excess[:1])
     assert not torch.equal(many.excess[0], many.excess[1])
 
@@ -327,8 +328,8 @@ def fake(regret, bound, steps=(1.0,), rounds=100):
     values = {name: np.ones(shape) for name in ("linear", "excess", "rate", "path", "distance", "trace")}
     values |= {"eta": np.ones((1, 1, len(steps))), "unit": np.full((1, 1, len(steps)), 2.0)}
     values |= {"regret": regret(np.array(at, dtype=float))[:, None, :], "bound": np.full(shape, bound)}
-    job = Play(DIALS, "asgo", rounds, steps, at)
-    return Seen.of(job, {name: value.tolist() for name, value in values.items()})
+    job = TheoryJob(DIALS, "asgo", rounds, steps, at)
+    return Observation.of(job, {name: value.tolist() for name, value in values.items()})
 
 
 def test_slopes_and_breaks():
@@ -355,6 +356,7 @@ FLAGS = (
 SMALL = FLAGS.split()
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "theory"
     words = [*SMALL, "--problems", "absolute", "squares", "--out", str(out)]
@@ -373,7 +375,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert {row["method"] for row in tables["table.csv"] if not row["rate"]} == {"shampoo"}
     results = json.loads((out / "results.json").read_text())
     assert results["command"].startswith("python -m experiments.theory")
-    monkeypatch.setattr(Play, "run", None)
+    monkeypatch.setattr(TheoryJob, "run", None)
     assert main(["--out", str(out), "--resume"]) == 0
 
 
@@ -432,6 +434,6 @@ def test_dials_at_their_ends_are_accepted():
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_widest_steps_overflow_nothing(problem, method):
     noise = 1.0 if problem == "hinge" else 1e6
-    seen = noted(Play(replace(DIALS, problem=problem, noise=noise), method, 30, (1e-6, 1e6), (30,)))
+    seen = noted(TheoryJob(replace(DIALS, problem=problem, noise=noise), method, 30, (1e-6, 1e6), (30,)))
     wanted = ("regret", "linear", "excess", "bound", "distance", "trace")
     assert all(seen[name].isfinite().all() for name in wanted)

@@ -25,7 +25,7 @@ KEPT = 0.9
 NOISY = 0.1
 """A gradient with a larger share of noise is averaged before it is remembered. Low, as the other statistic trained
 worse on a language model whose batches were half noise (benchmarks/defaults)."""
-HEAD = ("name", "view", "side", "interval", "statistic")
+COLUMNS = ("name", "view", "side", "interval", "statistic")
 EVIDENCE = (
     "bound whole auto/left/right",
     "bound heads auto/left/right",
@@ -94,7 +94,7 @@ class Advice:
         return [_worst(line).rule() for line in self.lines if line.evidence.bound]
 
     def __str__(self) -> str:
-        table = [[*HEAD, *EVIDENCE], *(_cells(line) for line in self.lines)]
+        table = [[*COLUMNS, *EVIDENCE], *(_cells(line) for line in self.lines)]
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
         return "\n".join(row.rstrip() for row in rows)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from asgo.diagnostics.losses import gradients
 from asgo.diagnostics.noise import Moments
-from asgo.diagnostics.sample import Sample, Seen
+from asgo.diagnostics.sample import Observation, Sample
 from asgo.optimizer import StructuredOptimizer
 from asgo.param_groups import names_of, with_views
 from asgo.views import View
@@ -165,7 +165,9 @@ class GradientProbe:
                 if view is not None and param in self._before:
                     moments, state = self._moments.get(param, []), self.optimizer.state[param]
                     before = self._before.pop(param)
-                    seen = Seen(names[param], param, before, moments, self._summed, state, view, group, structure)
+                    seen = Observation(
+                        names[param], param, before, moments, self._summed, state, view, group, structure
+                    )
                     self.samples += seen.samples(self.done)
 
     @contextmanager

@@ -69,7 +69,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """A parameter after a step that was watched.
 
     Args:

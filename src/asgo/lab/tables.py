@@ -1,4 +1,4 @@
-"""Tables of text: for a terminal, as markdown, and as CSV with full numbers."""
+"""The one writer of tables: for a terminal, as plain text, as markdown, and as CSV with full numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
-def rich_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, each as wide as its longest cell."""
+    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
     """Rows for a narrow terminal: titles one word to a line, the first column to the left."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for i, name in enumerate(head):
+    for i, name in enumerate(columns):
         first = i == 0
         text = name if first else "\n".join(name.split())
         table.add_column(text, justify="left" if first else "right", no_wrap=not first, overflow="fold")
@@ -23,16 +30,16 @@ def rich_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -
     return table
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows as a markdown table, the first column to the left."""
-    lines = [head, ("---", *("---:" for _ in head[1:])), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in line) + " |" for line in lines)
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as CSV; None is an empty field."""
+def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV; None is an empty field. `columns` are those of the first row if None."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from asgo.lab.bench.matrices import KINDS
-from asgo.lab.bench.optimizers import CONTENDERS
+from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS
 from asgo.lab.config.ranges import SEED, THREADS, Range, check_distinct, check_known, check_ranges
 from asgo.lab.files import check_new
 from asgo.lab.models.workloads import WORKLOADS
@@ -39,7 +39,7 @@ class StepConfig:
     """
 
     shapes: tuple[str, ...] = ("gpt2-124m",)
-    optimizers: tuple[str, ...] = tuple(CONTENDERS)
+    optimizers: tuple[str, ...] = tuple(BENCH_OPTIMIZERS)
     intervals: Annotated[tuple[int, ...], Range(1, 1e6, "numbers of steps")] = (1, 2)
     layers: Annotated[int | None, Range(1, 1e4, "a number of blocks")] = None
     matrices_only: bool = False
@@ -119,7 +119,7 @@ class RootConfig:
 BenchConfig = StepConfig | RootConfig | DistributedConfig
 
 LAYOUTS = ("ddp", "zero1", "fsdp2")
-_NAMES = {"shapes": WORKLOADS, "optimizers": CONTENDERS, "roots": ROOTS, "matrices": KINDS, "layouts": LAYOUTS}
+_NAMES = {"shapes": WORKLOADS, "optimizers": BENCH_OPTIMIZERS, "roots": ROOTS, "matrices": KINDS, "layouts": LAYOUTS}
 
 
 def check(config: BenchConfig) -> None:

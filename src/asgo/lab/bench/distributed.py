@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from asgo.lab.bench.config import DistributedConfig, check
-from asgo.lab.bench.tables import Table, csv_text, machine, show, write_tables
+from asgo.lab.bench.tables import Table, machine, show, write_tables
 from asgo.lab.bench.timing import WorkProgress
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
@@ -34,12 +34,13 @@ from asgo.lab.figures import STYLES, png
 from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.models.workloads import make_workload
 from asgo.lab.optimizers.registry import state_bytes
+from asgo.lab.tables import csv_text
 from asgo.param_groups import with_views
 from asgo.presets import ASGO
 
 SENDING = ("all_to_all_single", "all_gather", "all_reduce")
 """The collectives of a step; their second, second and first argument is what a rank sends."""
-HEAD = (
+COLUMNS = (
     "layout", "processes", "ms / step", "to one process", "MB sent per rank", "of an all-gather",
     "of one statistic's all-reduce", "MB of state per rank", "of one process's",
 )  # fmt: skip
@@ -88,12 +89,12 @@ def bench_distributed(config: DistributedConfig, console: Console) -> list[Distr
             rows.append(_row(layout, processes, _measure(layout, processes, config), rows[:1]))
             progress.advance(processes, f"{layout} on {processes}")
     title = f"{config.shapes[0]}: one step of ASGO, roots every {config.interval}"
-    table = Table(title, HEAD, tuple(map(_cells, rows)))
+    table = Table(title, COLUMNS, tuple(map(_cells, rows)))
     console.print(table.rich())
     verb = command("asgo bench distributed", config)
     record = {"command": verb, "config": to_json(config), "machine": machine(torch.device("cpu"))}
     write_tables(config.out, f"`{verb}`", [table], record | {"rows": [vars(row) for row in rows]})
-    write_text(config.out / "table.csv", csv_text(rows))
+    write_text(config.out / "table.csv", csv_text([vars(row) for row in rows]))
     write_bytes(config.out / "plot.png", _draw(rows))
     console.print(f"written to {config.out}", highlight=False, soft_wrap=True)
     return rows

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from asgo.lab.models.workloads import Workload
-from asgo.lab.optimizers.registry import Composite
+from asgo.lab.optimizers.composite import Composite
 from asgo.param_groups import with_views
 from asgo.presets import ASGO
 
@@ -33,8 +33,8 @@ Make = Callable[[list[nn.Parameter], int], Optimizer]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One row of `CONTENDERS`.
+class BenchSpec:
+    """One row of `BENCH_OPTIMIZERS`.
 
     Args:
         package: the distribution that it is from.
@@ -142,41 +142,41 @@ _eo_soap, _eo_muon = "emerging_optimizers.soap", "emerging_optimizers.orthogonal
 _FREQUENCY, _COMPUTE = "precondition_frequency", "preconditioning_compute_steps"
 _FROM_START = {"start_preconditioning_step": 1}
 
-CONTENDERS: dict[str, Contender] = {
-    "asgo": Contender("asgo", _asgo(ASGO), "all", 1, "ASGO, queries and keys whole"),
-    "asgo-heads": Contender("asgo", _asgo(ASGO, per_head=True), "all", 1, "ASGO, queries and keys per head"),
-    "asgo-packed": Contender(
+BENCH_OPTIMIZERS: dict[str, BenchSpec] = {
+    "asgo": BenchSpec("asgo", _asgo(ASGO), "all", 1, "ASGO, queries and keys whole"),
+    "asgo-heads": BenchSpec("asgo", _asgo(ASGO, per_head=True), "all", 1, "ASGO, queries and keys per head"),
+    "asgo-packed": BenchSpec(
         "asgo", _asgo(partial(ASGO, packed_state=True)), "all", 1, "ASGO, statistics and roots as triangles"
     ),
-    "asgo-paper": Contender("asgo", _asgo(ASGO.paper), "first", 1, "ASGO.paper, queries and keys whole"),
-    "asgo-reference": Contender("asgo", _reference, "every", 1, "ASGO.reference: the released iteration"),
-    "adamw": Contender("torch", _adamw(foreach=True), "none", 0, "AdamW(foreach=True)"),
-    "adamw-fused": Contender("torch", _adamw(foreach=False), "none", 0, "AdamW(fused=True)"),
-    "muon": Contender("torch", _beside_adamw(_muon), "every", 0, "Muon"),
-    "po-soap": Contender(PO, _po("SOAP", every=_FREQUENCY), "first", 2, "SOAP: QR, both sides up to 10,000"),
-    "po-shampoo": Contender(PO, _po("Shampoo", every=_COMPUTE), "first", 2, "Shampoo: SVD, both sides"),
-    "po-scalable": Contender(
+    "asgo-paper": BenchSpec("asgo", _asgo(ASGO.paper), "first", 1, "ASGO.paper, queries and keys whole"),
+    "asgo-reference": BenchSpec("asgo", _reference, "every", 1, "ASGO.reference: the released iteration"),
+    "adamw": BenchSpec("torch", _adamw(foreach=True), "none", 0, "AdamW(foreach=True)"),
+    "adamw-fused": BenchSpec("torch", _adamw(foreach=False), "none", 0, "AdamW(fused=True)"),
+    "muon": BenchSpec("torch", _beside_adamw(_muon), "every", 0, "Muon"),
+    "po-soap": BenchSpec(PO, _po("SOAP", every=_FREQUENCY), "first", 2, "SOAP: QR, both sides up to 10,000"),
+    "po-shampoo": BenchSpec(PO, _po("Shampoo", every=_COMPUTE), "first", 2, "Shampoo: SVD, both sides"),
+    "po-scalable": BenchSpec(
         PO,
         _po("ScalableShampoo", every=_COMPUTE, settings=_FROM_START),
         "first",
         2,
         "ScalableShampoo: Schur-Newton, both sides in blocks of 512",
     ),
-    "po-dash": Contender(PO, _po("DASH", every=_FREQUENCY), "first", 2, "DASH: Newton, both sides in blocks of 1,024"),
-    "po-kron": Contender(
+    "po-dash": BenchSpec(PO, _po("DASH", every=_FREQUENCY), "first", 2, "DASH: Newton, both sides in blocks of 1,024"),
+    "po-kron": BenchSpec(
         PO, _po("Kron", share="pre_conditioner_update_probability"), "first", 2, "Kron: PSGD, both sides up to 8,192"
     ),
-    "po-muon": Contender(PO, _beside_adamw(_po_muon), "every", 0, "Muon"),
-    "hb-soap": Contender(HB, _hb("SOAP", every=_FREQUENCY), "first", 2, "SOAP: QR, both sides up to 2,048"),
-    "hb-kl-shampoo": Contender(
+    "po-muon": BenchSpec(PO, _beside_adamw(_po_muon), "every", 0, "Muon"),
+    "hb-soap": BenchSpec(HB, _hb("SOAP", every=_FREQUENCY), "first", 2, "SOAP: QR, both sides up to 2,048"),
+    "hb-kl-shampoo": BenchSpec(
         HB, _hb("KLShampoo", every=_FREQUENCY), "first", 2, "KLShampoo: QR, both sides up to 2,048"
     ),
-    "hb-psgd": Contender(
+    "hb-psgd": BenchSpec(
         HB, _hb("PSGDKron", share="preconditioner_update_probability"), "first", 2, "PSGDKron: both sides up to 2,048"
     ),
-    "hb-muon": Contender(HB, _hb("Muon"), "every", 0, "Muon"),
-    "eo-soap": Contender(EO, _peer(_eo_soap, "SOAP"), "every", 2, "SOAP: QR, both sides"),
-    "eo-muon": Contender(EO, _peer(_eo_muon, "Muon"), "every", 0, "Muon"),
+    "hb-muon": BenchSpec(HB, _hb("Muon"), "every", 0, "Muon"),
+    "eo-soap": BenchSpec(EO, _peer(_eo_soap, "SOAP"), "every", 2, "SOAP: QR, both sides"),
+    "eo-muon": BenchSpec(EO, _peer(_eo_muon, "Muon"), "every", 0, "Muon"),
 }
 
 

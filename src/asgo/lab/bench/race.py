@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo.lab.bench.config import StepConfig
-from asgo.lab.bench.optimizers import COLD_STEPS, CONTENDERS, Contender
+from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS, COLD_STEPS, BenchSpec
 from asgo.lab.bench.timing import WorkProgress, held_bytes, peak_bytes, seconds
 from asgo.lab.models.workloads import Workload
 
@@ -25,15 +25,15 @@ SAMPLE = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender with an interval."""
+    """A spec with an interval."""
 
     name: str
     interval: int | None
 
     @property
-    def contender(self) -> Contender:
-        """Its row of `CONTENDERS`."""
-        return CONTENDERS[self.name]
+    def spec(self) -> BenchSpec:
+        """Its row of `BENCH_OPTIMIZERS`."""
+        return BENCH_OPTIMIZERS[self.name]
 
     @property
     def steps(self) -> int:
@@ -47,12 +47,12 @@ class Entry:
 def make_entries(names: Sequence[str], intervals: Sequence[int]) -> list[Entry]:
     """Each name with the intervals that it takes part with."""
     takes = {"all": tuple(intervals), "first": tuple(intervals[:1]), "every": (1,), "none": (None,)}
-    return [Entry(name, interval) for name in names for interval in takes[CONTENDERS[name].intervals]]
+    return [Entry(name, interval) for name in names for interval in takes[BENCH_OPTIMIZERS[name].intervals]]
 
 
 def warm_steps(entry: Entry, warm: int) -> int:
     """Steps before the first turn: `warm` for those of ours that refresh all roots in their first ten steps."""
-    is_staggered = entry.contender.is_ours and entry.contender.intervals != "every"
+    is_staggered = entry.spec.is_ours and entry.spec.intervals != "every"
     return warm if is_staggered else COLD_STEPS
 
 
@@ -67,10 +67,10 @@ def sweeps(entries: Sequence[Entry], workload: Workload, budget: float) -> Itera
     An entry that does not fit even so is tried all the same, alone with the anchors.
     """
     anchors = [entry for entry in entries if entry.name in ANCHORS]
-    start = sum(entry.contender.memory(workload) for entry in anchors)
+    start = sum(entry.spec.memory(workload) for entry in anchors)
     group, taken = list(anchors), start
     for entry in (entry for entry in entries if entry.name not in ANCHORS):
-        needs = entry.contender.memory(workload)
+        needs = entry.spec.memory(workload)
         if len(group) > len(anchors) and taken + needs > budget:
             yield group
             group, taken = list(anchors), start
@@ -80,7 +80,7 @@ def sweeps(entries: Sequence[Entry], workload: Workload, budget: float) -> Itera
         yield group
 
 
-class Racer:
+class TimedOptimizer:
     """One optimizer in a sweep.
 
     Args:
@@ -144,9 +144,9 @@ class Sweep:
     ) -> None:
         self.workload, self.config, self.progress = workload, config, progress
         self.device = workload.params[0].device
-        self.racers = [Racer(entry, config.warm, config.repeats) for entry in entries]
+        self.racers = [TimedOptimizer(entry, config.warm, config.repeats) for entry in entries]
 
-    def run(self) -> list[Racer]:
+    def run(self) -> list[TimedOptimizer]:
         """Build, warm up, take turns, measure memory; the optimizers are gone afterwards."""
         self.workload.reset()
         for racer in self.racers:
@@ -164,7 +164,7 @@ class Sweep:
             torch.cuda.empty_cache()
         return self.racers
 
-    def _round(self, number: int, act: Callable[[Racer], None]) -> None:
+    def _round(self, number: int, act: Callable[[TimedOptimizer], None]) -> None:
         """New gradients, then every racer that is still in acts on them."""
         self.workload.draw(number)
         norms = _norms(self.workload.gradients)
@@ -179,7 +179,7 @@ class Sweep:
             if not torch.equal(_norms(self.workload.gradients), norms):
                 self.workload.draw(number)  # some optimizers work in the memory of the gradients
 
-    def _attempt(self, racer: Racer, act: Callable[[Racer], None]) -> None:
+    def _attempt(self, racer: TimedOptimizer, act: Callable[[TimedOptimizer], None]) -> None:
         """Act on a racer; an exception ends its part, and its row tells the reason."""
         try:
             act(racer)
@@ -188,29 +188,29 @@ class Sweep:
         if racer.failure:
             self._advance(racer, racer.left, racer.failure)
 
-    def _advance(self, racer: Racer, steps: int, note: str) -> None:
+    def _advance(self, racer: TimedOptimizer, steps: int, note: str) -> None:
         racer.left -= steps
         self.progress.advance(steps, f"{self.workload.name}: {racer.entry} {note}")
 
-    def _build(self, racer: Racer) -> None:
+    def _build(self, racer: TimedOptimizer) -> None:
         self.workload.attach()
-        racer.optimizer = racer.entry.contender.build(self.workload, racer.entry.steps)
+        racer.optimizer = racer.entry.spec.build(self.workload, racer.entry.steps)
 
-    def _warm(self, racer: Racer, number: int) -> None:
+    def _warm(self, racer: TimedOptimizer, number: int) -> None:
         if number >= racer.warm:
             return
         before = self._samples()
-        self._step(racer, checked=number >= racer.entry.contender.slow_starts)
+        self._step(racer, checked=number >= racer.entry.spec.slow_starts)
         unmoved = {i for i, (old, new) in enumerate(zip(before, self._samples(), strict=True)) if torch.equal(old, new)}
         racer._still = unmoved if racer._still is None else racer._still & unmoved
         if number == racer.warm - 1 and racer._still:
             names = [name for group in self.workload.whole for name, _ in group["params"]]
             racer.fail(f"it does not move {names[min(racer._still)]}")
 
-    def _turn(self, racer: Racer) -> None:
+    def _turn(self, racer: TimedOptimizer) -> None:
         racer.turns.append([self._step(racer) for _ in range(racer.entry.steps)])
 
-    def _measure(self, racer: Racer) -> None:
+    def _measure(self, racer: TimedOptimizer) -> None:
         """State, and the most memory that one step takes on top."""
         held = [*self.workload.params, *self.workload.gradients]
         racer.state_bytes = held_bytes(racer.optimizer, held)
@@ -221,7 +221,7 @@ class Sweep:
             self._advance(racer, 1, "memory")
         racer.peak_bytes = max(peaks)
 
-    def _step(self, racer: Racer, checked: bool = True) -> float:
+    def _step(self, racer: TimedOptimizer, checked: bool = True) -> float:
         self.workload.attach()
         taken = seconds(_stepper(racer), self.device)
         self._advance(racer, 1, f"{taken:.3g} s")
@@ -233,7 +233,7 @@ class Sweep:
         return [param.detach().flatten()[:SAMPLE].clone() for param in self.workload.params]
 
 
-def _stepper(racer: Racer) -> Callable[[], object]:
+def _stepper(racer: TimedOptimizer) -> Callable[[], object]:
     if racer.optimizer is None:
         raise RuntimeError("it was not built")
     return racer.optimizer.step

@@ -17,11 +17,12 @@ from asgo.lab.bench.config import RootConfig, check
 from asgo.lab.bench.draw import Line, draw_roots
 from asgo.lab.bench.matrices import KINDS, Problem, cases
 from asgo.lab.bench.rows import CaseRow, RootRow
-from asgo.lab.bench.tables import Table, csv_text, machine, show, write_tables
+from asgo.lab.bench.tables import Table, machine, show, write_tables
 from asgo.lab.bench.timing import Spread, WorkProgress, pick_device, place, ratio, seconds
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, write_bytes, write_text
+from asgo.lab.tables import csv_text
 from asgo.roots import ROOTS, check_eps
 
 BASELINE = "reference"
@@ -56,7 +57,7 @@ def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
     record |= {name: [_plain(vars(row)) for row in some] for name, some in _parts(rows, breaks).items()}
     write_tables(config.out, f"`{verb}`", tables, record)
     for name, some in _parts(rows, breaks).items():
-        write_text(config.out / f"{name}.csv", csv_text(some))
+        write_text(config.out / f"{name}.csv", csv_text([vars(row) for row in some]))
     write_bytes(config.out / "plot.png", _picture(config, rows))
     console.print(f"written to {config.out}", highlight=False, soft_wrap=True)
     return rows

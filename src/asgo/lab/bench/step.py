@@ -11,13 +11,17 @@ from rich.console import Console
 
 from asgo.lab.bench.config import StepConfig, check
 from asgo.lab.bench.draw import Bar, draw_steps
-from asgo.lab.bench.optimizers import CONTENDERS, HB, compilation
-from asgo.lab.bench.race import Entry, Racer, Sweep, make_entries, sweeps, work
-from asgo.lab.bench.tables import Table, csv_text, machine, show, write_tables
+from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS, HB, compilation
+from asgo.lab.bench.race import Entry, Sweep, TimedOptimizer, make_entries, sweeps, work
+from asgo.lab.bench.tables import Table, machine, show, write_tables
 from asgo.lab.bench.timing import Spread, WorkProgress, free_bytes, pick_device, place, ratio
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.models.workloads import Workload, make_workload
+from asgo.lab.tables import csv_text
+
+Timed = tuple[TimedOptimizer, dict[str, TimedOptimizer]]
+"""An optimizer, and those of its sweep by name."""
 
 SHARE = 0.6
 """Of the free memory that states may take unless ``--memory`` says otherwise."""
@@ -29,7 +33,7 @@ class StepRow:
 
     Args:
         shapes: the workload.
-        optimizer: name of the contender.
+        optimizer: name of the spec.
         interval: steps between refreshes; None: nothing to refresh.
         package: distribution and version.
         about: what it is.
@@ -71,7 +75,7 @@ class StepRow:
         return str(Entry(self.optimizer, self.interval))
 
 
-HEAD = (
+COLUMNS = (
     "optimizer",
     "every",
     "ms per step",
@@ -87,10 +91,10 @@ HEAD = (
 
 
 def cells(row: StepRow) -> tuple[str, ...]:
-    """A row as text, in the order of `HEAD`."""
+    """A row as text, in the order of `COLUMNS`."""
     every = "-" if row.interval is None else str(row.interval)
     if row.seconds is None or row.low is None or row.high is None:
-        return (row.optimizer, every, *("-",) * (len(HEAD) - 2))
+        return (row.optimizer, every, *("-",) * (len(COLUMNS) - 2))
     return (
         row.optimizer,
         every,
@@ -130,26 +134,26 @@ def bench_step(config: StepConfig, console: Console) -> list[StepRow]:
         racers = race(workload, config, console)
         found = [_row(workload, racer, rivals) for racer, rivals in racers]
         rows += found
-        tables.append(Table(_title(workload, device, config), HEAD, tuple(map(cells, found))))
+        tables.append(Table(_title(workload, device, config), COLUMNS, tuple(map(cells, found))))
         panels[tables[-1].title] = _bars(found)
         _print(console, tables[-1], found)
         record["workloads"][name] = _describe(workload)
         record["rows"] += [vars(row) for row in found]
         record["turns"][name] = {str(racer.entry): racer.turns for racer, _ in racers}
         write_tables(config.out, f"`{verb}`", tables, record)
-        write_text(config.out / "table.csv", csv_text(rows))
+        write_text(config.out / "table.csv", csv_text([vars(row) for row in rows]))
         write_bytes(config.out / "plot.png", draw_steps(panels))
     console.print(f"written to {config.out}", highlight=False, soft_wrap=True)
     return rows
 
 
-def race(workload: Workload, config: StepConfig, console: Console) -> list[tuple[Racer, dict[str, Racer]]]:
+def race(workload: Workload, config: StepConfig, console: Console) -> list[Timed]:
     """Every optimizer on one workload, with those of its sweep by name; the anchors are those of the first sweep."""
     entries = make_entries(config.optimizers, config.intervals)
     free = SHARE * free_bytes(workload.params[0].device)
     groups = list(sweeps(entries, workload, free if config.memory is None else config.memory * 1e9))
     total = sum(work(entry, config.warm, config.repeats) for group in groups for entry in group)
-    found: dict[Entry, tuple[Racer, dict[str, Racer]]] = {}
+    found: dict[Entry, Timed] = {}
     with WorkProgress(console, "bench step", total) as progress, compilation(config.compile_peers):
         for group in groups:
             racers = Sweep(workload, group, config, progress).run()
@@ -158,10 +162,10 @@ def race(workload: Workload, config: StepConfig, console: Console) -> list[tuple
     return [found[entry] for entry in entries]
 
 
-def _row(workload: Workload, racer: Racer, rivals: Mapping[str, Racer]) -> StepRow:
-    entry, contender = racer.entry, racer.entry.contender
-    package = f"{contender.package} {contender.version or '(not installed)'}"
-    row = StepRow(workload.name, entry.name, entry.interval, package, contender.about, racer.failure)
+def _row(workload: Workload, racer: TimedOptimizer, rivals: Mapping[str, TimedOptimizer]) -> StepRow:
+    entry, spec = racer.entry, racer.entry.spec
+    package = f"{spec.package} {spec.version or '(not installed)'}"
+    row = StepRow(workload.name, entry.name, entry.interval, package, spec.about, racer.failure)
     if racer.failure:
         return row
     spread = Spread.of(racer.means)
@@ -186,7 +190,7 @@ def _row(workload: Workload, racer: Racer, rivals: Mapping[str, Racer]) -> StepR
 
 
 def _title(workload: Workload, device: torch.device, config: StepConfig) -> str:
-    compiles = any(CONTENDERS[name].package == HB for name in config.optimizers)
+    compiles = any(BENCH_OPTIMIZERS[name].package == HB for name in config.optimizers)
     note = f"; {HB} {'compiled' if config.compile_peers else 'eager'}" if compiles else ""
     matrices = sum(param.numel() for _, param in workload.matrices)
     return (
@@ -217,7 +221,7 @@ def _bars(rows: Sequence[StepRow]) -> list[Bar]:
     bars = []
     for row in rows:
         if row.seconds is not None and row.low is not None and row.high is not None:
-            family = CONTENDERS[row.optimizer].package
+            family = BENCH_OPTIMIZERS[row.optimizer].package
             middle, low, high = (1e3 * value for value in (row.seconds, row.low, row.high))
             note = _ms(row.seconds) + ("" if row.to_muon is None else f"  ({row.to_muon:.2f} x Muon)")
             family = family if family in ("asgo", "torch") else "other packages"

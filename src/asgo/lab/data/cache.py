@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from asgo.lab.errors import LabError
+from asgo.lab.files import replacing
 
 
 def cache_folder() -> Path:
@@ -24,16 +24,10 @@ def write_cached(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         LabError: if the folder cannot be written.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(path) as file:
             write(file)
-        temporary.replace(path)
     except OSError as error:
         what = f"cannot write the cache file '{path}': {error.strerror or error}"
         raise LabError(f"{what}. Set ASGO_CACHE to a folder with space that you can write.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -88,12 +88,14 @@ def inspect_advise(config: AdviceConfig, console: Console | None = None) -> Advi
         Diverged: when the loss is NaN or infinite.
     """
     console = console or Console(quiet=True)
-    pupil, curvature = _prepare(config)
+    trainer, curvature = _prepare(config)
     with LiveLine(console, "advise", config.after + config.batches) as line:
-        pupil.learn(config.after, line)
-        batches = Shown([pupil.step_batch(config.after + i) for i in range(config.batches)], line, config.after)
+        trainer.learn(config.after, line)
+        batches = ProgressBatches(
+            [trainer.step_batch(config.after + i) for i in range(config.batches)], line, config.after
+        )
         try:
-            advice = advise(pupil.raw, batches, _loss, curvature)
+            advice = advise(trainer.raw, batches, _loss, curvature)
         except (ValueError, TypeError) as error:
             raise LabError(str(error)) from error
     make_folder(config.out)
@@ -105,14 +107,14 @@ def inspect_advise(config: AdviceConfig, console: Console | None = None) -> Advi
     write_text(config.out / "table.md", f"`{words}`\n\n```text\n{advice}\n```\n\n- " + "\n- ".join(says) + "\n")
     write_text(config.out / "table.csv", tables.csv_text(rows, COLUMNS))
     write_bytes(config.out / "plot.png", draw(advice))
-    session = environment.describe(pupil.device, 1, config.after)
+    session = environment.describe(trainer.device, 1, config.after)
     results = {"command": words, "config": to_json(config), "says": says, "rows": rows, "session": session}
     write_json(config.out / "results.json", finite(results))
     _show(config, console, advice, says)
     return advice
 
 
-def _prepare(config: AdviceConfig) -> tuple[Pupil, dict[str, Any]]:
+def _prepare(config: AdviceConfig) -> tuple[WarmupTrainer, dict[str, Any]]:
     """What needs no writing, so that all that can be refused is refused first."""
     validate(config)
     shared = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
@@ -125,7 +127,7 @@ def _prepare(config: AdviceConfig) -> tuple[Pupil, dict[str, Any]]:
         raise LabError("asgo inspect advise runs in one process: start it without torchrun.")
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise LabError(f"--out {config.out} is not empty: pass another folder.")
-    return Pupil(run), _read_curvature(config.curvature)
+    return WarmupTrainer(run), _read_curvature(config.curvature)
 
 
 def _read_curvature(path: Path | None) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def _read_curvature(path: Path | None) -> dict[str, Any]:
     return found
 
 
-class Pupil(Trainer):
+class WarmupTrainer(Trainer):
     """A run that is trained a while and leaves no folder."""
 
     def learn(self, steps: int, line: LiveLine) -> None:
@@ -168,7 +170,7 @@ class Pupil(Trainer):
         return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-class Shown(Sequence[Batch]):
+class ProgressBatches(Sequence[Batch]):
     """Batches that show how far they have been taken.
 
     Args:

@@ -27,7 +27,7 @@ METRICS = {
     "failed_share": ("failed steps (share)", "linear"),
 }
 """What is drawn of a sample, its title and the scale of its axis."""
-HEAD = (
+COLUMNS = (
     "kind",
     "matrices",
     "shape",
@@ -75,7 +75,7 @@ def mean(samples: Sequence[Sample], metric: str) -> float | None:
 
 
 def cells(samples: Sequence[Sample]) -> list[list[str]]:
-    """A line for every kind at the last sampled step, in the order of `HEAD`."""
+    """A line for every kind at the last sampled step, in the order of `COLUMNS`."""
     last = [sample for sample in samples if sample.step == samples[-1].step]
     return [_line(name, own) for name, own in kinds(last).items()]
 

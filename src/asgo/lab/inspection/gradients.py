@@ -28,7 +28,7 @@ from asgo.lab.config.runs import OptimizerConfig, RunConfig, TrainConfig
 from asgo.lab.data.sampling import Batches
 from asgo.lab.errors import LabError
 from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
-from asgo.lab.inspection.gradient_tables import HEAD, Series, cells, csv_text, notes, spectra
+from asgo.lab.inspection.gradient_tables import COLUMNS, Series, cells, csv_text, notes, spectra
 from asgo.lab.models.language import shape_of, token_loss
 from asgo.lab.optimizers.registry import resolve
 from asgo.lab.training.progress import RunProgress
@@ -191,15 +191,15 @@ def _conclude(config: GradientsConfig, console: Console) -> list[Sample]:
         write_bytes(config.out / f"{name}.png", draw())
     title = f"Step {samples[-1].step}: means over layers and heads"
     words = f"`{command('asgo inspect gradients', replace(config, resume=False))}`"
-    text = "\n\n".join([words, title + ".", tables.markdown(HEAD, table), "\n".join(f"- {line}" for line in lines)])
+    text = "\n\n".join([words, title + ".", tables.markdown(COLUMNS, table), "\n".join(f"- {line}" for line in lines)])
     write_text(config.out / "table.md", text + "\n")
     _show(config.out, console, table, title, lines)
     return samples
 
 
 def _show(out: Path, console: Console, table: Sequence[Sequence[str]], title: str, lines: Sequence[str]) -> None:
-    shown = [i for i, name in enumerate(HEAD) if name not in ("matrices", "shape")]  # as wide as a terminal
-    head, rows = [HEAD[i] for i in shown], [[row[i] for i in shown] for row in table]
+    shown = [i for i, name in enumerate(COLUMNS) if name not in ("matrices", "shape")]  # as wide as a terminal
+    head, rows = [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in table]
     console.print(tables.rich_table(head, rows, title))
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

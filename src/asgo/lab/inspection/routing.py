@@ -15,6 +15,7 @@ from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import build_optimizer, state_bytes
 from asgo.lab.optimizers.rules import read_rules
+from asgo.lab.tables import text_table
 from asgo.optimizer import StructuredOptimizer
 from asgo.presets import SPAM
 from asgo.report import report
@@ -97,10 +98,3 @@ def routing_text(model: nn.Module, optimizer: Optimizer) -> str:
     ]
     table = text_table(("name", "shape", "optimizer", "lr", "weight decay"), rows)
     return f"{head}, {state_bytes(optimizer):,} bytes of state now\n\n{table}"
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, each as wide as its longest cell."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
-    return "\n".join(line.rstrip() for line in lines)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Muon, Optimizer
 
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
-from asgo.lab.inspection.routing import check_sizes, text_table
+from asgo.lab.inspection.routing import check_sizes
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
-from asgo.lab.optimizers.registry import build_optimizer, state_bytes
+from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
+from asgo.lab.tables import text_table
 from asgo.optimizer import StructuredOptimizer
 from asgo.param_groups import with_views
 from asgo.presets import SPAM
@@ -28,90 +29,6 @@ ABOUT = """\
 Memory and cost are those of a matrix of m x n, with d = m n, sides k <= o, rank r and block size s. State bytes and
 operations are those of the whole model with the optimizer's defaults, on a CPU. Operations leave out momentum, decay
 and addition to the weights, which all have. Vectors, embeddings and output head are on AdamW in all but adam-mini."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """Where a method is from, and what it takes for a matrix of ``m x n``.
-
-    Args:
-        paper: title and authors.
-        year: of its first version.
-        memory: numbers of state; ``d = m n``, k the shorter side and o the longer one, r a rank, s a block size.
-        cost: leading term of the operations of a step; a root counts by its measured or known number of products.
-    """
-
-    paper: str
-    year: int
-    memory: str
-    cost: str
-
-
-ASGO_PAPER = "ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)"
-BAG_PAPER = "Blockwise Adaptivity: Faster Training and Better Generalization in Deep Learning (Zheng, Kwok)"
-
-METHODS: dict[str, Method] = {
-    "asgo": Method(ASGO_PAPER, 2025, "d + 2 k^2 + o", "4 d k + root k^3"),
-    "asgo-paper": Method(ASGO_PAPER, 2025, "d + 2 k^2", "4 d k + root k^3"),
-    "dasgo": Method(ASGO_PAPER, 2025, "d + n", "4 d"),
-    "bag": Method(BAG_PAPER, 2019, "d + blocks", "4 d"),
-    "bagm": Method(BAG_PAPER, 2019, "d + blocks", "4 d"),
-    "adagram": Method(
-        "Dynamic Low-rank Approximation of Full-Matrix Preconditioner for Training Generalized Linear Models "
-        "(Matveeva, Katrutsa, Frolov)",
-        2025,
-        "d (2 r + 2)",
-        "16 d r^2",
-    ),
-    "one-sided-shampoo": Method(
-        "Structured Preconditioners in Adaptive Optimization: A Unified Analysis (Xie, Wang, Reddi, Kumar, Li)",
-        2025,
-        "d + 2 k^2",
-        "4 d k + root k^3",
-    ),
-    "shampoo": Method(
-        "Shampoo: Preconditioned Stochastic Tensor Optimization (Gupta, Koren, Singer)",
-        2018,
-        "d + 2 m^2 + 2 n^2",
-        "4 d (m + n) + root m^3 + n^3",
-    ),
-    "adablock": Method(
-        "AdaBlock: SGD with Practical Block Diagonal Matrix Adaptation for Deep Learning (Yun, Lozano, Yang)",
-        2019,
-        "d (1 + 2 s)",
-        "4 d s + root d s^2",
-    ),
-    "adam-mini": Method(
-        "Adam-mini: Use Fewer Learning Rates To Gain More (Zhang, Chen, Li, Ding, Wu, Kingma, Ye, Luo, Sun)",
-        2024,
-        "d + blocks",
-        "4 d",
-    ),
-    "agd": Method(
-        "AGD: an Auto-switchable Optimizer using Stepwise Gradient Difference for Preconditioning Matrix (Yue, Ye, "
-        "Jiang, Liu, Zhang)",
-        2023,
-        "3 d",
-        "8 d",
-    ),
-    "spam": Method(
-        "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training (Huang, Zhu, Jin, Liu, Wang, Liu)",
-        2025,
-        "3 d",
-        "8 d",
-    ),
-    "adamw": Method("Decoupled Weight Decay Regularization (Loshchilov, Hutter)", 2017, "2 d", "4 d"),
-    "muon": Method(
-        "Muon: An optimizer for hidden layers in neural networks (Jordan, Jin, Boza, You, Cesista, Newhouse, "
-        "Bernstein)",
-        2024,
-        "d",
-        "20 d k + 10 k^3",
-    ),
-    "sgd": Method(
-        "A method for solving the convex programming problem with convergence rate O(1/k^2) (Nesterov)", 1983, "d", "0"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -137,7 +54,7 @@ def list_optimizers(config: OptimizersConfig) -> str:
     """
     check_sizes(config.vocab_size, config.block_size)
     head = ("name", "year", "memory", "state bytes", "cost", "operations", "paper")
-    rows = [_row(name, _model(config)) for name in METHODS]
+    rows = [_row(name, _model(config)) for name in OPTIMIZERS]
     model = _model(config)
     return f"{type(model).__name__}, {count_parameters(model):,} parameters\n\n{text_table(head, rows)}\n\n{ABOUT}"
 
@@ -148,9 +65,9 @@ def _model(config: OptimizersConfig) -> nn.Module:
 
 
 def _row(name: str, model: nn.Module) -> tuple[str, ...]:
-    method, optimizer = METHODS[name], build_optimizer(model, OptimizerConfig(name=name))
+    spec, optimizer = OPTIMIZERS[name], build_optimizer(model, OptimizerConfig(name=name))
     size, work = f"{held_bytes(optimizer):,}", f"{operations(optimizer):.3g}"
-    return name, str(method.year), method.memory, size, method.cost, work, method.paper
+    return name, str(spec.year), spec.memory, size, spec.cost, work, spec.paper
 
 
 def held_bytes(optimizer: Optimizer) -> int:

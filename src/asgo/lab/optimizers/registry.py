@@ -2,6 +2,8 @@
 
 All of them share one routing (`asgo.views.route.route`): the named optimizer has the hidden matrices, AdamW has
 embeddings, vectors and the output head. Peers are torch's own classes, not copies. A row's ``lr`` is the
+All of them share one routing (`asgo.routing.route`): the named optimizer has the hidden matrices, AdamW has
+embeddings, vectors and the output head. Those of torch are torch's own classes, not copies. A row's ``lr`` is the
 default of ``--optimizer.lr``.
 """
 
@@ -18,134 +20,248 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from asgo.lab.config.runs import OptimizerConfig
 from asgo.lab.errors import LabError
-from asgo.lab.optimizers.composite import Composite
-from asgo.lab.optimizers.rules import read_rules
+from asgo.lab.optimizers.factories import Factory, adam_mini, adamw, beside_adamw, by_route, spam, spam_adamw
 from asgo.optimizer import StructuredOptimizer
-from asgo.param_groups import with_views
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-from asgo.views.route import route
 
-Named = list[tuple[str, nn.Parameter]]
-Build = Callable[[nn.Module, dict[str, Any], float], Optimizer]
+ASGO_PAPER = "ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)"
+BAG_PAPER = "Blockwise Adaptivity: Faster Training and Better Generalization in Deep Learning (Zheng, Kwok)"
 
-_ADAMW_BETAS = (0.9, 0.95)
 _ROUTING = frozenset({"per_head", "rules"})
 _OWN_FLAGS = {"self", "params", "lr", "betas", "weight_decay"}
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One row of `PEERS`.
+class OptimizerSpec:
+    """One row of `OPTIMIZERS`.
 
     Args:
+        about: what has the hidden matrices, as markdown.
         build: makes the optimizer from a model, the constructor's arguments and AdamW's learning rate.
         constructor: the callable that the arguments go to; its signature says which options exist.
         lr: default peak learning rate of the hidden matrices.
         adamw_lr: default for everything else; None: the same as lr.
         weight_decay: default decoupled decay of the hidden matrices.
+        paper: title and authors.
+        year: of its first version.
+        memory: numbers of state; ``d = m n``, k the shorter side and o the longer one, r a rank, s a block size.
+        cost: leading term of the operations of a step; a root counts by its measured or known number of products.
         routing: further options, which go to `asgo.route`.
     """
 
-    build: Build
+    about: str
+    build: Factory
     constructor: Callable[..., Optimizer]
     lr: float
     adamw_lr: float | None
     weight_decay: float
+    paper: str
+    year: int
+    memory: str
+    cost: str
     routing: frozenset[str] = frozenset()
-
-
-def split(model: nn.Module) -> tuple[Named, Named]:
-    """The named hidden matrices of a model, and everything else, by the routing that ASGO uses."""
-    groups = route(model)
-    pairs = [pair for group in groups for pair in with_views(group)]
-    return [named for named, view in pairs if view is not None], [named for named, view in pairs if view is None]
-
-
-def _asgo(constructor: Callable[..., Optimizer]) -> Build:
-    def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-        rules = read_rules(arguments.pop("rules", None))
-        groups = route(model, rules, arguments.pop("per_head", False))
-        for group in groups:
-            if not any(group["views"]):
-                group["lr"] = adamw_lr
-        return constructor(groups, **arguments)
-
-    return build
-
-
-def _adamw(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-    matrices, rest = split(model)
-    groups = [{"params": matrices}, {"params": rest, "lr": adamw_lr, "weight_decay": 0.0}]
-    defaults = {"betas": _ADAMW_BETAS, "fused": _fused(rest)}
-    return AdamW([group for group in groups if group["params"]], **(defaults | arguments))
-
-
-def _beside_adamw(constructor: Callable[..., Optimizer], defaults: dict[str, Any]) -> Build:
-    def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-        matrices, rest = split(model)
-        vectors = {"lr": adamw_lr, "betas": _ADAMW_BETAS, "weight_decay": 0.0, "fused": _fused(rest)}
-        parts = [(constructor, matrices, defaults | arguments), (AdamW, rest, vectors)]
-        return Composite([make(named, **settings) for make, named, settings in parts if named])
-
-    return build
-
-
-def _adam_mini(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-    groups = AdamMini.groups(model)
-    for group in groups:
-        if group["name"] == "rows":
-            group["lr"] = adamw_lr
-    return AdamMini(groups, **arguments)
-
-
-def _spam(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
-    matrices, rest = split(model)
-    groups = [{"params": matrices}, {"params": rest, "lr": adamw_lr, "weight_decay": 0.0}]
-    return _spam_adamw([group for group in groups if group["params"]], **arguments)
-
-
-def _spam_adamw(
-    params: list[dict[str, Any]],
-    lr: float,
-    betas: tuple[float, float] = _ADAMW_BETAS,
-    weight_decay: float = 0.1,
-    threshold: float = 5000.0,
-    interval: int = 500,
-    warmup: int = 150,
-) -> SPAM:
-    """SPAM as in its paper, around AdamW: groups without a view."""
-    adamw = {"view": None, "lr": lr, "betas": betas, "weight_decay": weight_decay}
-    return SPAM(ASGO([{**adamw, **group} for group in params]), threshold, interval, warmup)
-
-
-def _fused(named: Named) -> bool:
-    return all(p.device.type in ("cpu", "cuda") for _, p in named)
 
 
 # The learning rates of asgo, adamw and muon are those of the recorded search in benchmarks/shakespeare. Those of dasgo
 # to agd are starting points: the best of three to eight on the tiny model, 250 steps of one seed, not recorded.
-PEERS: dict[str, Peer] = {
-    "asgo": Peer(_asgo(ASGO), ASGO, 1.4e-2, None, 0.1, _ROUTING),
-    "asgo-paper": Peer(_asgo(ASGO.paper), ASGO.paper, 1e-2, None, 0.1, _ROUTING),
-    "dasgo": Peer(_asgo(DASGO), DASGO, 5e-3, None, 0.1, _ROUTING),
-    "bag": Peer(_asgo(BAG), BAG, 1e-2, 5e-3, 0.0, _ROUTING),
-    "bagm": Peer(_asgo(BAGM), BAGM, 5e-3, None, 0.1, _ROUTING),
-    "adagram": Peer(_asgo(AdaGram), AdaGram, 3e-1, 5e-3, 0.0, _ROUTING),
-    "one-sided-shampoo": Peer(_asgo(OneSidedShampoo), OneSidedShampoo, 5e-2, 5e-3, 0.0, _ROUTING),
-    "shampoo": Peer(_asgo(Shampoo), Shampoo, 1.0, 5e-3, 0.0, _ROUTING),
-    "adablock": Peer(_asgo(AdaBlock), AdaBlock, 1e-2, None, 0.1, _ROUTING),
-    "adam-mini": Peer(_adam_mini, AdamMini, 7e-3, None, 0.1),
-    "agd": Peer(_asgo(AGD), AGD, 6e-4, 5e-3, 0.1, _ROUTING),
-    "spam": Peer(_spam, _spam_adamw, 5.7e-3, None, 0.1),
-    "adamw": Peer(_adamw, AdamW, 5.7e-3, None, 0.1),
-    "muon": Peer(
-        _beside_adamw(Muon, {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}),
-        Muon,
-        2e-2,
-        None,
-        0.1,
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "asgo": OptimizerSpec(
+        "`ASGO`, this library's defaults",
+        by_route(ASGO),
+        ASGO,
+        lr=1.4e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=ASGO_PAPER,
+        year=2025,
+        memory="d + 2 k^2 + o",
+        cost="4 d k + root k^3",
     ),
-    "sgd": Peer(_beside_adamw(SGD, {"momentum": 0.9, "nesterov": True}), SGD, 1e-1, 3e-3, 0.0),
+    "asgo-paper": OptimizerSpec(
+        "`ASGO.paper`",
+        by_route(ASGO.paper),
+        ASGO.paper,
+        lr=1e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=ASGO_PAPER,
+        year=2025,
+        memory="d + 2 k^2",
+        cost="4 d k + root k^3",
+    ),
+    "dasgo": OptimizerSpec(
+        "`DASGO`",
+        by_route(DASGO),
+        DASGO,
+        lr=5e-3,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=ASGO_PAPER,
+        year=2025,
+        memory="d + n",
+        cost="4 d",
+    ),
+    "bag": OptimizerSpec(
+        "`BAG`",
+        by_route(BAG),
+        BAG,
+        lr=1e-2,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        paper=BAG_PAPER,
+        year=2019,
+        memory="d + blocks",
+        cost="4 d",
+    ),
+    "bagm": OptimizerSpec(
+        "`BAGM`",
+        by_route(BAGM),
+        BAGM,
+        lr=5e-3,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=BAG_PAPER,
+        year=2019,
+        memory="d + blocks",
+        cost="4 d",
+    ),
+    "adagram": OptimizerSpec(
+        "`AdaGram`",
+        by_route(AdaGram),
+        AdaGram,
+        lr=3e-1,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        paper=(
+            "Dynamic Low-rank Approximation of Full-Matrix Preconditioner for Training Generalized Linear "
+            "Models (Matveeva, Katrutsa, Frolov)"
+        ),
+        year=2025,
+        memory="d (2 r + 2)",
+        cost="16 d r^2",
+    ),
+    "one-sided-shampoo": OptimizerSpec(
+        "`OneSidedShampoo`",
+        by_route(OneSidedShampoo),
+        OneSidedShampoo,
+        lr=5e-2,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        paper=("Structured Preconditioners in Adaptive Optimization: A Unified Analysis (Xie, Wang, Reddi, Kumar, Li)"),
+        year=2025,
+        memory="d + 2 k^2",
+        cost="4 d k + root k^3",
+    ),
+    "shampoo": OptimizerSpec(
+        "`Shampoo`",
+        by_route(Shampoo),
+        Shampoo,
+        lr=1.0,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        paper="Shampoo: Preconditioned Stochastic Tensor Optimization (Gupta, Koren, Singer)",
+        year=2018,
+        memory="d + 2 m^2 + 2 n^2",
+        cost="4 d (m + n) + root m^3 + n^3",
+    ),
+    "adablock": OptimizerSpec(
+        "`AdaBlock`",
+        by_route(AdaBlock),
+        AdaBlock,
+        lr=1e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=("AdaBlock: SGD with Practical Block Diagonal Matrix Adaptation for Deep Learning (Yun, Lozano, Yang)"),
+        year=2019,
+        memory="d (1 + 2 s)",
+        cost="4 d s + root d s^2",
+    ),
+    "adam-mini": OptimizerSpec(
+        "`AdamMini`, of everything",
+        adam_mini,
+        AdamMini,
+        lr=7e-3,
+        adamw_lr=None,
+        weight_decay=0.1,
+        paper="Adam-mini: Use Fewer Learning Rates To Gain More (Zhang, Chen, Li, Ding, Wu, Kingma, Ye, Luo, Sun)",
+        year=2024,
+        memory="d + blocks",
+        cost="4 d",
+    ),
+    "agd": OptimizerSpec(
+        "`AGD`",
+        by_route(AGD),
+        AGD,
+        lr=6e-4,
+        adamw_lr=5e-3,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=(
+            "AGD: an Auto-switchable Optimizer using Stepwise Gradient Difference for Preconditioning Matrix"
+            " (Yue, Ye, Jiang, Liu, Zhang)"
+        ),
+        year=2023,
+        memory="3 d",
+        cost="8 d",
+    ),
+    "spam": OptimizerSpec(
+        "`SPAM` around AdamW",
+        spam,
+        spam_adamw,
+        lr=5.7e-3,
+        adamw_lr=None,
+        weight_decay=0.1,
+        paper=("SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training (Huang, Zhu, Jin, Liu, Wang, Liu)"),
+        year=2025,
+        memory="3 d",
+        cost="8 d",
+    ),
+    "adamw": OptimizerSpec(
+        "`torch.optim.AdamW`",
+        adamw,
+        AdamW,
+        lr=5.7e-3,
+        adamw_lr=None,
+        weight_decay=0.1,
+        paper="Decoupled Weight Decay Regularization (Loshchilov, Hutter)",
+        year=2017,
+        memory="2 d",
+        cost="4 d",
+    ),
+    "muon": OptimizerSpec(
+        "`torch.optim.Muon`",
+        beside_adamw(Muon, {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}),
+        Muon,
+        lr=2e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        paper="Muon: An optimizer for hidden layers in neural networks (Jordan, Jin, Boza, You, Cesista, Newhouse, "
+        "Bernstein)",
+        year=2024,
+        memory="d",
+        cost="20 d k + 10 k^3",
+    ),
+    "sgd": OptimizerSpec(
+        "`torch.optim.SGD` with Nesterov momentum",
+        beside_adamw(SGD, {"momentum": 0.9, "nesterov": True}),
+        SGD,
+        lr=1e-1,
+        adamw_lr=3e-3,
+        weight_decay=0.0,
+        paper="A method for solving the convex programming problem with convergence rate O(1/k^2) (Nesterov)",
+        year=1983,
+        memory="d",
+        cost="0",
+    ),
 }
 
 
@@ -155,12 +271,12 @@ def resolve(config: OptimizerConfig) -> OptimizerConfig:
     Raises:
         LabError: for an optimizer that does not exist.
     """
-    if config.name not in PEERS:
-        raise LabError(f"optimizer {config.name!r} does not exist: choose from {', '.join(PEERS)}.")
-    peer = PEERS[config.name]
-    lr = peer.lr if config.lr is None else config.lr
-    adamw_lr = (lr if peer.adamw_lr is None else peer.adamw_lr) if config.adamw_lr is None else config.adamw_lr
-    weight_decay = peer.weight_decay if config.weight_decay is None else config.weight_decay
+    if config.name not in OPTIMIZERS:
+        raise LabError(f"optimizer {config.name!r} does not exist: choose from {', '.join(OPTIMIZERS)}.")
+    spec = OPTIMIZERS[config.name]
+    lr = spec.lr if config.lr is None else config.lr
+    adamw_lr = (lr if spec.adamw_lr is None else spec.adamw_lr) if config.adamw_lr is None else config.adamw_lr
+    weight_decay = spec.weight_decay if config.weight_decay is None else config.weight_decay
     return replace(config, lr=lr, adamw_lr=adamw_lr, weight_decay=weight_decay)
 
 
@@ -177,7 +293,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.betas is not None:
         arguments["betas"] = tuple(config.betas)
     try:
-        return PEERS[config.name].build(model, arguments, float(config.adamw_lr or 0.0))
+        return OPTIMIZERS[config.name].build(model, arguments, float(config.adamw_lr or 0.0))
     except (ValueError, TypeError) as error:
         raise LabError(f"optimizer {config.name}: {error}") from error
 
@@ -206,7 +322,7 @@ def parse_options(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def _takes(name: str) -> set[str]:
-    return set(inspect.signature(PEERS[name].constructor).parameters) | PEERS[name].routing
+    return set(inspect.signature(OPTIMIZERS[name].constructor).parameters) | OPTIMIZERS[name].routing
 
 
 def _value(text: str) -> Any:

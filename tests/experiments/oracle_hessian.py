@@ -1,4 +1,4 @@
-"""What the estimates of `asgo.diagnostics.hessian` are estimates of, from a dense matrix."""
+"""What the estimates of `experiments.hessian.estimates` are estimates of, from a dense matrix."""
 
 import numpy as np
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgo.diagnostics.hessian import (
+from experiments.hessian.estimates import (
     Exact,
     Probed,
     jackknife,

@@ -1,0 +1,70 @@
+"""The tables of the pages that follow from the code: ``python docs/tables.py`` writes them between their markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS
+from asgo.lab.models.architectures import PRESETS
+from asgo.lab.optimizers.registry import OPTIMIZERS
+
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
+INTERVALS = {"all": "each of `--intervals`", "first": "the first of them", "every": "every step", "none": "-"}
+
+
+def presets() -> str:
+    """The shapes of ``--model.preset``."""
+    columns = ("`--model.preset`", "family", "layers", "heads", "key heads", "width", "tied head")
+    rows = (
+        (f"`{name}`", s.family, s.layers, s.heads, s.kv_heads, s.width, "yes" if s.tie_embeddings else "no")
+        for name, s in PRESETS.items()
+    )
+    return table(columns, rows)
+
+
+def optimizers() -> str:
+    """The optimizers that can be trained, with their defaults."""
+    columns = ("name", "hidden matrices", "`lr`", "rest: AdamW `lr`", "weight decay")
+    rows = (
+        (f"`{name}`", s.about, s.lr, "the same as `lr`" if s.adamw_lr is None else s.adamw_lr, s.weight_decay)
+        for name, s in OPTIMIZERS.items()
+    )
+    return table(columns, rows)
+
+
+def bench_optimizers() -> str:
+    """What ``asgo bench step`` can time."""
+    columns = ("`--optimizers`", "from", "what it does to a matrix", "interval")
+    rows = ((f"`{name}`", f"`{s.package}`", s.about, INTERVALS[s.intervals]) for name, s in BENCH_OPTIMIZERS.items())
+    return table(columns, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets,
+    "optimizers": optimizers,
+    "bench-optimizers": bench_optimizers,
+}
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows as a markdown table, all to the left."""
+    lines = [columns, ["---"] * len(columns), *([str(cell) for cell in row] for row in rows)]
+    return (
+        "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| --- ", "|---").replace("--- |", "---|")
+    )
+
+
+def render(page: str) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        KeyError: for a marker of a table that does not exist.
+    """
+    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
+
+
+if __name__ == "__main__":
+    for path in sorted(Path(__file__).parent.glob("*.md")):
+        path.write_text(render(path.read_text()))
