@@ -13,8 +13,8 @@ from pathlib import Path
 HEAD = """# `python benchmarks/square_root/summary.py benchmarks/square_root/losses.jsonl`
 
 A character GPT of 4 layers and width 128, 300 steps of 8 x 128 characters, loss on 65,536 held-out characters. "exact"
-is float64 with eps 1e-6. Differences are paired by seed; with one seed they say little, see "exact 4.7e-6", which differs
-from "exact" in the damping alone.
+is float64 with eps 1e-6. Differences are paired by seed; with one seed they say little, see "exact 4.7e-6", which
+differs from "exact" in the damping alone.
 
 | statistic | b2 | form | seeds | loss | minus exact, mean | by seed |
 |---|---:|---|---:|---:|---:|---|"""
