@@ -7,6 +7,7 @@ from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini,
 PRESETS = {
     "ours": lambda params, **options: ASGO(params, **{"lr": 0.02, **options}),
     "ours, packed": lambda params, **options: ASGO(params, **{"lr": 0.02, "packed_state": True, **options}),
+    "ours, square root": lambda params, **options: ASGO(params, **{"lr": 0.02, "root": "square_root", **options}),
     "paper": lambda params, **options: ASGO.paper(params, **{"lr": 0.02, **options}),
     "theory": lambda params, **options: ASGO.theory(params, **{"lr": 0.1, **options}),
     "reference": lambda params, **options: ASGO.reference(params, **{"lr": 0.02, **options}),

@@ -178,7 +178,18 @@ def test_one_step_loop():
 
 def test_constructors_are_short():
     """Nine hyperparameters and where the update's size comes from; the keyword arguments say how, not what."""
-    execution = {"self", "params", "root", "maximize", "capturable", "packed_state", "max_size", "rounding", "adamw"}
+    execution = {
+        "self",
+        "params",
+        "root",
+        "maximize",
+        "capturable",
+        "packed_state",
+        "max_size",
+        "rounding",
+        "adamw",
+        "precision",
+    }
     for module in CORE:
         for f in module.functions if module.room == "presets" else ():
             if f.name == "__init__":

@@ -521,6 +521,34 @@ def test_states_of_earlier_versions_load():
     run(twin, [net.a.weight, net.b.weight])
 
 
+@pytest.mark.parametrize("view", [MATRIX, View("m n -> 1 m n", split=(4, 4))], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_states_with_a_gram_and_with_its_square_root_load_into_each_other(view, packed):
+    def made(**options):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(8, 12, dtype=torch.float64))
+        return param, ASGO([{"params": [("w", param)], "view": view}], eps=1e-12, betas=(0.9, 0.8), **options)
+
+    forms = {"exact": {"root": "eigh", "packed_state": packed}, "square root": {"root": "square_root"}}
+    for first, second in (("exact", "square root"), ("square root", "exact")):
+        param, optimizer = made(**forms[first])
+        run(optimizer, [param], 14)
+        for load in (
+            lambda o, old: o.load_state_dict(copy.deepcopy(old.state_dict())),
+            lambda o, old: checkpoint.load_named_state_dict(o, checkpoint.named_state_dict(old)),
+        ):
+            twin, other = made(**forms[second])
+            load(other, optimizer)
+            assert all(other.param_groups[0][key] == value for key, value in forms[second].items())
+            with torch.no_grad():
+                twin.copy_(param)
+            run(other, [twin], 3, 14)
+            going_on = copy.deepcopy(optimizer)
+            (same_param,) = going_on.param_groups[0]["params"]
+            run(going_on, [same_param], 3, 14)
+            torch.testing.assert_close(twin, same_param, rtol=1e-5, atol=1e-6)
+
+
 # ---- which parameters are matrices -----------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from asgo import polar
 from asgo.polar import PLANS, Plan, polar_and_root
 from asgo.structures import OneSided, SquareRoot
-from asgo.structures.square_root import from_gram, to_gram
+from asgo.structures.one_sided import to_gram
+from asgo.structures.square_root import from_gram
 from oracle import power
 
 PRECISIONS = list(PLANS)

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from asgo.distributed.state import assign
 from asgo.loading import Saved, check_saved, completed
 from asgo.optimizer import StructuredOptimizer
-from asgo.param_groups import views_of
-from asgo.settings import OF_MEMBERS
+from asgo.param_groups import hyperparameters_of, views_of
 from asgo.views import View
 
 FORMAT = 1
@@ -73,10 +72,11 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
     saved_views = {name: view for group in saved["groups"] for name, view in _views_of_saved(group)}
     found = {param: Saved(saved["state"][name], saved_views.get(name, ...)) for name, param in named.items()}
     added = optimizer.added_keys() if isinstance(optimizer, StructuredOptimizer) else {}
+    found = optimizer.converted(found) if isinstance(optimizer, StructuredOptimizer) else found
     check_saved(optimizer, found, {param: own[name] for name, param in named.items()}, views, added)
     with torch.no_grad():
-        for name, state in own.items():
-            assign(state, completed(saved["state"][name], state, added))
+        for name, param in named.items():
+            assign(own[name], completed(found[param].state, own[name], added))
     take_hyperparameters(optimizer, saved["groups"])
 
 
@@ -85,7 +85,7 @@ def take_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any
     hyperparameters = {frozenset(group["params"]): group for group in groups}
     for group in optimizer.param_groups:
         same = hyperparameters.get(frozenset(group["param_names"]), {})
-        group.update({key: value for key, value in same.items() if key not in OF_MEMBERS})
+        group.update(hyperparameters_of(same, group))
 
 
 def _views_of_saved(group: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -219,6 +219,17 @@ class GroupedOptimizer(Optimizer, ABC):
             found |= self.structure(group).added
         return found
 
+    def converted(self, saved: Mapping[Tensor, loading.Saved]) -> dict[Tensor, loading.Saved]:
+        """Saved states in the forms that the structures of this optimizer keep, where they know others."""
+        found = dict(saved)
+        for group in self.param_groups:
+            structure = self.structure(group)
+            for param in group["params"]:
+                if self._members.views[param] is not None and param in saved:
+                    state = loading.converted(saved[param].state, structure, group["eps"])
+                    found[param] = loading.Saved(state, saved[param].view)
+        return found
+
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, keeping the precision of the state (torch alone would cast fp32 statistics
@@ -235,7 +246,7 @@ class GroupedOptimizer(Optimizer, ABC):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         own = self.export_state()
-        saved = loading.saved_by_param(self, state_dict)
+        saved = self.converted(loading.saved_by_param(self, state_dict))
         added = self.added_keys()
         loading.check_saved(self, saved, own, self._members.views, added)
         with torch.no_grad():
@@ -243,7 +254,7 @@ class GroupedOptimizer(Optimizer, ABC):
                 assign(own[param], loading.completed(found.state, own[param], added))
                 self.state[param].update(deepcopy(loading.foreign(found.state)))
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group |= {key: deepcopy(value) for key, value in old.items() if key not in settings.OF_MEMBERS}
+            group.update(deepcopy(param_groups.hyperparameters_of(old, group)))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from asgo._types import State
 from asgo.param_groups import names_of, names_of_group
+from asgo.structures import Structure
 from asgo.triangles import rectangle
 from asgo.views import View
 
@@ -26,6 +28,7 @@ STATE_KEYS = frozenset(
             "root",
             "cross",
             "cross_weight",
+            "sqrt",
             "left",
             "left_root",
             "right",
@@ -144,6 +147,24 @@ def check_tensors(
                 f"{who}: the saved state of {name!r} has {_shape(got)} under {key!r}, this optimizer {_shape(wanted)}."
                 f" {_remedy(got or (), wanted or ())}"
             )
+
+
+def converted(saved: Mapping[str, Any], structure: Structure, eps: float) -> Mapping[str, Any]:
+    """A saved state in the form that a structure keeps, part by part; a sharded one stays as it is."""
+    if any(isinstance(value, DTensor) for value in saved.values()):
+        return saved
+    parts: dict[str, State] = {}
+    rest: dict[str, Any] = {}
+    for key, value in saved.items():
+        base, _, part = key.partition(".")
+        if is_own(key) and base not in ("step", "spike_sq", "residual"):
+            parts.setdefault(part, {})[base] = value
+        else:
+            rest[key] = value
+    found = {part: structure.converted(state, eps) for part, state in parts.items()}
+    return rest | {
+        base + (f".{part}" if part else ""): value for part, state in found.items() for base, value in state.items()
+    }
 
 
 def is_own(key: str) -> bool:

@@ -23,7 +23,7 @@ from asgo.matmul import exact_matmul
 from asgo.scaling import SCALINGS
 from asgo.settings import adamw_of, learning_rate
 from asgo.state import check_shape, follow
-from asgo.structures import Structure
+from asgo.structures import OneCall, Structure
 
 WARM_STEPS = 10
 """The first steps refresh every root whatever the interval: the statistic changes fastest there."""
@@ -113,38 +113,66 @@ class StructuredOptimizer(GroupedOptimizer):
         yield from pause(bucket.gather())
         direction, update, lr = None, None, learning_rate(group)
         if bucket.members:
-            direction = yield from self._learn(bucket, group, structure, due)
+            direction, seen = yield from self._directions(bucket, group)
+            if isinstance(structure, OneCall):
+                update = yield from self._in_one_call(bucket, group, structure, direction, seen)
+            else:
+                yield from self._learn(bucket, group, structure, seen, due)
         yield from pause(bucket.share(due, structure.derived))
         if direction is not None:
-            with exact_matmul(direction.device):
-                update = bucket.precondition(structure, direction)
+            if update is None:
+                with exact_matmul(direction.device):
+                    update = bucket.precondition(structure, direction)
             size = SCALINGS[group["adjust_lr"]](update, bucket) * -lr
+            # A structure may give back the direction, and that may be the momentum itself: it must not change.
             update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
         yield from pause(bucket.add(update, 1 - lr * group["weight_decay"], group["rounding"]))
 
-    def _learn(
-        self, bucket: Bucket, group: dict[str, Any], structure: Structure, due: Callable[[Member], bool]
-    ) -> Generator[None, None, Stack]:
-        """Momentum, measure, fold and refresh; what to precondition."""
-        (beta1, beta2), memory, momentum = group["betas"], bucket.memory, bucket.state["exp_avg"]
+    def _directions(self, bucket: Bucket, group: dict[str, Any]) -> Generator[None, None, tuple[Stack, Stack]]:
+        """Momentum: what to precondition, and what enters the statistic."""
+        beta1, momentum = group["betas"][0], bucket.state["exp_avg"]
         grad = bucket.gradients()
         norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
         yield from pause(bucket.join(norm))
         moved = norm.isfinite() & (norm > 0)
         grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
-        memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]
+        bucket.memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]
 
         blend(momentum, grad, 1 - beta1, moved)
         direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
         direction = choose(moved, direction, 0.0)
+        return direction, direction if group["statistic"] == "momentum" else grad
 
-        with exact_matmul(grad.device):
-            measurement = structure.measure(direction if group["statistic"] == "momentum" else grad)
+    def _learn(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        structure: Structure,
+        seen: Stack,
+        due: Callable[[Member], bool],
+    ) -> Iterator[None]:
+        """Take what was seen into the statistic, and refresh the roots that are due."""
+        with exact_matmul(seen.device):
+            measurement = structure.measure(seen)
         yield from pause(bucket.sum(measurement))
-        with exact_matmul(grad.device):
-            structure.fold(memory, measurement[bucket.own], beta2)
-            bucket.ladder.refresh(structure, memory, bucket.rows(due), group["root"], group["eps"])
-        return direction
+        with exact_matmul(seen.device):
+            structure.fold(bucket.memory, measurement[bucket.own], group["betas"][1])
+            bucket.ladder.refresh(structure, bucket.memory, bucket.rows(due), group["root"], group["eps"])
+
+    def _in_one_call(
+        self, bucket: Bucket, group: dict[str, Any], structure: OneCall, direction: Stack, seen: Stack
+    ) -> Generator[None, None, Stack]:
+        """The preconditioned direction of a structure that has no root beside it."""
+        beta2 = group["betas"][1]
+        if bucket.placement.kind == "summed":
+            with exact_matmul(seen.device):
+                measurement = structure.measure(seen)
+            yield from pause(bucket.sum(measurement))
+            update, ok = structure.update_from(bucket.memory, direction, measurement, beta2, bucket.whole)
+        else:
+            update, ok = structure.update(bucket.memory, direction, seen, beta2)
+        bucket.memory["failures"] += ~ok
+        return update
 
     def _is_due(self, group: dict[str, Any], member: Member) -> bool:
         interval = group["precondition_frequency"]

@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from asgo.views import View
 
+OF_MEMBERS = frozenset({"params", "param_names", "view", "views", "name"})
+"""Keys of a group that say which parameters it has, and how each is read."""
+
 
 def check_ordered(params: Any) -> None:
     """Raise `TypeError` for a set, whose order differs from run to run."""
@@ -52,6 +55,14 @@ def given_views(who: str, group: Mapping[str, Any], count: int) -> list[View | N
             raise ValueError(f"{who}: a group has {count} parameters and {len(views)} views; pass one for each.")
         return views
     return [View.of(group["view"])] * count if "view" in group else None
+
+
+def hyperparameters_of(old: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group takes from a saved one: all but its members, and but the form of the state where that differs."""
+    own = set(OF_MEMBERS)
+    if "square_root" in (old.get("root"), group.get("root")) and old.get("root") != group.get("root"):
+        own |= {"root", "precision", "packed_state"}
+    return {key: value for key, value in old.items() if key not in own}
 
 
 def views_of(group: Mapping[str, Any]) -> list[View | None]:

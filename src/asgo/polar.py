@@ -88,6 +88,8 @@ class Plan:
 
     def products(self, k: int, n: int) -> float:
         """Cost of the factor of a ``k x n`` matrix, in products of ``2 k^3`` operations each."""
+        if k == 0:
+            return 0.0
         inner = sum((len(step) - 1) // 2 for step in self.steps)
         plain = len(self.steps) - self.gram
         return 2 * n / k * (plain + (self.gram > 0)) + inner + 3 * max(self.gram - 1, 0)

@@ -86,7 +86,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
             shapes = view.shapes(param.shape)
             structure = optimizer.structure(group)
             cubes = sum(b * structure.cost(m, n) for b, m, n in shapes)
-            flops = 2 * products(group["root"], group["eps"], "cpu" if param.is_meta else param.device) * cubes
+            flops = 2 * _products(group, param) * cubes
             matrices = " + ".join("x".join(map(str, shape)) for shape in shapes)
             kept = _remembered(structure, optimizer.state[param])
             rows.append(Row(name, tuple(param.shape), str(view), matrices, kept, size, flops))
@@ -112,6 +112,13 @@ def state_bytes(
     shapes = [{**group, "params": [_on_paper(member) for member in group["params"]]} for group in groups]
     held = [tensor for state in optimizer(shapes).state.values() for tensor in state.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _products(group: Mapping[str, Any], param: Tensor) -> float:
+    """Products of ``k^3`` multiplications that a root takes; those of "square_root" are in its structure's cost."""
+    if group["root"] == "square_root":
+        return 1.0
+    return products(group["root"], group["eps"], "cpu" if param.is_meta else param.device)
 
 
 def _is_above(limit: int | None, param: Tensor) -> bool:

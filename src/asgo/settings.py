@@ -37,9 +37,6 @@ LOOP: dict[str, Any] = {
 OF_EVERY_GROUP = frozenset({"params", "param_names", "view", "views", "name", "adamw"})
 """Keys that a group may have whatever the optimizer."""
 
-OF_MEMBERS = frozenset({"params", "param_names", "view", "views", "name"})
-"""Keys of a group that say which parameters it has, and how each is read."""
-
 LIKE = 0.84
 """How alike (`difflib`) an unknown key must be to a known one to be taken for a misspelling of it."""
 
@@ -85,7 +82,8 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cross_normalize": _one_of(True, False),
     "side": _one_of("auto", "left", "right"),
     "adjust_lr": _one_of(*SCALINGS),
-    "root": _one_of(*ROOTS),
+    "root": _one_of(*ROOTS, "square_root"),
+    "precision": _one_of("auto", "bf16", "fp16", "fp32"),
     "maximize": _one_of(True, False),
     "capturable": _one_of(True, False),
     "packed_state": _one_of(True, False),
@@ -230,6 +228,11 @@ def _check_together(who: str, values: Mapping[str, Any]) -> None:
         check_eps(values["root"], values["eps"])
     except ValueError as error:
         raise ValueError(f"{who}: {error}.") from None
+    if values["root"] == "square_root" and values["precondition_frequency"] != 1:
+        raise ValueError(
+            f"{who}: root 'square_root' got precondition_frequency={values['precondition_frequency']}; its root is "
+            "part of every update. Pass precondition_frequency=1, or another root."
+        )
     if values["capturable"] and values["precondition_frequency"] != 1:
         raise ValueError(
             f"{who}: capturable got precondition_frequency={values['precondition_frequency']}; a captured graph does "

@@ -74,14 +74,14 @@ def follow(state: State, param: Tensor, group: Mapping[str, Any], view: View | N
 
     Models move, are cast and change their memory format after construction.
     """
-    dtype = state_dtype(param)
+    dtype, before = state_dtype(param), state["exp_avg"].dtype
     for key, tensor in state.items() if _is_elsewhere(state, param, dtype) else ():
         if not is_own(key):
             continue
         if key == "step":
             state[key] = tensor.to(_device_of_step(param, group, view), torch.float32)
         else:
-            state[key] = tensor.to(param.device, dtype if tensor.is_floating_point() else tensor.dtype)
+            state[key] = tensor.to(param.device, dtype if tensor.dtype == before else tensor.dtype)
     held = local(param.detach())
     if "residual" not in state:
         state |= _residual(param, placement, group)

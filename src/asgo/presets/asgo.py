@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer import StructuredOptimizer
 from asgo.rounding import Rounding
-from asgo.structures import OneSided, Structure, limit_of, packed_if
+from asgo.structures import OneSided, SquareRoot, Structure, limit_of, packed_if
 
 
 class ASGO(StructuredOptimizer):
@@ -54,6 +54,9 @@ class ASGO(StructuredOptimizer):
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
         root: one of `asgo.roots.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
+            ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less, and takes
+            matrix products in half precision alone, see `asgo.structures.SquareRoot`; ``eps`` is not asked then, and
+            there is no `precondition_frequency`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
@@ -64,6 +67,9 @@ class ASGO(StructuredOptimizer):
         max_size: a parameter that has a matrix whose shorter side is above this is AdamW's, with a warning and a line
             of `asgo.report`: its statistic and root would take ``8 k^2`` bytes and ``k^3`` work. None: no limit. No
             layer of published models up to 405B parameters has a shorter side above 16,384.
+
+        precision: of the products of root ``"square_root"``; ``"auto"`` is float16 on CUDA, bfloat16 on CPUs with units
+            for it, else float32, which the gradient statistic takes on every CPU.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -93,6 +99,7 @@ class ASGO(StructuredOptimizer):
         capturable: bool = False,
         packed_state: bool = False,
         max_size: int | None = 16384,
+        precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -111,6 +118,7 @@ class ASGO(StructuredOptimizer):
             "capturable": capturable,
             "packed_state": packed_state,
             "max_size": max_size,
+            "precision": precision,
         }
         super().__init__(params, defaults, adamw)
 
@@ -161,5 +169,7 @@ class ASGO(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrix of the group's side."""
+        if group["root"] == "square_root":
+            return SquareRoot(group["side"], group["precision"], group["cross_normalize"])
         structure = OneSided(group["side"], group["cross_normalize"], limit=limit_of(group))
         return packed_if(group["packed_state"], structure)

@@ -1,6 +1,6 @@
 """What is remembered about a stream of gradients, and how that memory rescales a step."""
 
-from asgo.structures.base import Algebra, Structure, limit_of
+from asgo.structures.base import Algebra, OneCall, Structure, limit_of
 from asgo.structures.blockwise import Blockwise
 from asgo.structures.dense_blocks import DenseBlocks
 from asgo.structures.difference import Difference
@@ -18,6 +18,7 @@ __all__ = [
     "Kronecker",
     "LowRankFactor",
     "LowRankSymmetric",
+    "OneCall",
     "OneSided",
     "Packed",
     "SquareRoot",

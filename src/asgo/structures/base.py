@@ -101,6 +101,15 @@ class Structure(ABC):
         """
         return self.precondition(state, direction)
 
+    def converted(self, state: State, eps: float) -> State:
+        """A saved state of one part, in the form that this structure keeps; itself where it knows no other form.
+
+        Args:
+            state: of one part, its momentum and failures among it.
+            eps: damping of roots that have to be computed.
+        """
+        return state
+
     @abstractmethod
     def cost(self, m: int, n: int) -> float:
         """Multiplications of one refresh of one ``m x n`` matrix, up to the root's number of products."""
@@ -108,6 +117,27 @@ class Structure(ABC):
     @abstractmethod
     def work(self, m: int, n: int) -> float:
         """Multiplications of measure, fold and precondition of one ``m x n`` matrix, its leading term."""
+
+
+class OneCall(Structure):
+    """A structure that takes a gradient in and preconditions a direction in one call, see `SquareRoot`."""
+
+    @abstractmethod
+    def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
+        """For whole matrices: the preconditioned direction, and ``(b,)`` bool: whether it could be computed.
+
+        Args:
+            state: changed in place.
+            direction: ``(b, m, n)``.
+            seen: what enters the statistic; `direction` itself for its own statistic.
+            beta2: decay of the statistic; 1 adds up.
+        """
+
+    @abstractmethod
+    def update_from(
+        self, state: State, direction: Stack, R: Tensor, beta2: float, whole: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Stack, Tensor]:
+        """For shards: as `update`, with the measurement of whole matrices, summed over ranks."""
 
 
 class Algebra(Structure):

@@ -13,6 +13,7 @@ from torch import Tensor
 from asgo._types import Root, Stack, State
 from asgo.masks import blend, choose
 from asgo.matmul import gram, times
+from asgo.roots import eigh64
 from asgo.structures.base import Algebra, Axis, count, given, shorten
 from asgo.triangles import diagonal
 
@@ -153,6 +154,10 @@ class OneSided(Algebra):
     def _length(self, m: int, n: int) -> int:
         return max(self.length or (n if self.left(m, n) else m), 1)
 
+    def converted(self, state: State, eps: float) -> State:
+        """From the square root of `SquareRoot`, whose inverse root is computed anew."""
+        return to_gram(state, state["exp_avg"].dtype, eps) if "sqrt" in state else state
+
     def cost(self, m: int, n: int) -> float:
         """``k^3``."""
         return float(m if self.left(m, n) else n) ** 3
@@ -175,3 +180,16 @@ def normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> St
     count(weight, CROSS_DECAY, (moved & ((square > 0) | (weight > 0))).to(weight.dtype))
     blend(cross, square, 1 - CROSS_DECAY, moved)
     return result.mul_((cross / given(weight)).clamp_min_(torch.finfo(cross.dtype).tiny).rsqrt_())
+
+
+def to_gram(state: State, dtype: torch.dtype, eps: float) -> State:
+    """A state of `OneSided` from one of `SquareRoot`: ``gram = S S^T`` and its inverse root by `asgo.roots.eigh64`.
+
+    Args:
+        state: with ``sqrt``; all other keys are kept.
+        dtype: of ``gram`` and ``root``.
+        eps: damping of the root.
+    """
+    S = state["sqrt"].double()
+    V = (S @ S.mT).to(dtype)
+    return {key: x for key, x in state.items() if key != "sqrt"} | {"gram": V, "root": eigh64(V, eps)[0]}

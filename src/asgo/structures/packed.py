@@ -90,6 +90,13 @@ class Packed(Structure):
         """As the inner structure does."""
         return self.inner.precondition_shard(self.whole(state, self._roots()), direction, whole)
 
+    def converted(self, state: State, eps: float) -> State:
+        """As the inner structure, packed."""
+        found = self.inner.converted(state, eps)
+        if found is state:
+            return state
+        return {key: pack(x) if key in self.inner.symmetric else x for key, x in found.items()}
+
     def cost(self, m: int, n: int) -> float:
         """As the inner structure."""
         return self.inner.cost(m, n)

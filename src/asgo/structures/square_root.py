@@ -15,16 +15,17 @@ from asgo._types import Root, Stack, State
 from asgo.eigen import decompose
 from asgo.masks import choose
 from asgo.matmul import exact_matmul, gram, times
-from asgo.roots import ROOTS, eigh64
-from asgo.structures.base import Axis, Structure
+from asgo.roots import ROOTS
+from asgo.structures.base import Axis, OneCall
 from asgo.structures.one_sided import normalized
+from asgo.triangles import unpack
 
 LEAST_EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Least relative damping of the roots that are computed of ``S S^T`` itself, by the dtype they are computed in."""
 
 
 @dataclass(frozen=True)
-class SquareRoot(Structure):
+class SquareRoot(OneCall):
     """ASGO's preconditioner without an inverse root: keeps ``S = V^(1/2)`` and runs Muon's iteration on ``[D | S]``.
 
     With ``V <- b2 V + (1 - b2) D D^T`` (left side, momentum statistic) and ``S S^T = V``::
@@ -214,6 +215,10 @@ class SquareRoot(Structure):
         U, *_ = polar.polar_and_root([(state["sqrt"].to(D.dtype), 1.0)], self.plan(D, carried=True), D, root=False)
         return self._across(state, U if left else U.mT, whole)
 
+    def converted(self, state: State, eps: float) -> State:
+        """From the gram and root of `OneSided`."""
+        return from_gram(state, self._kept(state["exp_avg"])) if "gram" in state else state
+
     def cost(self, m: int, n: int) -> float:
         """``k^3`` for each product of the iteration."""
         k, long = (m, n) if self.left(m, n) else (n, m)
@@ -241,22 +246,10 @@ def from_gram(state: State, keep: torch.dtype) -> State:
     """A state of `SquareRoot` from one of `OneSided`: ``sqrt = gram^(1/2)`` by float64 eigendecomposition.
 
     Args:
-        state: with ``gram`` (and ``root``, which is dropped); all other keys are kept. Packed ones must be unpacked.
+        state: with ``gram``, maybe packed (and ``root``, which is dropped); all other keys are kept.
         keep: the dtype of ``sqrt``.
     """
-    values, vectors = decompose(state["gram"].double())
+    gram = state["gram"]
+    values, vectors = decompose((gram if gram.shape[-1] == gram.shape[-2] else unpack(gram)).double())
     S = (vectors * values.clamp_min(0).sqrt()[:, None]) @ vectors.mT
     return {key: x for key, x in state.items() if key not in ("gram", "root")} | {"sqrt": S.to(keep)}
-
-
-def to_gram(state: State, dtype: torch.dtype, eps: float) -> State:
-    """A state of `OneSided` from one of `SquareRoot`: ``gram = S S^T`` and its inverse root by `asgo.roots.eigh64`.
-
-    Args:
-        state: with ``sqrt``; all other keys are kept.
-        dtype: of ``gram`` and ``root``.
-        eps: damping of the root.
-    """
-    S = state["sqrt"].double()
-    V = (S @ S.mT).to(dtype)
-    return {key: x for key, x in state.items() if key != "sqrt"} | {"gram": V, "root": eigh64(V, eps)[0]}
