@@ -26,8 +26,8 @@ from asgo.lab.cli import main, parse
 from asgo.lab.config.codec import command
 from asgo.lab.errors import LabError
 from asgo.lab.models.workloads import make_workload
+from asgo.param_groups import with_views
 from asgo.roots import ROOTS
-from asgo.views import View
 from oracle import damped_root
 
 CPU = torch.device("cpu")
@@ -63,8 +63,7 @@ def test_a_workload_holds_every_parameter_once(name):
     assert len(shared) == len(work.matrices) + len(work.rest)
     for groups in (work.whole, work.heads):
         for group in groups:
-            view = View.of(group["view"])
-            for given, param in group["params"]:
+            for (given, param), view in with_views(group):
                 assert view is None or view.check(given, param.shape) is None
     storages = {param.untyped_storage().data_ptr() for param in work.params}
     assert {param.untyped_storage().data_ptr() for _, param in work.matrices} <= storages

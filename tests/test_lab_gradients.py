@@ -181,7 +181,7 @@ def test_other_optimizers(config, name):
         ({"microbatches": 0}, "--microbatches 0 is out of range"),
         ({"microbatches": 3}, "--microbatches 3 does not divide --batch-size 4: pass a divisor, or 1"),
         ({"optimizer": OptimizerConfig(name="muon")}, "--optimizer.name muon is not of this library"),
-        ({"optimizer": OptimizerConfig(name="spam")}, "has no matrices, all of its groups go to AdamW"),
+        ({"optimizer": OptimizerConfig(name="spam")}, "has no matrices, all of its parameters go to AdamW"),
         ({"optimizer": OptimizerConfig(name="asgo", lr=-1)}, "--optimizer.lr -1"),
         ({"optimizer": OptimizerConfig(options=("rules=nowhere.json",))}, "rules=nowhere.json cannot be read"),
         ({"model": ModelConfig(config=Path("nowhere"))}, "nowhere gives no causal language model: there is no such"),
@@ -198,7 +198,7 @@ def test_a_model_without_matrices(config, tmp_path):
     rules = [{"match": "*", "view": None, "options": {}}]
     (tmp_path / "rules.json").write_text(json.dumps(rules))
     options = (f"rules={tmp_path / 'rules.json'}",)
-    with pytest.raises(LabError, match="has no matrices, all of its groups go to AdamW"):
+    with pytest.raises(LabError, match="has no matrices, all of its parameters go to AdamW"):
         inspect_gradients(replace(config, optimizer=OptimizerConfig(options=options)))
     assert not config.out.exists()
 

@@ -26,6 +26,7 @@ from asgo.lab.plan.model import load
 from asgo.lab.plan.parts import read_parts
 from asgo.lab.plan.placing import fixed_traffic, gradient_bytes, memory, place, root_traffic, step_traffic
 from asgo.lab.plan.plan import parts_of, plan, plan_mesh
+from asgo.param_groups import with_views
 
 ONE = Mesh()
 TP = {"left": "colwise", "down": "rowwise", "heads": "colwise", "experts": "packed_colwise", "conv": "rowwise"}
@@ -85,11 +86,11 @@ def test_bytes_of_one_process_are_those_after_a_step(name, dtype, packed):
     kept = plan_mesh(read_parts(optimizer, {}), ONE, 1, config).memory
     held = Counter()
     for group in optimizer.param_groups:
-        for param in group["params"]:
+        for param, view in with_views(group):
             for key, tensor in optimizer.state[param].items():
                 kind = {"exp_avg": "momentum", "exp_avg_sq": "momentum", "gram": "statistics", "root": "roots"}
                 kind = kind.get(key.partition(".")[0], "rest")
-                held["adamw" if group["view"] is None and kind == "momentum" else kind] += tensor.nbytes
+                held["adamw" if view is None and kind == "momentum" else kind] += tensor.nbytes
     params = sum(param.nbytes for param in model.parameters())
     assert vars(kept) == {"params": params, "gradients": params, **held}
     assert kept.state == report(optimizer).state_bytes

@@ -68,12 +68,20 @@ EPS: dict[str, float] = {"minimax_tf32": 1e-5}
 """Damping of a root that cannot take 1e-6."""
 
 
+SQUARE_ROOT: dict[str, float] = {"bf16": 3e-2, "fp16": 6e-3}
+"""The largest error of a singular value of the update in the simulation of `asgo.polar.PLANS`."""
+
+
 def _asgo(**options: Any) -> Make:
     return lambda groups: ASGO(groups, lr=LR, **options)
 
 
 def _root(name: str) -> Make:
     return _asgo(root=name, eps=EPS.get(name, 1e-6))
+
+
+def _square_root(precision: str) -> Make:
+    return _asgo(root="square_root", precision=precision)
 
 
 _minimax = partial(Form, error=STATED["minimax"], products=21)
@@ -83,6 +91,14 @@ FORMS: tuple[Form, ...] = (
     Form("fast", _root("minimax_fast"), STATED["minimax_fast"], 17),
     Form("bf16x3", _root("minimax_bf16x3"), STATED["minimax_bf16x3"], 21, "bfloat16"),
     Form("tf32", _root("minimax_tf32"), STATED["minimax_tf32"], 21, "tf32"),
+    Form("square root", _square_root("auto"), SQUARE_ROOT["bf16"], 32, "bfloat16"),
+    Form("square root fp16", _square_root("fp16"), SQUARE_ROOT["fp16"], 32, "float16"),
+    Form("square root bf16", _square_root("bf16"), SQUARE_ROOT["bf16"], 32, "bfloat16"),
+    Form("square root heads", _square_root("auto"), SQUARE_ROOT["bf16"], 32, "bfloat16", layout="heads"),
+    Form(
+        "square root graph", _asgo(root="square_root", capturable=True), SQUARE_ROOT["bf16"], 32, "bfloat16", graph=True
+    ),
+    Form("square root b2 0", _asgo(root="square_root", betas=(0.95, 0.0)), SQUARE_ROOT["bf16"], 15, "bfloat16"),
     _minimax("heads", _root("minimax"), layout="heads"),
     _minimax("apart", _root("minimax"), layout="apart"),
     _minimax("every second step", _root("minimax"), interval=2),
@@ -102,7 +118,7 @@ whose eigenvalues lie within a factor of 9."""
 def interval_of(form: Form, groups: Groups) -> Groups:
     """The groups with the form's interval between refreshes."""
     refreshed = {"precondition_frequency": form.interval}
-    return [{**group, **refreshed} if group["view"] is not None else group for group in groups]
+    return [{**group, **(refreshed if group["view"] is not None else {})} for group in groups]
 
 
 @dataclass(frozen=True)

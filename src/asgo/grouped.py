@@ -144,7 +144,7 @@ class GroupedOptimizer(Optimizer, ABC):
         given = param_groups.given_views(who, param_group, len(members))
         views = self.default_views(members, param_group) if given is None else given
         views = [view if view is None or given is None else self.read(view, param_group) for view in views]
-        settings.check(who, param_group)
+        settings.check_given(who, param_group, self.defaults)
         views = settings.bounded(who, members, views, self.largest_side({**self.defaults, **param_group}))
         settings.check_group(who, param_group, members, views, self.defaults, param_groups.names_of(self))
         self.check_members({**self.defaults, **param_group}, views, [param for _, param in members])

@@ -164,7 +164,7 @@ def check_group(
     defaults: Mapping[str, Any],
     taken: Mapping[Tensor, str],
 ) -> None:
-    """Refuse misspelt keys, values out of range, views that do not fit and parameters that cannot be optimized.
+    """Refuse hyperparameters that do not go together, views that do not fit, parameters that cannot be optimized.
 
     Args:
         who: the optimizer, for messages.
@@ -174,9 +174,6 @@ def check_group(
         defaults: the optimizer's hyperparameters.
         taken: the parameters that it has already, and their names.
     """
-    check_keys(f"{who}: the key", group, {*defaults, *OF_EVERY_GROUP})
-    _check_known(who, group, defaults)
-    check(who, group)
     if any(view is not None for view in views):
         _check_together(who, {**LOOP, **defaults, **group})
     names = {name for name in taken.values() if name}
@@ -197,6 +194,13 @@ def check_group(
         if view is not None:
             view.check(shown, param.shape)
         find(param, view, what)
+
+
+def check_given(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse keys of a group that are misspelt or another optimizer's, and values that are out of range."""
+    check_keys(f"{who}: the key", group, {*defaults, *OF_EVERY_GROUP})
+    _check_known(who, group, defaults)
+    check(who, group)
 
 
 def _check_known(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

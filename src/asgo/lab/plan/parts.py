@@ -13,7 +13,7 @@ from asgo.buckets import part_key
 from asgo.distributed.summing import sent
 from asgo.optimizer import StructuredOptimizer
 from asgo.param_groups import names_of, with_views
-from asgo.structures import Structure
+from asgo.structures import OneSided, Packed, Structure
 from asgo.views import View
 
 
@@ -69,6 +69,13 @@ class Part:
         """Numbers that a shard sends of the statistic of one gradient."""
         b, m, n = self.stack
         return 0 if self.structure is None else b * sent(self.structure, m, n)[0]
+
+    def lengths(self, interval: int) -> int:
+        """Norms, beside two, that shards of a matrix tell each other: of rows under old roots, else of the update."""
+        structure = self.structure.inner if isinstance(self.structure, Packed) else self.structure
+        if isinstance(structure, OneSided) and interval > 1:
+            return min(self.stack[1:]) if structure.side == "auto" else self.stack[1 if structure.side == "left" else 2]
+        return 1 if self.sharded_keys else 0
 
     def bytes_of(self, keys: tuple[str, ...]) -> int:
         """Bytes of some tensors of its state."""

@@ -45,6 +45,7 @@ class Placed:
         across: ranks of tensor parallel that cut it: 1 or the mesh's ``tp``.
         owner: its place among ``replicate x fsdp x across`` ranks; None: there is none.
         phase: the step of an interval at which its roots are refreshed.
+        interval: steps between refreshes.
     """
 
     part: Part
@@ -54,6 +55,7 @@ class Placed:
     across: int
     owner: int | None = None
     phase: int = 0
+    interval: int = 1
 
     @property
     def team(self) -> tuple[int, int, int]:
@@ -100,7 +102,7 @@ def place(parts: Sequence[Part], mesh: Mesh, interval: int) -> list[Placed]:
     stacks = [i for i, placed in enumerate(found) if placed.part.structure is not None]
     costs = [b * s.cost(m, n) for i in stacks if (s := parts[i].structure) for b, m, n in [parts[i].stack]]
     for i, phase in zip(stacks, turns(costs, interval), strict=True):
-        found[i] = replace(found[i], phase=phase)
+        found[i] = replace(found[i], phase=phase, interval=interval)
     owned = [i for i in stacks if found[i].has_owner]
     units = [_unit(found[i], interval) for i in owned]
     for i, owner in zip(owned, owners(units), strict=True):
@@ -273,7 +275,7 @@ def _sent_always(placed: Placed, itemsize: int) -> Traffic:
     if placed.kind == "aligned":
         return _all_gathered(placed, max(placed.matrices) * STATE * others)
     if placed.kind == "summed":
-        norms = part.stack[0] * (3 if part.sharded_keys else 2)
+        norms = part.stack[0] * (2 + part.lengths(placed.interval))
         statistics = np.full(placed.team, part.sent_statistic * STATE, dtype=np.int64)
         return _to_owner(placed, statistics) + _all_gathered(placed, norms * STATE * others)
     own = updated_entries(placed) * itemsize if placed.mesh.is_whole else np.zeros(placed.team, np.int64)
