@@ -285,8 +285,8 @@ def test_options_per_group():
     table = rows(section(page("choosing-rules.md"), "Options per group"))[2:]
     own, relatives, adamw = (set(re.findall(r"`(\w+)`", row[1])) for row in table)
     assert own == set(ASGO([torch.zeros(2, 3)]).defaults)
-    assert own | relatives == set(settings.CHECKS)
-    assert adamw == settings.WITHOUT_VIEW
+    assert own | relatives == {*settings.CHECKS, "adamw"}
+    assert adamw == {"lr", *settings.ADAMW_DEFAULTS}
 
 
 def test_attention_families():
