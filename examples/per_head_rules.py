@@ -8,7 +8,7 @@ from asgo.views import heads
 
 
 class Attention(nn.Module):
-    """Attention whose names no table knows, so the rules say what its matrices are."""
+    """Attention with attribute names that routing does not know, so rules give the views of its weights."""
 
     def __init__(self, width: int, n_heads: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def main(steps: int = 60) -> float:
     rules = [
         Rule("layers.*.ask.weight", view=heads(4), name="queries per head"),
         Rule("layers.*.find.weight", view=heads(4), name="keys per head"),
-        # The columns of an output projection belong to heads, too; a view is an einops pattern.
+        # The columns of an output projection belong to heads too. A view is an einops pattern.
         Rule("layers.1.mix.weight", view=View("m (h d) -> h m d", {"h": 4}), options={"weight_decay": 0.0}),
         Rule("head.weight", view=None, options={"lr": 3e-3}),
     ]

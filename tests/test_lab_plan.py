@@ -175,7 +175,7 @@ def check_sums(placed, mesh, stack, mine):
                 received[owner] += 4 * b * k**2
             sent[owner] += 4 * b * k**2
             received[rank] += 4 * b * k**2
-    norms = 4 * 3 * b * (len(placed.held) - 1)
+    norms = 4 * (3 if placed.interval == 1 else 2 + k) * b * (len(placed.held) - 1)
     flow = fixed_traffic([placed], mesh, 4) + root_traffic(placed)
     for rank in np.ndindex(mesh.replicate, mesh.fsdp, mesh.tp):
         same = (rank[0], rank[1], rank[2] if placed.across > 1 else 0)
@@ -246,12 +246,14 @@ def test_bytes_in_closed_form():
     local = 8 * 24 // 4
     assert sorted(flow.sent.flat) == [local * 2] * 3 + [3 * local * 4]
     assert sorted(flow.received.flat) == [local * 4] * 3 + [3 * local * 2]
-    with torch.device("meta"):  # 30,000 x 4 in 8 shards: products of 4 x 4 to an owner, a root from it, three norms
+    with torch.device(
+        "meta"
+    ):  # 30,000 x 4 in 8 shards: products of 4 x 4 to an owner, a root from it, norms of it and 4 rows
         long = read_parts(ASGO([("w", nn.Parameter(torch.empty(30_000, 4)))]), {})
     flow = step_traffic(place(long, Mesh(fsdp=8), 2), Mesh(fsdp=8), 0, 2)
-    assert sorted(flow.sent.flat) == [16 * 4 + 7 * 3 * 4] * 7 + [7 * 16 * 4 + 7 * 3 * 4]
+    assert sorted(flow.sent.flat) == [16 * 4 + 7 * 6 * 4] * 7 + [7 * 16 * 4 + 7 * 6 * 4]
     later = step_traffic(place(long, Mesh(fsdp=8), 2), Mesh(fsdp=8), 1, 2)
-    assert sorted(later.sent.flat) == [7 * 3 * 4] + [16 * 4 + 7 * 3 * 4] * 7
+    assert sorted(later.sent.flat) == [7 * 6 * 4] + [16 * 4 + 7 * 6 * 4] * 7
     assert gradient_bytes(100, Mesh(4), 4) == 2 * 100 * 4 * 3 / 4
     assert gradient_bytes(100, Mesh(fsdp=4), 4) == 100 * 4 * 3 / 4
 

@@ -1,4 +1,4 @@
-"""The groups of an optimizer, the state of its parameters, and what saves and loads them."""
+"""Groups, state and state dicts of an optimizer."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from asgo.views.defaults import default_views
 
 
 class GroupedOptimizer(Optimizer, ABC):
-    """The groups, the state and the state dicts of a structured optimizer: all but the step.
+    """Groups, state and state dicts of a structured optimizer: all but the step.
 
     ``param_groups`` are the groups given, in number, order and identity, each with its ``views`` as plain data. View
-    and state belong to the parameter and follow it. Keys that are not known are a framework's own and stay; misspelt
-    ones are refused.
+    and state belong to the parameter: they follow it when it is moved or cast, and a parameter that is put in its
+    place takes over the view. Unknown keys stay in a group; keys that look like a misspelling are refused.
     """
 
     loop: ClassVar[Mapping[str, Any]] = settings.LOOP
-    """What the step loop reads where a preset has no hyperparameter for it."""
+    """Values of the options of the step that a preset has no hyperparameter for."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
         param_groups.check_ordered(params)
@@ -53,14 +53,15 @@ class GroupedOptimizer(Optimizer, ABC):
     def default_views(
         self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]
     ) -> list[View | None]:
-        """The views of parameters for which their group gives none; `group` holds what the user set.
+        """The views of parameters whose group gives none.
 
-        By their names where they have some: tables and vocabulary heads are AdamW's then. By their number of axes where
-        they have none, with a warning if there are matrices among them.
+        Parameters with names like those of embeddings, output heads and gains get None (AdamW); others are read by
+        their number of axes. Parameters without names are read by their number of axes alone, with one warning per
+        optimizer if there are matrices among them.
 
         Args:
-            members: their names, None for those without, and the parameters.
-            group: whose members they are.
+            members: pairs of a name, or None, and a parameter.
+            group: the group of these parameters, as given by the user.
         """
         named = iter(default_views([(name, param) for name, param in members if name is not None]))
         views = [default_view(param.ndim) if name is None else next(named) for name, param in members]
@@ -78,7 +79,7 @@ class GroupedOptimizer(Optimizer, ABC):
             )
 
     def read(self, view: View, group: Mapping[str, Any]) -> View:
-        """The view to use where a group gives this one.
+        """The view to use where a group gives `view`; a preset may adapt it.
 
         Raises:
             ValueError: it does not fit the hyperparameters of the group.
@@ -86,7 +87,7 @@ class GroupedOptimizer(Optimizer, ABC):
         return view
 
     def largest_side(self, group: Mapping[str, Any]) -> int | None:
-        """The largest shorter side that a matrix of this group may have, beyond which it is AdamW's; None: any."""
+        """The largest shorter side of a matrix of this group; above it, AdamW steps the parameter. None: no limit."""
         return None
 
     def check_members(self, group: Mapping[str, Any], views: Sequence[View | None], params: Sequence[Tensor]) -> None:
@@ -94,11 +95,13 @@ class GroupedOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def _forget_plans(self) -> None:
-        """Let go of what was made for the parameters and their state as they were."""
+        """Drop the plans of all groups; the next step makes new ones."""
 
     def failures(self) -> dict[str, int]:
-        """How often each parameter could not be updated or its root not be computed, by name; only those that
-        ever failed. Counts matrices and steps: non-finite gradients and failed roots. Synchronises the device."""
+        """Counts of gradients that were not finite and of roots that failed, by parameter name.
+
+        One per matrix and step; parameters without failures are left out. Synchronizes the device.
+        """
         counts = {}
         for param, name in param_groups.names_of(self).items():
             state = self.state.get(param, {})
@@ -107,7 +110,7 @@ class GroupedOptimizer(Optimizer, ABC):
         return counts
 
     def reset(self) -> None:
-        """Put all state back to what it was before the first step, except for the counts of failures."""
+        """Reset all state to its initial values, except for the counts of failures."""
         self._follow_groups()
         for group in self.param_groups:
             for param in group["params"]:
@@ -116,16 +119,16 @@ class GroupedOptimizer(Optimizer, ABC):
                         self.state[param][key].copy_(fresh)
 
     def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
-        """From now on share the work on parameters that every rank holds whole, as under `DistributedDataParallel`.
+        """Divide the work on replicated parameters between ranks, as for `DistributedDataParallel`.
 
-        Ranks divide the roots among them by cost and send each other the results while they work on others; the state
-        is whole on every rank. With `shard_state` (ZeRO-1) one rank alone keeps the state of a matrix and sends its
-        update, and AdamW's state is divided by rows. Parameters, gradients and calls must be the same on all ranks.
-        Sharded parameters (FSDP2, tensor parallel) need no call: their placements say it all.
+        Each root is computed by one rank, chosen by cost, and broadcast while other work continues; every rank keeps
+        the full state. With `shard_state` (ZeRO-1) only one rank keeps the state of a matrix, and it sends the update;
+        AdamW's state is divided by rows. Parameters, gradients and calls must be the same on all ranks. Sharded
+        parameters (FSDP2, tensor parallel) need no call: their placements determine the work.
 
         Args:
             process_group: the ranks; None: all.
-            shard_state: whether to divide the state too. What was seen before is kept.
+            shard_state: whether to divide the state too. State from earlier steps is kept.
 
         Raises:
             ValueError: called twice.
@@ -138,7 +141,7 @@ class GroupedOptimizer(Optimizer, ABC):
         self._forget_plans()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checked before anything changes. It is kept as it is, filled up with defaults and ``views``."""
+        """Add a group, checked before anything changes. The dict is kept; defaults and ``views`` are added to it."""
         who = type(self).__name__
         members = param_groups.members_of(param_group)
         given = param_groups.given_views(who, param_group, len(members))
@@ -161,7 +164,7 @@ class GroupedOptimizer(Optimizer, ABC):
             self._begin()
 
     def _begin(self) -> None:
-        """State of the parameters that have none, once all groups of a call are known: work is divided among them."""
+        """Assign owners, then initialize the state of parameters that have none."""
         self._division.divide(self.param_groups, self._members.views, self.structure)
         for group in self.param_groups:
             for param in group["params"]:
@@ -169,7 +172,7 @@ class GroupedOptimizer(Optimizer, ABC):
                     self.state[param].update(self._init_state(param, group))
 
     def _follow_groups(self) -> None:
-        """Take up parameters that were put into the groups or lost their state, and forget those that are gone."""
+        """Initialize parameters that are new in the groups or have lost their state, and drop those that are gone."""
         if not self._members.is_current(self.param_groups):
             for param in self._members.follow(type(self).__name__, self.param_groups, self.default_views):
                 self.state.pop(param, None)
@@ -181,10 +184,9 @@ class GroupedOptimizer(Optimizer, ABC):
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """As of every `torch.optim.Optimizer`, with the same keys and shapes on every rank whatever it keeps.
+        """The state dict of `torch.optim.Optimizer`, with the same keys and shapes on every rank.
 
-        Of what is spread over ranks, tensors are `DTensor`, placed like the parameter or on the one rank that keeps
-        them, as `torch.distributed.checkpoint` takes them.
+        Tensors that are sharded, or kept by one rank, are `DTensor`, as `torch.distributed.checkpoint` expects.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -204,7 +206,7 @@ class GroupedOptimizer(Optimizer, ABC):
         return packed
 
     def export_state(self) -> dict[Tensor, State]:
-        """The state of every parameter with the keys and shapes of a single process, see `state_dict`."""
+        """The state of every parameter, with the keys and shapes of a single process; see `state_dict`."""
         self._follow_groups()
         return {
             param: export(self.state[param], param, *self._where(param, group))
@@ -213,7 +215,7 @@ class GroupedOptimizer(Optimizer, ABC):
         }
 
     def added_keys(self) -> dict[str, float]:
-        """Keys of the state that states saved by earlier versions lack, and the values that those imply."""
+        """Keys that checkpoints of earlier versions lack, with the values that those versions implied."""
         found = {"residual": 0.0}
         for group in self.param_groups:
             found |= self.structure(group).added
@@ -232,14 +234,13 @@ class GroupedOptimizer(Optimizer, ABC):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, keeping the precision of the state (torch alone would cast fp32 statistics
-        to bf16 parameters).
+        """Load a state dict, keeping the precision of the state (torch would cast it to the parameters' dtype).
 
-        The state of a parameter is found by its name where a saved group has the same names, else by its place.
-        Parameters of which nothing was saved keep their state; names and views stay this optimizer's own.
+        Parameters are matched by name where a saved group has the same names, else by position. Those without saved
+        state keep theirs. Names and views of this optimizer do not change. Checkpoints of earlier versions load.
 
         Raises:
-            ValueError: state of another optimizer, model or view; nothing has changed then.
+            ValueError: the state is of another optimizer, model or view; nothing has changed then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -1,4 +1,4 @@
-"""The one step loop that every optimizer of the library runs."""
+"""The step that all optimizers of the library share."""
 
 from __future__ import annotations
 
@@ -26,38 +26,39 @@ from asgo.state import check_shape, follow
 from asgo.structures import OneCall, Structure
 
 WARM_STEPS = 10
-"""The first steps refresh every root whatever the interval: the statistic changes fastest there."""
+"""The first steps refresh every root, whatever the interval: the statistic changes fastest there."""
 
 
 class StructuredOptimizer(GroupedOptimizer):
     """A structured adaptive optimizer: views of parameters, a structure, a root and a rule for the step size.
 
-    A preset names its hyperparameters and chooses the structure; nothing overrides `step`. Each parameter has a
-    view (`asgo.View`) through which it is read as a stack of matrices, or none: then it is AdamW's. A group gives
-    ``views``, one for each of its parameters, or one ``view`` for all; what it gives none has that of `default_views`.
+    A preset defines hyperparameters and chooses the structure; it does not override `step`. Each parameter has a
+    view (`asgo.View`), through which it is read as a stack of matrices, or None: then AdamW steps it. A group gives
+    ``views``, one for each of its parameters, or one ``view`` for all; if it gives neither, `default_views` decides.
 
-    ``param_groups`` are the groups given, in number, order and identity, each with its ``views`` as plain data. Keys
-    that are not known are a framework's own and stay; misspelt ones are refused.
+    ``param_groups`` are the groups given, in number, order and identity, each with its ``views`` as plain data.
+    Unknown keys stay in the group, as frameworks need; keys that look like a misspelling are refused.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them, as for every `torch.optim.Optimizer`.
-        defaults: hyperparameters of groups that do not set their own; what the step loop reads beside them is fixed
-            by the class attribute `loop`, and groups may not set it.
+        defaults: hyperparameters of groups that do not set them; ``lr`` and ``maximize`` are required. Options of the
+            step that are missing here have the values of the class attribute `loop`, and groups may not set them.
         adamw: hyperparameters of the parameters without a view: ``lr``, ``betas``, ``eps``, ``weight_decay``; by
-            default the same ``lr`` and `asgo.adamw.DEFAULTS`. Schedules of a group move its ``lr`` by the same factor.
+            default the ``lr`` of the matrices and `asgo.adamw.DEFAULTS`. A schedule that changes the ``lr`` of a group
+            changes both learning rates by the same factor.
 
     Raises:
         ValueError: a hyperparameter out of range, a misspelt key of a group, a view that does not fit.
-        TypeError: a parameter that is complex or not of floating point.
+        TypeError: a parameter that is complex or not floating point.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step: decoupled decay, momentum, measure, fold, refresh, precondition, rescale.
+        """One step: decay, momentum, statistic and its average, refresh of roots, preconditioning, rescaling.
 
-        Parameters without a gradient stay as they are. A matrix whose gradient is zero rests (only decay moves
-        it); one whose gradient is not finite rests too and is counted by `failures`, as does a parameter without a
-        view.
+        Parameters without a gradient do not change. A matrix whose gradient is zero, or not finite, changes by weight
+        decay only, and its state does not; the second case is counted by `failures`. A parameter without a view whose
+        gradient is not finite does not change at all and is counted.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -87,7 +88,7 @@ class StructuredOptimizer(GroupedOptimizer):
         return loss
 
     def _update_entries(self, plan: Plan, group: dict[str, Any]) -> list[Wait]:
-        """AdamW on what this rank holds, or is to update, of parameters without a view."""
+        """AdamW on the entries that this rank updates of parameters without a view; returns pending exchanges."""
         if not plan.entries:
             return []
         held, grads = (
@@ -108,7 +109,7 @@ class StructuredOptimizer(GroupedOptimizer):
         return spread(plan.entries, plan.where)
 
     def _update(self, bucket: Bucket, group: dict[str, Any]) -> Iterator[None]:
-        """The step of a bucket. It yields where something is under way between ranks, for others to use the time."""
+        """The step of a bucket; it yields while a collective runs, so that other buckets compute meanwhile."""
         structure, due = bucket.fixed(self.structure(group)), partial(self._is_due, group)
         yield from pause(bucket.gather())
         direction, update, lr = None, None, learning_rate(group)
@@ -187,7 +188,7 @@ class StructuredOptimizer(GroupedOptimizer):
         self._plans: dict[int, Plan] = {}
 
     def _current_plans(self) -> list[Plan]:
-        """The plan of every group, remade where its parameters with gradients, or their state, are others now."""
+        """The plan of every group, rebuilt where the parameters with gradients, or their state, have changed."""
         self._follow_groups()
         signatures = [_signature(group) for group in self.param_groups]
         stale = [i for i, signature in enumerate(signatures) if not self._is_current(i, signature)]
@@ -211,7 +212,7 @@ class StructuredOptimizer(GroupedOptimizer):
         )
 
     def _check_shapes(self, group: dict[str, Any]) -> None:
-        """Raise for a parameter that no longer has the shape of its state; state that was never used is made anew."""
+        """Raise for a parameter that no longer has the shape of its state; unused state is initialized again."""
         for name, param in param_groups.names_of_group(group):
             view = self._members.views[param]
             if view is not None:
@@ -236,14 +237,14 @@ class StructuredOptimizer(GroupedOptimizer):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step does with the parameters of a group that have gradients.
+    """How a step treats the parameters of a group that have gradients.
 
     Args:
-        signature: of what it was made for.
+        signature: see `_signature`; the plan is valid while it is unchanged.
         entries: the parameters without a view.
         where: their placements.
         viewed: the parameters with a view.
-        buckets: of those.
+        buckets: the stacks of the parameters with a view.
     """
 
     signature: object
@@ -254,7 +255,7 @@ class Plan:
 
 
 def _signature(group: Mapping[str, Any]) -> object:
-    """What a plan is made for: it must be remade when this changes."""
+    """What a plan depends on: it is rebuilt when this changes."""
     return (
         group["precondition_frequency"],
         group["rounding"],

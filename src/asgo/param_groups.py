@@ -1,4 +1,4 @@
-"""What stands in a parameter group: parameters, their names and their views."""
+"""Contents of a parameter group: parameters, names and views."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ OF_MEMBERS = frozenset({"params", "param_names", "view", "views", "name"})
 
 
 def check_ordered(params: Any) -> None:
-    """Raise `TypeError` for a set, whose order differs from run to run."""
+    """Raise `TypeError` for a set: its order differs between runs."""
     if isinstance(params, (set, frozenset)):
         raise TypeError("params must be in order, and a set has none: pass a list, or model.named_parameters().")
 
 
 def members_of(group: Any) -> list[tuple[str | None, Tensor]]:
-    """The parameters of a group and their names, None where it gives none.
+    """Pairs of name and parameter of a group given by the user; the name is None where it gives none.
 
     Raises:
-        TypeError: no mapping with the key ``params``, a set, members that are no tensors.
+        TypeError: it is not a mapping with the key ``params``, or that is a set or has members that are not tensors.
     """
     if not isinstance(group, Mapping) or "params" not in group:
         raise TypeError(f"a group must be a dict with the key 'params'; got {type(group).__name__}.")
@@ -44,10 +44,10 @@ def _named(member: Any, name: str | None) -> tuple[str | None, Tensor]:
 
 
 def given_views(who: str, group: Mapping[str, Any], count: int) -> list[View | None] | None:
-    """The views that a group gives its `count` parameters, by ``views`` or one ``view`` for all; None: it gives none.
+    """The views that a group gives its `count` parameters: ``views``, or ``view`` for all of them; None without either.
 
     Raises:
-        ValueError: views of another number, or that are not understood.
+        ValueError: the number of views is not `count`, or a view is invalid.
     """
     if "views" in group:
         views = [View.of(view) for view in group["views"]]
@@ -71,18 +71,18 @@ def views_of(group: Mapping[str, Any]) -> list[View | None]:
 
 
 def with_views(group: Mapping[str, Any]) -> list[tuple[Any, View | None]]:
-    """The parameters of a group, as they stand in it, and their views."""
+    """Pairs of entry of ``params`` (a parameter, or a pair with its name) and view."""
     return list(zip(group["params"], views_of(group), strict=True))
 
 
 def plain(views: Iterable[View | None]) -> list[dict[str, Any] | None]:
-    """Views as plain data; equal ones are one object, so that a saved group holds each of them once."""
+    """Views as plain data. Equal views are the same object, so that a saved group stores each once."""
     dicts: dict[View, dict[str, Any]] = {}
     return [None if view is None else dicts.setdefault(view, view.to_dict()) for view in views]
 
 
 def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
-    """The name of every parameter, or its place among all of them where it has none."""
+    """The name of every parameter; ``"parameter 3"``, by position among all, where it has none."""
     names: dict[Tensor, str] = {}
     for group in optimizer.param_groups:
         for name, param in names_of_group(group):
@@ -91,17 +91,19 @@ def names_of(optimizer: Optimizer) -> dict[Tensor, str]:
 
 
 def names_of_group(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
-    """The names and parameters of a group of an optimizer, None for those without a name."""
+    """Pairs of name, or None, and parameter of a group of an optimizer."""
     names = list(group.get("param_names") or ())
     return [(names[i] if i < len(names) else None, param) for i, param in enumerate(group["params"])]
 
 
 def name_alike(groups: Sequence[dict[str, Any]], names: Sequence[str | None]) -> None:
-    """Give all groups names if one has some, as `torch.optim.Optimizer` asks: places where parameters have none.
+    """Give all groups ``param_names`` if one has them, as `torch.optim.Optimizer` requires.
+
+    Parameters without a name are called by their position.
 
     Args:
-        groups: those of an optimizer and a new one, the last.
-        names: of the parameters of the new one.
+        groups: the groups of an optimizer and, last, a new one.
+        names: names of the parameters of the new one.
     """
     *_, new = groups
     new.pop("param_names", None)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
 
 RMS = 0.2
-"""Root mean square of AdamW's updates in practice, so that learning rates tuned for AdamW carry over
+"""Root mean square of AdamW's updates in practice, so that learning rates have the same order of magnitude
 ("Muon is Scalable for LLM Training", Liu et al. 2025; the released ASGO uses the same constant)."""
 
 

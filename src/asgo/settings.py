@@ -1,4 +1,4 @@
-"""What a hyperparameter, a group and a saved state may be, and the errors that say so before anything changes."""
+"""Checks of hyperparameters and groups, before anything changes."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ LOOP: dict[str, Any] = {
     "capturable": False,
     "rounding": "nearest",
 }
-"""What the step loop reads, with neutral values: those of a preset that has no hyperparameter for them."""
+"""Neutral values of the options of the step, for presets that have no hyperparameter for them."""
 
 OF_EVERY_GROUP = frozenset({"params", "param_names", "view", "views", "name", "adamw"})
 """Keys that a group may have whatever the optimizer."""
 
 LIKE = 0.84
-"""How alike (`difflib`) an unknown key must be to a known one to be taken for a misspelling of it."""
+"""Similarity (`difflib`) from which an unknown key is taken for a misspelling of a known one."""
 
 
 def _number(value: Any, low: float, high: float = math.inf) -> bool:
@@ -123,7 +123,7 @@ def check(
 def bounded(
     who: str, members: Sequence[tuple[str | None, Tensor]], views: Sequence[View | None], limit: int | None
 ) -> list[View | None]:
-    """The views, without those that have a matrix whose shorter side is above `limit`; a warning names them."""
+    """The views, with None where a matrix has a shorter side above `limit`; one warning names these parameters."""
     if limit is None:
         return list(views)
     fits = [
@@ -141,7 +141,7 @@ def bounded(
 
 
 def fits_within(view: View, shape: Sequence[int], limit: int) -> bool:
-    """Whether no matrix has a shorter side above `limit`; also where the view does not fit, which is checked apart."""
+    """Whether no matrix has a shorter side above `limit`; True for a view that does not fit, which is refused later."""
     try:
         return all(min(m, n) <= limit for _, m, n in view.shapes(shape))
     except ValueError:
@@ -149,7 +149,7 @@ def fits_within(view: View, shape: Sequence[int], limit: int) -> bool:
 
 
 def frames_to_the_caller() -> int:
-    """How many frames above the one that asks the first is that is neither of this library nor of torch."""
+    """Number of frames up to the first one outside this library and torch: the ``stacklevel`` of a warning."""
     frame, depth = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("asgo", "torch"):
         frame, depth = frame.f_back, depth + 1
@@ -168,11 +168,11 @@ def check_group(
 
     Args:
         who: the optimizer, for messages.
-        group: as the user gave it.
-        members: names and parameters.
-        views: one for each of them.
+        group: as given by the user.
+        members: pairs of name and parameter.
+        views: one for each member.
         defaults: the optimizer's hyperparameters.
-        taken: the parameters that it has already, and their names.
+        taken: the parameters of the other groups, and their names.
     """
     if any(view is not None for view in views):
         _check_together(who, {**LOOP, **defaults, **group})
@@ -204,14 +204,14 @@ def check_given(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any])
 
 
 def _check_known(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a hyperparameter of another optimizer of this library, unless it changes nothing."""
+    """Raise `ValueError` for a hyperparameter of another optimizer of this library, unless it has a neutral value."""
     for key in CHECKS.keys() & group.keys() - defaults.keys():
         if group[key] != LOOP.get(key):
             raise ValueError(f"{who}: the key {key!r} of a group is not known; choose from {sorted(defaults)}.")
 
 
 def check_keys(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `ValueError` for a key that is not known but nearly; other unknown keys are a framework's own."""
+    """Raise `ValueError` for a key that looks like a misspelling of a known one; other unknown keys are allowed."""
     known = set(known)
     for key in given:
         close = difflib.get_close_matches(str(key), known, 1, LIKE) if key not in known else ()
@@ -260,7 +260,7 @@ def adamw_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
-    """The learning rate of a group; a tensor has no axes."""
+    """The learning rate of a group; a tensor of one element is returned as a scalar tensor."""
     lr = group["lr"]
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
@@ -268,14 +268,15 @@ def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
 def with_adamw(
     who: str, group: Mapping[str, Any], views: Sequence[View | None], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a group holds so that its parameters without a view have their own hyperparameters.
+    """The entries to add to a group for the hyperparameters of its parameters without a view.
 
-    Those that the group itself sets hold for all its parameters; for the others the argument ``adamw`` decides, then
-    `asgo.adamw.DEFAULTS`. A group of such parameters alone has them under the usual keys; any other has them under
-    ``adamw``, with the learning rate as a ratio to the group's, so that schedules move both.
+    In order of precedence: ``adamw`` of the group, hyperparameters of the group (which hold for all its parameters),
+    the argument ``adamw`` of the optimizer, `asgo.adamw.DEFAULTS`. A group in which no parameter has a view stores
+    them under the usual keys; any other stores them under ``adamw``, with the learning rate as a ratio to the
+    group's, so that a schedule changes both by the same factor.
 
     Raises:
-        ValueError: unknown or unfit hyperparameters.
+        ValueError: hyperparameters that AdamW does not have, or out of range.
     """
     default, own = dict(defaults["adamw"]), dict(group.get("adamw") or {})
     check_adamw(who, own)
