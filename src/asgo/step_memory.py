@@ -86,9 +86,9 @@ class _Usual(LiveBytes):
 def step_bytes(optimizer: Optimizer) -> int | None:
     """The most bytes that a step with all gradients and all roots due takes above parameters, gradients and state.
 
-    No estimate from a formula: it steps a copy of the optimizer on tensors that have device, shape and strides but no memory
-    (`torch._subclasses.FakeTensorMode`), and follows every allocation. Nothing of the optimizer is read but its groups,
-    and nothing of it changes. What kernels use for themselves is not counted, and one thread decomposes all matrices of
+    No formula: it steps a copy of the optimizer on tensors that have device, shape and strides but no memory
+    (`torch._subclasses.FakeTensorMode`), and follows every allocation. Nothing of the optimizer changes. What kernels
+    use for themselves is not counted, and one thread decomposes all matrices of
     a stack. Where a step on a CPU asks its data, the usual is answered: all is finite and every root succeeds (and the
     rank of `asgo.AdaGram` is not used up; when it is, a step takes about twice as much). Parameters on the meta device
     are counted as on the CPU.
@@ -161,7 +161,7 @@ def _contents(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _prepare(twin: Any) -> None:
-    """Make what state a twin lacks and its buckets, and keep one of those that are alike: each is gone before the next."""
+    """Make what state a twin lacks and its buckets; of buckets that are alike keep one: they step one by one."""
     for plan in twin._current_plans():
         alike = {(bucket.shape, bucket.view, bucket.part, len(bucket.members)): bucket for bucket in plan.buckets}
         plan.buckets[:] = alike.values()
