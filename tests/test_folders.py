@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from asgo import ASGO, DASGO, checkpoint, folders, route
+from asgo import ASGO, DASGO, View, checkpoint, folders, route
 from worlds import World
 
 
@@ -189,6 +189,25 @@ def message_of(function, *args):
     return str(caught.value)
 
 
+def build_with_view(layout, view):
+    """The model, with another view of its second matrix."""
+    torch.manual_seed(0)
+    model = Net()
+    called = fully_shard(model) if layout == "fsdp" else DistributedDataParallel(model)
+    groups = [
+        group | {"views": [view if name == "second.weight" else old for name, old in _named_views(group)]}
+        for group in route(model)
+    ]
+    optimizer = ASGO(groups, lr=0.02)
+    if layout != "fsdp":
+        optimizer.distribute(shard_state=layout == "zero1")
+    return called, optimizer
+
+
+def _named_views(group):
+    return [(name, view) for (name, _), view in zip(group["params"], group["views"], strict=True)]
+
+
 def loads_that_do_not_fit(layout, folder):
     """The messages, and the names of those after which a number had changed."""
     called, optimizer = build(layout)
@@ -198,6 +217,7 @@ def loads_that_do_not_fit(layout, folder):
         "model": build(layout, width=8),
         "option": build(layout, side="left"),
         "optimizer": build(layout, make=DASGO),
+        "view": build_with_view(layout, View("(a m) n -> 1 (m a) n", {"a": 2})),
         "twin": build(layout),
     }
     before = {name: numbers(*other) for name, other in others.items()}
@@ -224,9 +244,27 @@ def test_all_ranks_name_the_same_mismatch_and_load_nothing(world, tmp_path, layo
     assert messages["option"].startswith("ASGO: optimizer.first.weight.")
     assert f"in {saved}" in messages["option"]
     assert messages["optimizer"].startswith(f"DASGO: {saved} has format 1 and is of ASGO")
+    assert messages["view"] == (
+        f"ASGO: second.weight (4, 7) is read as 'm n -> 1 m n' in {saved}, here as '(a m) n -> 1 (m a) n' with a=2. "
+        "Build the optimizer with the views it was saved with."
+    )
     assert messages["unseen"].startswith(f"{tmp_path / 'elsewhere'} is not a whole checkpoint")
     assert messages["used"].startswith(f"{saved} exists")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def load_where_the_view_is_written_otherwise(layout, folder):
+    called, optimizer = build(layout)
+    train(called, optimizer, 2)
+    folders.save(folder / "saved", called, optimizer)
+    other = build_with_view(layout, View("rows columns -> 1 rows columns"))
+    folders.load(folder / "saved", *other)
+    return same(numbers(*other), numbers(called, optimizer))
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_a_view_that_reads_alike_fits_however_it_is_written(world, tmp_path, layout):
+    assert world(load_where_the_view_is_written_otherwise, layout, tmp_path) == [True, True]
 
 
 def damaged_and_refused(folder):

@@ -47,8 +47,12 @@ class Written:
         return [state["residual"] for state in self.states] if kept else None
 
     def widened(self) -> list[Tensor]:
-        """The parameters in the precision of their state, with what rounding lost; themselves where they have it."""
-        return widened(self.params, [state["exp_avg"] for state in self.states], self._residuals)
+        """The parameters in the precision of their state, with what rounding lost; themselves where they have it.
+
+        Copies of those with gaps in memory: the fused kernel takes neighbours in memory for entries.
+        """
+        wide = widened(self.params, [state["exp_avg"] for state in self.states], self._residuals)
+        return [value if _is_dense(value) else torch.empty_like(value).copy_(value) for value in wide]
 
     def write(self, values: list[Tensor]) -> None:
         """Write their new values, rounded as the group asks."""
@@ -145,6 +149,10 @@ def _update(
 def _touched(params: list[Tensor], states: list[State]) -> list[Tensor]:
     """What a step changes."""
     return [*params, *(state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step"))]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def _in_order(grad: Tensor, like: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
             "checkpoint is of another model. Build the model it was saved from."
         )
     named, views = _named(optimizer), _views(optimizer)
-    saved_views = {name: view for group in saved["groups"] for name, view in _views_of_saved(group)}
+    saved_views = {name: view for group in saved["groups"] for name, view in views_of_saved(group)}
     found = {param: Saved(saved["state"][name], saved_views.get(name, ...)) for name, param in named.items()}
     added = optimizer.added_keys() if isinstance(optimizer, StructuredOptimizer) else {}
     found = optimizer.converted(found) if isinstance(optimizer, StructuredOptimizer) else found
@@ -88,7 +88,7 @@ def take_hyperparameters(optimizer: Optimizer, groups: Sequence[Mapping[str, Any
         group.update(hyperparameters_of(same, group))
 
 
-def _views_of_saved(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def views_of_saved(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Names and views of a saved group; one of an earlier version has one view for all."""
     views = group["views"] if "views" in group else [group.get("view", ...)] * len(group["params"])
     return list(zip(group["params"], views, strict=True))

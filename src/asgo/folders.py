@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +28,9 @@ from torch.optim import Optimizer
 from asgo import checkpoint
 from asgo.distributed.groups import background
 from asgo.distributed.state import compact
+from asgo.loading import same_reading
+from asgo.param_groups import names_of_group, views_of
+from asgo.views import View
 
 T = TypeVar("T")
 ABOUT = "about.pt"
@@ -176,6 +179,7 @@ def _check(path: Path, about: Mapping[str, Any], optimizer: Optimizer, state: Ma
         found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:  # whatever a damaged pickle raises
         raise ValueError(f"{path} is not a whole checkpoint: its .metadata is damaged; use another one.") from error
+    _check_views(path, who, about["groups"], optimizer)
     saved = {key: tuple(of.size) for key, of in found.items() if isinstance(of, TensorStorageMetadata)}
     own = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
     for name, tensors in state["optimizer"].items():
@@ -186,6 +190,19 @@ def _check(path: Path, about: Mapping[str, Any], optimizer: Optimizer, state: Ma
                 f"{who}: {key} is {saved.get(key, 'not there')} in {path}, here {own.get(key, 'not there')}. It is of "
                 "another model, view or optimizer; build both the same way."
             )
+
+
+def _check_views(path: Path, who: str, groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+    """Raise `ValueError` naming the first parameter that was read through another view when it was saved."""
+    saved = {name: view for group in groups for name, view in checkpoint.views_of_saved(group) if view is not ...}
+    for group in optimizer.param_groups:
+        for (name, param), view in zip(names_of_group(group), views_of(group), strict=True):
+            shape = tuple(param.shape)
+            if name in saved and not same_reading(View.of(saved[name]), view, shape):
+                raise ValueError(
+                    f"{who}: {name} {shape} is read as {View.of(saved[name]) or 'None (AdamW)'} in {path}, here as "
+                    f"{view or 'None (AdamW)'}. Build the optimizer with the views it was saved with."
+                )
 
 
 def _finish(target: Path, about: dict[str, Any]) -> None:

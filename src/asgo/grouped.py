@@ -109,6 +109,11 @@ class GroupedOptimizer(Optimizer, ABC):
             counts |= {name: failed} if failed else {}
         return counts
 
+    def is_alone(self) -> bool:
+        """Whether this process holds and steps every parameter by itself."""
+        known, members = self._members.views, [(p, group) for group in self.param_groups for p in group["params"]]
+        return all(param in known and self._where(param, group)[0].kind == "alone" for param, group in members)
+
     def reset(self) -> None:
         """Reset all state to its initial values, except for the counts of failures."""
         self._follow_groups()

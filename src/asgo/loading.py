@@ -71,8 +71,15 @@ def saved_by_param(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[
     found: dict[Tensor, Saved] = {}
     for old, group in zip(saved, groups, strict=True):
         for param, place in zip(group["params"], _places(old, group), strict=True):
-            found[param] = Saved(state_dict["state"].get(old["params"][place], {}), _saved_view(old, place))
+            state = _with_tensor_step(state_dict["state"].get(old["params"][place], {}))
+            found[param] = Saved(state, _saved_view(old, place))
     return found
+
+
+def _with_tensor_step(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A saved state whose step is a tensor; other software saves it as a number, and torch takes both."""
+    number = isinstance(state.get("step"), (int, float))
+    return {**state, "step": torch.tensor(float(state["step"]), dtype=torch.float32)} if number else state
 
 
 def _places(old: Mapping[str, Any], group: Mapping[str, Any]) -> Sequence[int]:

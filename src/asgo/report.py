@@ -16,6 +16,7 @@ from asgo.param_groups import names_of, views_of
 from asgo.presets.asgo import ASGO
 from asgo.roots import products
 from asgo.settings import fits_within
+from asgo.step_memory import step_bytes
 from asgo.structures import Packed, Structure
 from asgo.views import default_view
 
@@ -42,9 +43,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of all parameters; ``str(report)`` is a table with totals."""
+    """The rows of all parameters; ``str(report)`` is a table with totals, and a line about the memory of a step."""
 
     rows: tuple[Row, ...]
+    step_bytes: int | None = None
+    """the most that a step takes above parameters, gradients and state, see `asgo.step_memory.step_bytes`"""
 
     @property
     def state_bytes(self) -> int:
@@ -62,6 +65,8 @@ class Report:
         table = [titles, *(_cells(astuple(row)) for row in self.rows), _cells(total)]
         widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        if self.step_bytes is not None:
+            lines.append(f"a step takes up to {self.step_bytes:,} bytes above parameters, gradients and state")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -70,7 +75,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
 
     The bytes are those of the tensors that the optimizer holds. The cost of a root is its number of ``k^3``
     products (`asgo.roots.products`) times ``2 k^3`` operations, for each matrix of the stack; a model on the meta
-    device is counted as one on the CPU.
+    device is counted as one on the CPU. What a step allocates is found by a step of a copy without data.
 
     >>> print(report(ASGO(route(model))))   # doctest: +SKIP
     """
@@ -90,7 +95,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
             matrices = " + ".join("x".join(map(str, shape)) for shape in shapes)
             kept = _remembered(structure, optimizer.state[param])
             rows.append(Row(name, tuple(param.shape), str(view), matrices, kept, size, flops))
-    return Report(tuple(rows))
+    return Report(tuple(rows), step_bytes(optimizer))
 
 
 def state_bytes(
