@@ -63,7 +63,7 @@ def saved_by_param(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         raise ValueError(
             f"{who}: the saved state has groups of {[len(g['params']) for g in saved]} parameters, this optimizer of "
-            f" {[len(g['params']) for g in groups]}. Build it with the same groups, or load by "
+            f"{[len(g['params']) for g in groups]}. Build it with the same groups, or load by "
             "name with asgo.checkpoint.load_named_state_dict."
         )
     if not all(old.keys() & {"view", "views"} for old in saved):

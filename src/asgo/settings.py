@@ -30,6 +30,7 @@ LOOP: dict[str, Any] = {
     "adjust_lr": None,
     "root": "auto",
     "capturable": False,
+    "maximize": False,
     "rounding": "nearest",
 }
 """Neutral values of the options of the step, for presets that have no hyperparameter for them."""

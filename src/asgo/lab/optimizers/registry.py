@@ -75,7 +75,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         routing=_ROUTING,
         paper=ASGO_PAPER,
         year=2025,
-        memory="d + 2 k^2 + o",
+        memory="d + 2 k^2 + 2 o",
         cost="4 d k + root k^3",
     ),
     "asgo-paper": OptimizerSpec(
