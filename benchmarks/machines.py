@@ -34,7 +34,10 @@ ROWS: dict[str, dict[str, str]] = {
     "MKL without vectors": {"MKL_CBWR": "COMPATIBLE"},
 }
 """What is set; all other rows have one thread."""
-SUITES = ("roots", "minimax", "structures", "packed", "family", "asgo", "optimizer", "step")
+SUITES = (
+    *("roots", "minimax", "structures", "packed", "family", "asgo", "optimizer", "step"),
+    *("square_root", "waking", "rounding", "contract"),
+)
 """Of linear algebra, structures, presets, the optimizer and its step."""
 FACTS = """
 import json, torch
