@@ -546,8 +546,8 @@ def test_a_mismatch_is_named_before_anything_is_loaded(worlds, tmp_path):
     (broken / "__0_0.distcp").write_bytes(b"half")
     for messages, moved in worlds(2)(wrong_loads, folder, broken):
         assert moved == 0
-        assert messages["view"].startswith("ASGO: optimizer.")
-        assert "build both the same way" in messages["view"]
+        assert messages["view"].startswith("ASGO: experts (4, 3, 5) is read as ")
+        assert "Build the optimizer with the views it was saved with" in messages["view"]
         assert "is of ASGO" in messages["optimizer"]
         assert "is not a whole checkpoint" in messages["broken"]
         assert "never written over another" in messages["exists"]

@@ -5,6 +5,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from asgo import ASGO, SPAM, View, report
 from asgo.buckets import BUCKET_BYTES
+from asgo.lab.bench.timing import peak_bytes
 from asgo.minimax import schedule
 from asgo.roots import ROOTS
 from asgo.step_memory import LiveBytes, step_bytes
@@ -63,6 +64,16 @@ def test_what_is_stated_is_what_a_step_takes():
             assert abs(stated - taken) <= 0.1 * taken, (name, dtype, stated, taken)
 
 
+def test_torchs_own_profiler_counts_the_same():
+    """It also sees what kernels allocate by torch for themselves; with roots made of products that is little."""
+    for name, options in (("ours", {"root": "minimax"}), ("shampoo", {}), ("bagm", {}), ("agd", {})):
+        params = parameters(torch.float32)
+        optimizer = PRESETS[name](params, **options)
+        peak(optimizer, params, 1)
+        seen = peak_bytes(optimizer.step, torch.device("cpu"))
+        assert abs(seen - step_bytes(optimizer)) <= 0.1 * seen, name
+
+
 def test_it_is_said_without_a_step():
     for name, make in PRESETS.items():
         params, called = parameters(torch.float32), []
@@ -99,9 +110,19 @@ def test_the_constants_of_roots_are_not_made_without_data():
 def test_report_says_it_with_no_parameter_on_a_device():
     here, nowhere = (report(ASGO(parameters(torch.float32, device))) for device in ("cpu", "meta"))
     assert here.step_bytes == nowhere.step_bytes
-    assert str(here).endswith(f"\na step takes up to {here.step_bytes:,} bytes above parameters, gradients and state")
+    megabytes = f"{here.step_bytes / 1e6:.2g}"
+    assert str(here).endswith(f"\na step takes up to {megabytes} MB above parameters, gradients and state")
     spam = SPAM(ASGO(parameters(torch.float32)))
     assert step_bytes(spam) > here.step_bytes
+
+
+def test_frozen_parameters_and_groups_of_vectors_alone_take_nothing():
+    matrix, vector = parameters(torch.float32)[0], parameters(torch.float32)[4]
+    alone = step_bytes(ASGO([matrix]))
+    frozen = torch.nn.Parameter(torch.ones(500, 500), requires_grad=False)
+    groups = [{"params": [matrix, frozen]}, {"params": [vector], "eps": 1e-30}]
+    assert step_bytes(ASGO(groups)) == alone
+    assert step_bytes(torch.optim.SGD([vector])) is None
 
 
 def gpt2(layers, width, vocabulary=50257):

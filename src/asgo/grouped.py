@@ -43,7 +43,9 @@ class GroupedOptimizer(Optimizer, ABC):
         settings.check_adamw(type(self).__name__, adamw or {})
         self._forget_plans()
         self._division, self._members, self._warned = Division(), Membership(), False
+        self._taken: dict[Tensor, str] | None = {}
         super().__init__(params, {**defaults, "adamw": dict(adamw or {})})
+        self._taken = None
         self._begin()
 
     @abstractmethod
@@ -154,17 +156,21 @@ class GroupedOptimizer(Optimizer, ABC):
         views = [view if view is None or given is None else self.read(view, param_group) for view in views]
         settings.check_given(who, param_group, self.defaults)
         views = settings.bounded(who, members, views, self.largest_side({**self.defaults, **param_group}))
-        settings.check_group(who, param_group, members, views, self.defaults, param_groups.names_of(self))
+        # While it is constructed nobody else changes the groups, so that their names need not be read again each time.
+        taken = param_groups.names_of(self) if self._taken is None else self._taken
+        settings.check_group(who, param_group, members, views, self.defaults, taken)
         self.check_members({**self.defaults, **param_group}, views, [param for _, param in members])
         own = settings.with_adamw(who, param_group, views, self.defaults)
 
         param_group.pop("view", None)
         param_group["params"] = [param for _, param in members]
-        param_groups.name_alike([*self.param_groups, param_group], [name for name, _ in members])
+        param_groups.name_alike([*self.param_groups, param_group], [name for name, _ in members], len(taken))
         param_group |= {**own, "views": param_groups.plain(views)}
         super().add_param_group(param_group)
         param_group |= {key: value for key, value in self.loop.items() if key not in {*self.defaults, *own}}
         self._members.add(param_group)
+        if self._taken is not None:
+            self._taken |= {param: name or f"parameter {len(taken) + i}" for i, (name, param) in enumerate(members)}
         if self._division.begun:
             self._begin()
 
@@ -272,7 +278,7 @@ class GroupedOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._members, self._warned = Membership(self.param_groups), True
+        self._members, self._warned, self._taken = Membership(self.param_groups), True, None
         self._forget_plans()
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> State:

@@ -97,13 +97,12 @@ class StructuredOptimizer(GroupedOptimizer):
         )
         states = [self.state[p] for p in plan.entries]
         ranks = [at.ranks for at in plan.where]
-        places = {param: i << 10 for i, param in enumerate(self._members.views)}
         adamw.adamw(
             held,
             grads,
             states,
             adamw_of(group),
-            [places[param] for param in plan.entries],
+            plan.places,
             lambda flags, of: agree(flags, [ranks[i] for i in of]),
         )
         return spread(plan.entries, plan.where)
@@ -196,9 +195,10 @@ class StructuredOptimizer(GroupedOptimizer):
             self._check_shapes(self.param_groups[i])
         if stale:
             phases = turns_of(self.param_groups, self._members.views, self.structure)
+            places = {param: i << 10 for i, param in enumerate(self._members.views)}
             for i in stale:
                 old = self._plans.pop(i, None)
-                self._plans[i] = self._plan(self.param_groups[i], signatures[i], phases)
+                self._plans[i] = self._plan(self.param_groups[i], signatures[i], phases, places)
                 for bucket in old.buckets if old else ():
                     bucket.release()
         return [self._plans[i] for i in range(len(signatures))]
@@ -221,7 +221,13 @@ class StructuredOptimizer(GroupedOptimizer):
                 self._division.forget_one(param)
                 self.state[param].update(self._init_state(param, group))
 
-    def _plan(self, group: dict[str, Any], signature: object, phases: Mapping[tuple[Tensor, int], int]) -> Plan:
+    def _plan(
+        self,
+        group: dict[str, Any],
+        signature: object,
+        phases: Mapping[tuple[Tensor, int], int],
+        places: Mapping[Tensor, int],
+    ) -> Plan:
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
             follow(self.state[param], param, group, self._members.views[param], self._where(param, group)[0])
@@ -230,9 +236,10 @@ class StructuredOptimizer(GroupedOptimizer):
         structure = self.structure(group) if viewed else None
         buckets = []
         if structure is not None:
-            members = self._division.members(viewed, self._members.views, structure, phases)
+            members = self._division.members(viewed, self._members.views, structure, phases, places)
             buckets = make_buckets(members, structure, self.state, KINDS)
-        return Plan(signature, entries, [self._where(param, group)[0] for param in entries], viewed, buckets)
+        where = [self._where(param, group)[0] for param in entries]
+        return Plan(signature, entries, where, [places[param] for param in entries], viewed, buckets)
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,7 @@ class Plan:
         signature: see `_signature`; the plan is valid while it is unchanged.
         entries: the parameters without a view.
         where: their placements.
+        places: a number for each of them that it has on all ranks and no other has.
         viewed: the parameters with a view.
         buckets: the stacks of the parameters with a view.
     """
@@ -250,6 +258,7 @@ class Plan:
     signature: object
     entries: list[Tensor]
     where: list[Placement]
+    places: list[int]
     viewed: list[Tensor]
     buckets: list[Bucket]
 

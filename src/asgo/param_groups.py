@@ -96,7 +96,7 @@ def names_of_group(group: Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
     return [(names[i] if i < len(names) else None, param) for i, param in enumerate(group["params"])]
 
 
-def name_alike(groups: Sequence[dict[str, Any]], names: Sequence[str | None]) -> None:
+def name_alike(groups: Sequence[dict[str, Any]], names: Sequence[str | None], count: int) -> None:
     """Give all groups ``param_names`` if one has them, as `torch.optim.Optimizer` requires.
 
     Parameters without a name are called by their position.
@@ -104,13 +104,15 @@ def name_alike(groups: Sequence[dict[str, Any]], names: Sequence[str | None]) ->
     Args:
         groups: the groups of an optimizer and, last, a new one.
         names: names of the parameters of the new one.
+        count: how many parameters the others have.
     """
-    *_, new = groups
+    *others, new = groups
     new.pop("param_names", None)
-    if not any(names) and not any("param_names" in group for group in groups):
+    named = [group for group in others if "param_names" in group]
+    if not any(names) and not named:
         return
-    place = 0
-    for group in groups:
+    renamed, place = (groups, 0) if len(named) < len(others) else ([new], count)
+    for group in renamed:
         given = names if group is new else group.get("param_names") or [None] * len(group["params"])
         group["param_names"] = [name or f"parameter {place + i}" for i, name in enumerate(given)]
         place += len(given)

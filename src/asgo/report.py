@@ -66,7 +66,7 @@ class Report:
         widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         if self.step_bytes is not None:
-            lines.append(f"a step takes up to {self.step_bytes:,} bytes above parameters, gradients and state")
+            lines.append(f"a step takes up to {self.step_bytes / 1e6:.2g} MB above parameters, gradients and state")
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -150,9 +150,9 @@ class Division:
         views: Mapping[Tensor, View | None],
         structure: Structure,
         turn_of: Mapping[tuple[Tensor, int], int],
+        places: Mapping[Tensor, int],
     ) -> list[Member]:
         """The parts of parameters that have views."""
-        places = {param: i << 10 for i, param in enumerate(views)}
         return [
             Member(
                 param,
