@@ -195,6 +195,60 @@ def test_what_a_wrapper_keeps_in_the_state_stays_and_is_saved():
     assert torch.equal(twin.state[net.a.weight]["gram"], optimizer.state[net.a.weight]["gram"])
 
 
+def test_a_wrapper_may_keep_anything_in_the_state():
+    net, twin = Net(), Net()
+    optimizer, other = (ASGO(list(each.a.named_parameters())) for each in (net, twin))
+    run(optimizer, list(net.a.parameters()))
+    kept = {"old": None, "k": 3, "name": "x", "several": [1, torch.ones(2)]}
+    for param in net.a.parameters():
+        optimizer.state[param].update(kept)
+    assert report(optimizer).state_bytes == report(other).state_bytes
+    again = copy.deepcopy(optimizer)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    checkpoint.load_named_state_dict(other, checkpoint.named_state_dict(optimizer))
+    for found in (*again.state.values(), *other.state.values()):
+        assert (found["old"], found["k"], found["name"]) == (None, 3, "x")
+        assert torch.equal(found["several"][1], torch.ones(2))
+    optimizer.reset()
+    run(optimizer, list(net.a.parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, {"root": "square_root"}, {"packed_state": True}], ids=str)
+def test_reset_fits_a_model_that_was_cast_and_an_option_that_was_set_since(options):
+    def after(change):
+        net = Net()
+        optimizer = ASGO(route(net), rounding="compensated", **options)
+        run(optimizer, list(net.parameters()))
+        change(net, optimizer)
+        optimizer.reset()
+        fresh = copy.deepcopy(net)
+        twin = ASGO(route(fresh), rounding=optimizer.param_groups[0]["rounding"], **options)
+        for each, o in ((net, optimizer), (fresh, twin)):
+            run(o, list(each.parameters()), 2)
+        return same(net.parameters(), fresh.parameters())
+
+    def cast(net, optimizer):
+        net.bfloat16()
+
+    def grown(net, optimizer):
+        net.a.weight.data = torch.randn(8, 10)
+
+    assert after(cast)
+    assert after(grown)
+
+
+def test_a_tensor_that_is_no_leaf_is_refused_before_anything_changes():
+    net = Net()
+    optimizer = ASGO(list(net.a.parameters()))
+    before = dict(optimizer.param_groups[0])
+    group = {"params": [("doubled", 2 * net.b.weight)], "view": MATRIX}
+    with pytest.raises(ValueError, match=r"ASGO: 'doubled' \(4, 8\) is computed from other tensors"):
+        optimizer.add_param_group(group)
+    assert optimizer.param_groups[0].keys() == before.keys()
+    assert group.keys() == {"params", "view"}
+
+
 def test_a_parameter_in_the_place_of_another_has_its_view():
     queries, keys = (nn.Parameter(torch.randn(8, 6)) for _ in range(2))
     optimizer = ASGO([{"params": [("q", queries), ("k", keys)], "view": View("(h d) n -> h d n", {"h": 4})}])
