@@ -185,6 +185,45 @@ def test_state_is_made_for_parameters_met_later(make):
         assert copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict()) is None
 
 
+FORMS = [
+    ({}, {"root": "square_root"}),
+    ({"root": "square_root"}, {"root": "minimax"}),
+    ({}, {"packed_state": True}),
+    ({}, {"side": "left"}),
+    ({"cross_normalize": False}, {"cross_normalize": True}),
+]
+
+
+@pytest.mark.parametrize(("built", "change"), FORMS, ids=str)
+def test_an_option_that_decides_the_form_of_the_state_may_change_before_the_first_step_only(built, change):
+    net, twin = Net(), Net()
+    optimizer, other = (ASGO([{"params": list(each.a.named_parameters()), **built}]) for each in (net, twin))
+    optimizer.param_groups[0].update(change)
+    fresh = ASGO([{"params": list(twin.a.named_parameters()), **built, **change}])
+    run(optimizer, list(net.a.parameters()))
+    run(fresh, list(twin.a.parameters()))
+    assert same(net.a.parameters(), twin.a.parameters())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(other, list(twin.a.parameters()))
+    other.param_groups[0].update(change)
+    before, state = values(twin.a.parameters()), copy.deepcopy(other.state_dict()["state"])
+    with pytest.raises(ValueError, match="ASGO: the state of 'weight' does not fit its group: an option"):
+        run(other, list(twin.a.parameters()))
+    assert same(before, twin.a.parameters())
+    for i, own in other.state_dict()["state"].items():
+        assert all(torch.equal(tensor, state[i][key]) for key, tensor in own.items())
+
+
+def test_the_interval_of_another_form_is_not_taken_from_a_saved_state():
+    net = Net()
+    saved = ASGO(list(net.a.named_parameters()), precondition_frequency=10)
+    run(saved, list(net.a.parameters()))
+    optimizer = ASGO(list(net.a.named_parameters()), root="square_root")
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert optimizer.param_groups[0]["precondition_frequency"] == 1
+    ASGO(optimizer.param_groups, root="square_root")
+
+
 def test_what_a_wrapper_keeps_in_the_state_stays_and_is_saved():
     net = Net()
     optimizer, twin = (ASGO(list(net.a.named_parameters())) for _ in range(2))
