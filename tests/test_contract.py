@@ -185,6 +185,45 @@ def test_state_is_made_for_parameters_met_later(make):
         assert copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict()) is None
 
 
+FORMS = [
+    ({}, {"root": "square_root"}),
+    ({"root": "square_root"}, {"root": "minimax"}),
+    ({}, {"packed_state": True}),
+    ({}, {"side": "left"}),
+    ({"cross_normalize": False}, {"cross_normalize": True}),
+]
+
+
+@pytest.mark.parametrize(("built", "change"), FORMS, ids=str)
+def test_an_option_that_decides_the_form_of_the_state_may_change_before_the_first_step_only(built, change):
+    net, twin = Net(), Net()
+    optimizer, other = (ASGO([{"params": list(each.a.named_parameters()), **built}]) for each in (net, twin))
+    optimizer.param_groups[0].update(change)
+    fresh = ASGO([{"params": list(twin.a.named_parameters()), **built, **change}])
+    run(optimizer, list(net.a.parameters()))
+    run(fresh, list(twin.a.parameters()))
+    assert same(net.a.parameters(), twin.a.parameters())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(other, list(twin.a.parameters()))
+    other.param_groups[0].update(change)
+    before, state = values(twin.a.parameters()), copy.deepcopy(other.state_dict()["state"])
+    with pytest.raises(ValueError, match="ASGO: the state of 'weight' does not fit its group: an option"):
+        run(other, list(twin.a.parameters()))
+    assert same(before, twin.a.parameters())
+    for i, own in other.state_dict()["state"].items():
+        assert all(torch.equal(tensor, state[i][key]) for key, tensor in own.items())
+
+
+def test_the_interval_of_another_form_is_not_taken_from_a_saved_state():
+    net = Net()
+    saved = ASGO(list(net.a.named_parameters()), precondition_frequency=10)
+    run(saved, list(net.a.parameters()))
+    optimizer = ASGO(list(net.a.named_parameters()), root="square_root")
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert optimizer.param_groups[0]["precondition_frequency"] == 1
+    ASGO(optimizer.param_groups, root="square_root")
+
+
 def test_what_a_wrapper_keeps_in_the_state_stays_and_is_saved():
     net = Net()
     optimizer, twin = (ASGO(list(net.a.named_parameters())) for _ in range(2))
@@ -193,6 +232,60 @@ def test_what_a_wrapper_keeps_in_the_state_stays_and_is_saved():
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert torch.equal(twin.state[net.a.weight]["z"], torch.full((3,), 5.0))
     assert torch.equal(twin.state[net.a.weight]["gram"], optimizer.state[net.a.weight]["gram"])
+
+
+def test_a_wrapper_may_keep_anything_in_the_state():
+    net, twin = Net(), Net()
+    optimizer, other = (ASGO(list(each.a.named_parameters())) for each in (net, twin))
+    run(optimizer, list(net.a.parameters()))
+    kept = {"old": None, "k": 3, "name": "x", "several": [1, torch.ones(2)]}
+    for param in net.a.parameters():
+        optimizer.state[param].update(kept)
+    assert report(optimizer).state_bytes == report(other).state_bytes
+    again = copy.deepcopy(optimizer)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    checkpoint.load_named_state_dict(other, checkpoint.named_state_dict(optimizer))
+    for found in (*again.state.values(), *other.state.values()):
+        assert (found["old"], found["k"], found["name"]) == (None, 3, "x")
+        assert torch.equal(found["several"][1], torch.ones(2))
+    optimizer.reset()
+    run(optimizer, list(net.a.parameters()))
+
+
+@pytest.mark.parametrize("options", [{}, {"root": "square_root"}, {"packed_state": True}], ids=str)
+def test_reset_fits_a_model_that_was_cast_and_an_option_that_was_set_since(options):
+    def after(change):
+        net = Net()
+        optimizer = ASGO(route(net), rounding="compensated", **options)
+        run(optimizer, list(net.parameters()))
+        change(net, optimizer)
+        optimizer.reset()
+        fresh = copy.deepcopy(net)
+        twin = ASGO(route(fresh), rounding=optimizer.param_groups[0]["rounding"], **options)
+        for each, o in ((net, optimizer), (fresh, twin)):
+            run(o, list(each.parameters()), 2)
+        return same(net.parameters(), fresh.parameters())
+
+    def cast(net, optimizer):
+        net.bfloat16()
+
+    def grown(net, optimizer):
+        net.a.weight.data = torch.randn(8, 10)
+
+    assert after(cast)
+    assert after(grown)
+
+
+def test_a_tensor_that_is_no_leaf_is_refused_before_anything_changes():
+    net = Net()
+    optimizer = ASGO(list(net.a.parameters()))
+    before = dict(optimizer.param_groups[0])
+    group = {"params": [("doubled", 2 * net.b.weight)], "view": MATRIX}
+    with pytest.raises(ValueError, match=r"ASGO: 'doubled' \(4, 8\) is computed from other tensors"):
+        optimizer.add_param_group(group)
+    assert optimizer.param_groups[0].keys() == before.keys()
+    assert group.keys() == {"params", "view"}
 
 
 def test_a_parameter_in_the_place_of_another_has_its_view():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from asgo import polar
+from asgo import ASGO, polar, report
 from asgo.polar import PLANS, Plan, polar_and_root
 from asgo.structures import OneSided, SquareRoot
 from asgo.structures.one_sided import to_gram
@@ -496,3 +496,12 @@ def test_a_symmetric_product_by_panels_is_the_whole_one(dtype, monkeypatch):
     monkeypatch.setattr(polar, "SMALLEST_WITH_PANELS", 8)
     X = torch.randn(2, 9, 12).to(dtype)
     assert relative(polar.symmetric(X).double(), X.double() @ X.double().mT) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("options", [{}, {"statistic": "gradient"}, {"betas": (0.9, 0.0)}], ids=str)
+def test_the_report_knows_the_square_root_and_the_memory_of_its_step(options):
+    params = [("w", torch.nn.Parameter(torch.randn(8, 12)))]
+    found = report(ASGO(params, root="square_root", **options))
+    assert [row.structure for row in found.rows] == ["SquareRoot 1x8x8"]
+    assert found.step_bytes is not None
+    assert found.step_bytes > 0

@@ -91,14 +91,14 @@ FORMS: tuple[Form, ...] = (
     Form("fast", _root("minimax_fast"), STATED["minimax_fast"], 17),
     Form("bf16x3", _root("minimax_bf16x3"), STATED["minimax_bf16x3"], 21, "bfloat16"),
     Form("tf32", _root("minimax_tf32"), STATED["minimax_tf32"], 21, "tf32"),
-    Form("square root", _square_root("auto"), SQUARE_ROOT["bf16"], 32, "bfloat16"),
-    Form("square root fp16", _square_root("fp16"), SQUARE_ROOT["fp16"], 32, "float16"),
-    Form("square root bf16", _square_root("bf16"), SQUARE_ROOT["bf16"], 32, "bfloat16"),
-    Form("square root heads", _square_root("auto"), SQUARE_ROOT["bf16"], 32, "bfloat16", layout="heads"),
+    Form("square root", _square_root("auto"), SQUARE_ROOT["bf16"], 26, "bfloat16"),
+    Form("square root fp16", _square_root("fp16"), SQUARE_ROOT["fp16"], 26, "float16"),
+    Form("square root bf16", _square_root("bf16"), SQUARE_ROOT["bf16"], 26, "bfloat16"),
+    Form("square root heads", _square_root("auto"), SQUARE_ROOT["bf16"], 26, "bfloat16", layout="heads"),
     Form(
-        "square root graph", _asgo(root="square_root", capturable=True), SQUARE_ROOT["bf16"], 32, "bfloat16", graph=True
+        "square root graph", _asgo(root="square_root", capturable=True), SQUARE_ROOT["bf16"], 26, "bfloat16", graph=True
     ),
-    Form("square root b2 0", _asgo(root="square_root", betas=(0.95, 0.0)), SQUARE_ROOT["bf16"], 15, "bfloat16"),
+    Form("square root b2 0", _asgo(root="square_root", betas=(0.95, 0.0)), SQUARE_ROOT["bf16"], 16, "bfloat16"),
     _minimax("heads", _root("minimax"), layout="heads"),
     _minimax("apart", _root("minimax"), layout="apart"),
     _minimax("every second step", _root("minimax"), interval=2),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo.distributed.state import assign
-from asgo.loading import Saved, check_saved, completed
+from asgo.loading import Saved, check_saved, completed, foreign
 from asgo.optimizer import StructuredOptimizer
 from asgo.param_groups import hyperparameters_of, views_of
 from asgo.views import View
@@ -77,6 +78,7 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
     with torch.no_grad():
         for name, param in named.items():
             assign(own[name], completed(found[param].state, own[name], added))
+            optimizer.state[param].update(deepcopy(foreign(found[param].state)))
     take_hyperparameters(optimizer, saved["groups"])
 
 

@@ -121,9 +121,12 @@ class GroupedOptimizer(Optimizer, ABC):
         self._follow_groups()
         for group in self.param_groups:
             for param in group["params"]:
+                state = self.state[param]
                 for key, fresh in self._init_state(param, group).items():
-                    if not key.startswith("failures"):
-                        self.state[param][key].copy_(fresh)
+                    if key not in state or state[key].shape != fresh.shape:
+                        state[key] = fresh
+                    elif not key.startswith("failures"):
+                        state[key].copy_(fresh)
 
     def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
         """Divide the work on replicated parameters between ranks, as for `DistributedDataParallel`.
@@ -273,7 +276,9 @@ class GroupedOptimizer(Optimizer, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Compact copies: a view into a bucket would drag the whole bucket along, once per parameter.
         state = super().__getstate__()
-        compact = {p: {key: t.clone() for key, t in own.items()} for p, own in self.state.items()}
+        compact = {
+            p: {key: t.clone() if loading.is_own(key) else t for key, t in own.items()} for p, own in self.state.items()
+        }
         return {**state, "_division": self._division, "state": type(self.state)(dict, compact)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from asgo.masks import blend, choose
 from asgo.matmul import exact_matmul
 from asgo.scaling import SCALINGS
 from asgo.settings import adamw_of, learning_rate
-from asgo.state import check_shape, follow
+from asgo.state import check_form, check_shape, follow, renew
 from asgo.structures import OneCall, Structure
 
 WARM_STEPS = 10
@@ -217,9 +217,13 @@ class StructuredOptimizer(GroupedOptimizer):
             view = self._members.views[param]
             if view is not None:
                 view.check(name or "a parameter", param.shape)
-            if not check_shape(type(self).__name__, name, param, self.state[param], *self._where(param, group)):
+            who, state, where = type(self).__name__, self.state[param], self._where(param, group)
+            fits = check_shape(who, name, param, state, *where)
+            if fits and view is not None:
+                fits = check_form(who, name, param, state, where[0], self.structure(group))
+            if not fits:
                 self._division.forget_one(param)
-                self.state[param].update(self._init_state(param, group))
+                renew(state, self._init_state(param, group))
 
     def _plan(
         self,
@@ -268,5 +272,6 @@ def _signature(group: Mapping[str, Any]) -> object:
     return (
         group["precondition_frequency"],
         group["rounding"],
+        [group.get(key) for key in ("root", "side", "packed_state", "cross_normalize")],
         [(id(p), p.shape, p.stride(), p.dtype, p.device) for p in group["params"] if p.grad is not None],
     )

@@ -61,7 +61,7 @@ def hyperparameters_of(old: Mapping[str, Any], group: Mapping[str, Any]) -> dict
     """What a group takes from a saved one: all but its members, and but the form of the state where that differs."""
     own = set(OF_MEMBERS)
     if "square_root" in (old.get("root"), group.get("root")) and old.get("root") != group.get("root"):
-        own |= {"root", "precision", "packed_state"}
+        own |= {"root", "precision", "packed_state", "precondition_frequency"}
     return {key: value for key, value in old.items() if key not in own}
 
 

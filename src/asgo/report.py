@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from asgo._types import State
+from asgo.loading import is_own
 from asgo.optimizer import StructuredOptimizer
 from asgo.param_groups import names_of, views_of
 from asgo.presets.asgo import ASGO
@@ -83,7 +84,8 @@ def report(optimizer: StructuredOptimizer) -> Report:
     for group in optimizer.param_groups:
         for param, view in zip(group["params"], views_of(group), strict=True):
             name = names[param]
-            size = sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state[param].values())
+            state = {key: kept for key, kept in optimizer.state[param].items() if is_own(key)}
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
             if view is None:
                 kind = "AdamW, above max_size" if _is_above(optimizer.largest_side(group), param) else "AdamW"
                 rows.append(Row(name, tuple(param.shape), "-", "-", kind, size, 0.0))
@@ -93,7 +95,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
             cubes = sum(b * structure.cost(m, n) for b, m, n in shapes)
             flops = 2 * _products(group, param) * cubes
             matrices = " + ".join("x".join(map(str, shape)) for shape in shapes)
-            kept = _remembered(structure, optimizer.state[param])
+            kept = _remembered(structure, state)
             rows.append(Row(name, tuple(param.shape), str(view), matrices, kept, size, flops))
     return Report(tuple(rows), step_bytes(optimizer))
 

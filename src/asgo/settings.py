@@ -252,6 +252,11 @@ def _check_param(what: str, param: Tensor) -> None:
             f"{what} is {param.dtype}; parameters must be real floating point. Optimize the real and imaginary "
             "parts (torch.view_as_real) or leave it out."
         )
+    if not (param.is_leaf or param.retains_grad):
+        raise ValueError(
+            f"{what} is computed from other tensors, so it gets no gradient of its own. Pass the parameters it is "
+            "computed from, or param.detach().requires_grad_()."
+        )
 
 
 def adamw_of(group: Mapping[str, Any]) -> dict[str, Any]:

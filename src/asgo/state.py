@@ -94,6 +94,13 @@ def _is_elsewhere(state: State, param: Tensor, dtype: torch.dtype) -> bool:
     return state["exp_avg"].device != param.device or state["exp_avg"].dtype != dtype
 
 
+def renew(state: State, fresh: State) -> None:
+    """Put fresh state in the place of what this library keeps in another; what wrappers keep stays."""
+    for key in [key for key in state if is_own(key) and key != "spike_sq"]:
+        del state[key]
+    state |= fresh
+
+
 def check_shape(
     who: str, name: str | None, param: Tensor, state: State, placement: Placement, owners: Sequence[int | None]
 ) -> bool:
@@ -122,6 +129,42 @@ def check_shape(
         f"{who}: {name or 'a parameter'!r} has the shape {tuple(param.shape)} now, its momentum {found}. Its state is "
         "of its old shape: replace the parameter by a new one, or delete optimizer.state[parameter]."
     )
+
+
+def check_form(
+    who: str, name: str | None, param: Tensor, state: State, placement: Placement, structure: Structure
+) -> bool:
+    """Whether the state is of this structure, or was never used; shards of a matrix are not looked at.
+
+    Args:
+        who: the optimizer, for messages.
+        name: of the parameter.
+        param: the parameter.
+        state: its state.
+        placement: where its entries are.
+        structure: that its group describes now.
+
+    Returns:
+        False if it is of another structure, but was never used.
+
+    Raises:
+        ValueError: it is of another structure and was used.
+    """
+    if placement.cut is not None:
+        return True
+    for part, (_, m, n) in enumerate(_momentum_shapes(param, placement, [None] * len(_found_shapes(state)))):
+        for key, like in structure.init(torch.empty(1, m, n, device="meta")).items():
+            found = state.get(part_key(key, part))
+            if found is not None and found.shape[1:] == like.shape[1:]:
+                continue
+            if float(state["step"]) == 0:
+                return False
+            raise ValueError(
+                f"{who}: the state of {name or 'a parameter'!r} does not fit its group: an option that decides its "
+                "form (root='square_root', packed_state, side, cross_normalize) was changed after the first step. "
+                "Build an optimizer with the new option; it loads the state_dict where the form can be converted."
+            )
+    return True
 
 
 def _found_shapes(state: State) -> list[tuple[int, ...]]:

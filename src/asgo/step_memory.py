@@ -130,7 +130,8 @@ def _tensors(tree: object) -> list[Tensor]:
 
 def _fill_caches(groups: Sequence[Mapping[str, Any]]) -> None:
     """Let roots compute their constants while tensors have data: they are kept for the process."""
-    for root, eps in {(group["root"], group["eps"]) for group in groups if any(group["views"])}:
+    matrices = (group for group in groups if any(group["views"]) and group["root"] in ROOTS)
+    for root, eps in {(group["root"], group["eps"]) for group in matrices}:
         for dtype in (torch.float32, torch.float64):
             for name in (root, "minimax") if root == "auto" else (root,):
                 ROOTS[name](torch.ones(1, 1, 1, dtype=dtype), eps)

@@ -20,6 +20,7 @@ from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 from asgo._types import State
 from asgo.distributed.placement import Cut, Placement
+from asgo.loading import is_own
 
 
 def export(state: State, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> State:
@@ -36,6 +37,8 @@ def export(state: State, param: Tensor, placement: Placement, owners: Sequence[i
 
 def _exported(key: str, tensor: Tensor, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> Tensor:
     name, _, part = key.partition(".")
+    if not is_own(key):
+        return tensor
     if key in ("spike_sq", "residual") or (placement.kind == "entries" and name.startswith("exp_avg")):
         return _entries(key, tensor, param, placement)
     if key == "step" or placement.kind in ("alone", "shared", "entries"):
@@ -94,7 +97,7 @@ def assign(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
             stays.
     """
     for key, target in own.items():
-        if key not in saved:
+        if key not in saved or not is_own(key):
             continue
         source = saved[key]
         held = target.to_local() if isinstance(target, DTensor) else target
