@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from asgo import ASGO, Rule, route
+from asgo import ASGO, Rule, presets, route
 from asgo.hosts.lightning import configure
 from asgo.hosts.timm import groups, register
 from asgo.hosts.transformers import factory
@@ -207,7 +207,9 @@ def vit():
 def test_timm_makes_and_steps_every_optimizer_by_name():
     optim = missing("timm.optim")
     model, data = vit(), torch.randn(2, 3, 32, 32)
-    for name in register():
+    names = register()
+    assert set(names) == {name.lower() for name in presets.__all__} - {"adagram", "bag", "spam"}
+    for name in names:
         optimizer = optim.create_optimizer_v2(model, name, lr=1e-3, param_group_fn=groups)
         before = model.blocks[0].mlp.fc1.weight.clone()
         model(data).square().sum().backward()

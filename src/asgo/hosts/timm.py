@@ -20,12 +20,15 @@ from asgo.views.route import Rule, route
 
 
 def register() -> list[str]:
-    """Add the structured optimizers to timm's registry, each by the name of its class in lower case.
+    """Add the optimizers that have a weight decay, which timm always passes, to its registry.
+
+    Each has the name of its class in lower case. ``BAG`` and ``AdaGram`` have no weight decay; ``SPAM`` contains an
+    optimizer.
 
     Groups with timm's ``use_fallback`` (see ``fallback_list`` there) are stepped by AdamW.
 
     Returns:
-        The names, such as ``"asgo"`` and ``"dasgo"``.
+        The names, ``"adablock"``, ``"asgo"`` and so on.
 
     Raises:
         ImportError: timm is not installed.
@@ -33,9 +36,10 @@ def register() -> list[str]:
     optim = import_module("timm.optim")
     registry = import_module("timm.optim._optim_factory").default_registry  # timm exports it nowhere else
     classes = {name.lower(): getattr(presets, name) for name in presets.__all__}
-    classes = {name: kind for name, kind in classes.items() if issubclass(kind, StructuredOptimizer)}
-    for name, kind in classes.items():
-        takes = inspect.signature(kind).parameters
+    taken = {name: inspect.signature(kind).parameters for name, kind in classes.items()}
+    taken = {name: takes for name, takes in taken.items() if {"params", "weight_decay"} <= set(takes)}
+    for name, takes in taken.items():
+        kind = classes[name]
         info = optim.OptimInfo(
             name=name,
             opt_class=partial(_build, kind),
@@ -44,7 +48,7 @@ def register() -> list[str]:
             has_betas="betas" in takes,
         )
         registry.register(info)
-    return sorted(classes)
+    return sorted(taken)
 
 
 def _build(kind: type[StructuredOptimizer], params: Iterable[Any], **options: Any) -> Optimizer:
