@@ -146,11 +146,14 @@ def test_sizes():
 
 
 def test_everything_is_typed_and_nothing_takes_kwargs():
+    """Only what a training framework calls takes them: it passes the user's options as keywords."""
+
     def rule(module):
         for f in module.functions:
             args = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
             untyped = [arg.arg for arg in args if arg.annotation is None and arg.arg not in ("self", "cls")]
-            if untyped or f.args.kwarg is not None or (f.returns is None and f.name != "__init__"):
+            kwargs = f.args.kwarg is not None and module.room != "hosts"
+            if untyped or kwargs or (f.returns is None and f.name != "__init__"):
                 yield f.name
 
     assert not broken(MODULES, rule)

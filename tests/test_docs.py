@@ -16,6 +16,9 @@ import torch
 
 import asgo
 from asgo import ASGO, Rule, View, checkpoint, roots, route, settings, views
+from asgo.hosts import lightning as lightning_host
+from asgo.hosts import timm as timm_host
+from asgo.hosts import transformers as transformers_host
 from asgo.views.layouts import LAYOUTS, QUERY_KEY
 from asgo.views.route import DEFAULT
 
@@ -272,11 +275,14 @@ def test_names():
         "Methods": [ASGO],
         "`View`": [View, views],
         "Checkpoints": [checkpoint],
+        "Hosts": [transformers_host, lightning_host, timm_host],
         "Roots": [roots],
         "Diagnostics": [asgo.diagnostics, asgo.diagnostics.GradientProbe, asgo.diagnostics.Moments],
     }
     for title, owners in places.items():
-        names = re.findall(r"`(?:View\.)?(\w+)\(|`([A-Z]{2,})`", section(page("api.md"), title))
+        names = re.findall(
+            r"`(?:View\.|transformers\.|lightning\.|timm\.)?(\w+)\(|`([A-Z]{2,})`", section(page("api.md"), title)
+        )
         for name in filter(None, sum(names, ())):
             assert any(hasattr(owner, name) for owner in owners), name
 
@@ -343,7 +349,8 @@ def test_theory_tables():
 
 def test_flags_exist():
     launchers = {"--nproc_per_node", "--shutdown-timeout", "--multi_gpu", "--num_processes"}
-    known = {"--help", "--version", "--no-deps"} | launchers
+    hosts = {"--opt", "--opt-kwargs"}
+    known = {"--help", "--version", "--no-deps"} | launchers | hosts
     benches, experiments = (StepConfig, RootConfig, DistributedConfig), EXPERIMENTS.values()
     looks = (RoutingConfig, GradientsConfig, AdviceConfig)
     for kind in (TrainConfig, CompareConfig, PlanConfig, *looks, *benches, *experiments):
