@@ -118,6 +118,7 @@ class StructuredOptimizer(GroupedOptimizer):
                 update = yield from self._in_one_call(bucket, group, structure, direction, seen)
             else:
                 yield from self._learn(bucket, group, structure, seen, due)
+            del seen  # a stack of gradients that the rest of the step does without
         yield from pause(bucket.share(due, structure.derived))
         if direction is not None:
             if update is None:

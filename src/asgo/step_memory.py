@@ -55,7 +55,9 @@ class LiveBytes(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _meet(self, tensor: Tensor) -> int:
-        """Follow the storage of a tensor to its end; its bytes if it was not known."""
+        """Follow the storage of a tensor to its end; its bytes if it was not known. Those of "meta" have no memory."""
+        if tensor.device.type == "meta":
+            return 0
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
