@@ -315,6 +315,23 @@ def test_removing_a_parameter_leaves_the_others_their_views():
     assert optimizer.state[params[2][1]]["exp_avg"].shape == (3, 2, 6)
 
 
+def test_names_follow_their_parameters_when_a_list_of_parameters_alone_is_changed():
+    net = Net()
+    optimizer = ASGO([{"params": list(net.a.named_parameters())}, {"params": list(net.norm.named_parameters("norm"))}])
+    run(optimizer, [*net.a.parameters(), *net.norm.parameters()])
+    first, second = optimizer.param_groups
+    del first["params"][0]
+    second["params"].append(net.conv.weight)
+    assert copy.deepcopy(optimizer).param_groups[0]["param_names"] == ["bias"]
+    assert [row.name for row in report(optimizer).rows] == ["bias", "norm.weight", "norm.bias", "parameter 3"]
+    saved = checkpoint.named_state_dict(optimizer)
+    assert torch.equal(saved["state"]["bias"]["exp_avg"], optimizer.state[net.a.bias]["exp_avg"])
+    assert set(saved["state"]) == {"bias", "norm.weight", "norm.bias", "parameter 3"}
+    first["params"].clear()
+    optimizer.step()
+    assert set(checkpoint.named_state_dict(optimizer)["state"]) == {"norm.weight", "norm.bias", "parameter 3"}
+
+
 def test_flat_memory_in_place_of_matrices_is_refused_by_name():
     net = Net()
     optimizer = ASGO(list(net.a.named_parameters()))

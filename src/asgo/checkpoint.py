@@ -37,7 +37,8 @@ def named_state_dict(optimizer: Optimizer) -> dict[str, Any]:
     Raises:
         ValueError: parameters without names.
     """
-    names, packed = _named(optimizer), optimizer.state_dict()
+    packed = optimizer.state_dict()
+    names = _named(optimizer)
     ids = [i for group in packed["param_groups"] for i in group["params"]]
     state = {name: dict(packed["state"].get(i, {})) for name, i in zip(names, ids, strict=True)}
     groups = [

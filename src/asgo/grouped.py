@@ -275,6 +275,7 @@ class GroupedOptimizer(Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Compact copies: a view into a bucket would drag the whole bucket along, once per parameter.
+        self._follow_groups()
         state = super().__getstate__()
         compact = {
             p: {key: t.clone() if loading.is_own(key) else t for key, t in own.items()} for p, own in self.state.items()

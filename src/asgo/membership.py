@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from asgo.param_groups import names_of_group, plain
+from asgo.param_groups import complete_names, names_of_group, plain
 from asgo.views import View
 
 Group = dict[str, Any]
@@ -66,11 +66,13 @@ class Membership:
         """
         present = {param for group in groups for param in group["params"]}
         found: dict[Tensor, View | None] = {}
+        names: list[list[str | None]] = []
         for i, group in enumerate(groups):
             seen = self._seen[i] if i < len(self._seen) else []
+            names.append(_names(group, seen))
             places = seen if len(seen) == len(group["params"]) else [None] * len(group["params"])
             _refuse_flat(f"{who}: group {i}", [p for p in seen if p not in present], group, self.views)
-            for place, (name, param) in zip(places, names_of_group(group), strict=True):
+            for place, name, param in zip(places, names[i], group["params"], strict=True):
                 if param in self.views:
                     found[param] = self.views[param]
                 elif place is not None and place not in present:
@@ -81,6 +83,7 @@ class Membership:
         self.views, self._seen = found, [list(group["params"]) for group in groups]
         for group in groups:
             group["views"] = plain(found[param] for param in group["params"])
+        complete_names(groups, names)
         return gone
 
     def _inherited(self, who: str, place: Tensor, name: str | None, param: Tensor) -> View | None:
@@ -88,6 +91,15 @@ class Membership:
         if view is not None:
             view.check(f"{who}: {name or 'a parameter'} in place of one {tuple(place.shape)}", param.shape)
         return view
+
+
+def _names(group: Group, seen: Sequence[Tensor]) -> list[str | None]:
+    """The names of the members: those they had where only the list of parameters was changed."""
+    names = list(group.get("param_names") or ())
+    if len(names) == len(group["params"]) or len(names) != len(seen):
+        return [name for name, _ in names_of_group(group)]
+    known = dict(zip(seen, names, strict=True))
+    return [known.get(param) for param in group["params"]]
 
 
 def _refuse_flat(what: str, gone: Sequence[Tensor], group: Group, views: Mapping[Tensor, View | None]) -> None:

@@ -116,3 +116,13 @@ def name_alike(groups: Sequence[dict[str, Any]], names: Sequence[str | None], co
         given = names if group is new else group.get("param_names") or [None] * len(group["params"])
         group["param_names"] = [name or f"parameter {place + i}" for i, name in enumerate(given)]
         place += len(given)
+
+
+def complete_names(groups: Sequence[dict[str, Any]], names: Sequence[Sequence[str | None]]) -> None:
+    """Give groups of an optimizer ``param_names`` if one has them; the others are called by their position."""
+    if not any(map(any, names)) and not any("param_names" in group for group in groups):
+        return
+    place = 0
+    for group, given in zip(groups, names, strict=True):
+        group["param_names"] = [name or f"parameter {place + i}" for i, name in enumerate(given)]
+        place += len(given)

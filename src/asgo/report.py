@@ -80,6 +80,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
 
     >>> print(report(ASGO(route(model))))   # doctest: +SKIP
     """
+    optimizer.state_dict()  # takes up parameters that were put into the groups meanwhile
     rows, names = [], names_of(optimizer)
     for group in optimizer.param_groups:
         for param, view in zip(group["params"], views_of(group), strict=True):
