@@ -332,6 +332,23 @@ def test_names_follow_their_parameters_when_a_list_of_parameters_alone_is_change
     assert set(checkpoint.named_state_dict(optimizer)["state"]) == {"norm.weight", "norm.bias", "parameter 3"}
 
 
+def test_groups_that_a_host_restores_keep_their_views():
+    """As of Lightning's fine-tuning callback: saved groups come into a new optimizer before their state is loaded."""
+    net = Net()
+    optimizer = ASGO([{"params": [("a", net.a.weight)]}])
+    optimizer.add_param_group({"params": [("b", net.b.weight)], "view": View("(h d) n -> h d n", {"h": 2})})
+    run(optimizer, [net.a.weight, net.b.weight])
+    kept = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
+    twin = ASGO([{"params": [("a", net.a.weight)]}])
+    twin.param_groups = [{**kept[0], "params": [net.a.weight]}, {**kept[1], "params": [net.b.weight]}]
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(twin.state[net.b.weight]["exp_avg"], optimizer.state[net.b.weight]["exp_avg"])
+    assert twin.param_groups[1]["views"] == optimizer.param_groups[1]["views"]
+    twin.param_groups.append({**kept[1], "param_names": ["odd"], "params": [nn.Parameter(torch.ones(3, 2))]})
+    with pytest.raises(ValueError, match="ASGO: odd.*3 is not a multiple of 2"):
+        twin.step()
+
+
 def test_flat_memory_in_place_of_matrices_is_refused_by_name():
     net = Net()
     optimizer = ASGO(list(net.a.named_parameters()))

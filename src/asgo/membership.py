@@ -20,7 +20,7 @@ class Membership:
 
     Frameworks change ``group["params"]`` behind an optimizer's back: sharding puts other tensors into the same places,
     fine-tuning appends, pruning removes. A view follows its parameter; a parameter that stands in another's place takes
-    over its view; any other has the default view.
+    over its view; any other has the view that the host put beside it into ``group["views"]``, else the default one.
 
     Attributes:
         views: of every parameter; None is AdamW.
@@ -72,13 +72,14 @@ class Membership:
             names.append(_names(group, seen))
             places = seen if len(seen) == len(group["params"]) else [None] * len(group["params"])
             _refuse_flat(f"{who}: group {i}", [p for p in seen if p not in present], group, self.views)
+            given = _given(who, group, names[i], seen)
             for place, name, param in zip(places, names[i], group["params"], strict=True):
                 if param in self.views:
                     found[param] = self.views[param]
                 elif place is not None and place not in present:
                     found[param] = self._inherited(who, place, name, param)
                 else:
-                    found[param] = default([(name, param)], group)[0]
+                    found[param] = given[param] if param in given else default([(name, param)], group)[0]
         gone = [param for param in self.views if param not in present]
         self.views, self._seen = found, [list(group["params"]) for group in groups]
         for group in groups:
@@ -100,6 +101,18 @@ def _names(group: Group, seen: Sequence[Tensor]) -> list[str | None]:
         return [name for name, _ in names_of_group(group)]
     known = dict(zip(seen, names, strict=True))
     return [known.get(param) for param in group["params"]]
+
+
+def _given(who: str, group: Group, names: Sequence[str | None], seen: Sequence[Tensor]) -> dict[Tensor, View | None]:
+    """The views that a host gave with a list of parameters of another length, as when it restores saved groups."""
+    views = list(group.get("views") or ())
+    if len(views) != len(group["params"]) or len(views) == len(seen):
+        return {}
+    given = dict(zip(group["params"], map(View.of, views), strict=True))
+    for name, (param, view) in zip(names, given.items(), strict=True):
+        if view is not None:
+            view.check(f"{who}: {name or 'a parameter'}", param.shape)
+    return given
 
 
 def _refuse_flat(what: str, gone: Sequence[Tensor], group: Group, views: Mapping[Tensor, View | None]) -> None:
