@@ -12,7 +12,16 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 SLOW = (
     *("test_lab_*", "test_plan_*", "test_distributed*", "test_docs.py", "test_examples.py", "experiments/*"),
-    *("test_cost.py", "test_folders.py", "test_gpu_benchmark.py", "test_hosts.py", "test_step_memory.py"),
+    *(
+        "test_cost.py",
+        "test_packed.py",
+        "test_rows.py",
+        "test_torch_contract.py",
+        "test_folders.py",
+        "test_gpu_benchmark.py",
+        "test_hosts.py",
+        "test_step_memory.py",
+    ),
 )
 """Files whose tests take minutes: processes, models, training runs, every block of the documentation."""
 
