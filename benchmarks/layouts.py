@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto import modeling_auto
 
-from asgo.views.route import Decision, explain
+from asgo.views.routing import Decision, explain
 
 MOVES = {
     *(

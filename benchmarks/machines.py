@@ -72,7 +72,7 @@ def run(name: str, python: str, suites: list[str], extra: list[str]) -> Row:
     """Run the suites in one row."""
     env = environment(ROWS[name])
     facts = json.loads(subprocess.run([python, "-c", FACTS], env=env, check=True, capture_output=True).stdout)
-    files = [str(ROOT / "tests" / f"test_{suite}.py") for suite in suites]
+    files = [str(next((ROOT / "tests").rglob(f"test_{suite}.py"))) for suite in suites]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from asgo.lab.bench.accuracy import exact_steps
 from asgo.lab.bench.matrices import Problem, first, low_rank, real, signal
-from asgo.roots import ROOTS
+from asgo.linalg.inverse_root import ROOTS
 
 EPS, CPU = 1e-6, torch.device("cpu")
 KEPT: dict[str, Callable[[Tensor], Tensor]] = {

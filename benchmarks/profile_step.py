@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from asgo import ASGO
 from asgo.lab.models.workloads import make_workload
-from asgo.state import part_key
+from asgo.state_keys import part_key
 from asgo.views import View
 
 LAYERS, STEPS = 4, 5

@@ -43,3 +43,19 @@ def without_decay(optimizer):
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     return optimizer
+
+
+BAD = {
+    "lr": [-1.0, float("nan"), float("inf"), "0.1", None, torch.ones(2), torch.tensor(-1.0)],
+    "betas": [(1.0, 0.5), (-0.1, 0.5), (0.9, 1.1), (0.9,), 0.9, (0.9, "x")],
+    "eps": [0.0, -1e-8, float("nan"), "small"],
+    "weight_decay": [-0.1, float("inf"), None],
+    "precondition_frequency": [0, -1, 1.5, True],
+    "statistic": ["gradients", None],
+    "nesterov": ["yes", 2],
+    "cross_normalize": [None],
+    "adjust_lr": ["match_rms_adamw", False],
+    "root": ["svd", None],
+    "maximize": ["no"],
+}
+"""Values that every hyperparameter refuses."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asgo.roots import ROOTS
+from asgo.linalg.inverse_root import ROOTS
 from benchmarks.gpu.forms import EPS, STATED
 from benchmarks.gpu.matrices import CONDITION, Case, cases, exact
 from benchmarks.gpu.part import CheckError, Part, check
@@ -40,7 +40,7 @@ def _root(part: Part, name: str, setting: AbstractContextManager[None]) -> Mappi
 
 
 def _bound(name: str, k: int) -> float:
-    """What `asgo.roots` states, and for roots outside that table what rounding explains at condition 9.
+    """What `asgo.linalg.inverse_root` states, and for roots outside that table what rounding explains at condition 9.
 
     An error of ``e`` in each of p products of inner length k is at most ``p k e`` in the result, times the condition of
     the root, 3; the float64 roots have one product in float32, with the momentum.

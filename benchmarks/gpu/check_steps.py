@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from asgo import ASGO, View
-from asgo.roots import ROOTS
+from asgo.linalg.inverse_root import ROOTS
 from benchmarks.gpu.forms import EIGH_PRODUCTS, FORMS, PRESETS, STATED, Form, Groups, Preset, interval_of, unavailable
 from benchmarks.gpu.matrices import CONDITION, generator, gentle
 from benchmarks.gpu.part import CheckError, Part, check

@@ -28,7 +28,8 @@ class Form:
     Args:
         name: of the row.
         make: the optimizer from groups with views.
-        error: the largest relative error of the direction that the root may make, as `asgo.roots` states it; for the
+        error: the largest relative error of the direction that the root may make, as `asgo.linalg.inverse_root`
+        states it; for the
             device where float64 is fast.
         products: how many ``k x k`` products a root takes; None where it takes no products.
         precision: of those products.
@@ -59,7 +60,7 @@ STATED: dict[str, float] = {
     "minimax_tf32": 4e-2,
 }
 """The largest relative error of a step by each root that damps relatively, rank-deficient statistics included:
-what the docstrings of `asgo.roots` say, "minimax" as on devices without fast float64."""
+what the docstrings of `asgo.linalg.inverse_root` say, "minimax" as on devices without fast float64."""
 
 EIGH_PRODUCTS = 2
 """Of inner length k, whose rounding an eigendecomposition and the product of its vectors are taken for."""
@@ -69,7 +70,7 @@ EPS: dict[str, float] = {"minimax_tf32": 1e-5}
 
 
 SQUARE_ROOT: dict[str, float] = {"bf16": 3e-2, "fp16": 6e-3}
-"""The largest error of a singular value of the update in the simulation of `asgo.polar.PLANS`."""
+"""The largest error of a singular value of the update in the simulation of `asgo.linalg.polar.PLANS`."""
 
 
 def _asgo(**options: Any) -> Make:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asgo.roots import ROOTS
+from asgo.linalg.inverse_root import ROOTS
 from benchmarks.gpu.forms import EPS, STATED
 from benchmarks.gpu.matrices import drifting, exact
 from benchmarks.gpu.part import Part

@@ -21,11 +21,11 @@ from asgo import ASGO, route
 from asgo.lab.config.runs import ModelConfig
 from asgo.lab.data.batches import Data, DataConfig, open_data
 from asgo.lab.models.language import build_model, token_loss
-from asgo.rounding import Rounding, init_residual, seed_of, widened, write_rounded_
+from asgo.optimizer.rounding import Rounding, init_residual, seed_of, widened, write_rounded_
 
 LR, BLOCK, BATCH = 1.4e-2, 128, 4
 MODES = ("masters", "twice", "nearest", "stochastic", "compensated")
-"""float32 parameters beside the bfloat16 ones; decay and update each rounded; the three modes of `asgo.rounding`."""
+"""float32 parameters beside the bfloat16 ones; decay and update each rounded; three modes of rounding."""
 
 
 class Kept:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from workload import CharGPT, batches, exact_root, tokens
 
-from asgo import polar
+from asgo.linalg import polar
 from asgo.structures import SquareRoot
 
 STEPS, STEPS_FP16, SKIPPED, EPS = 30, 8, 3, 1e-6

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from workload import CharGPT, batches, exact_root, tokens
 
-from asgo.masks import blend
+from asgo.linalg.masked import blend
 from asgo.structures import SquareRoot
 
 BETA1, LR, DECAY, RMS, EPS, CROSS = 0.95, 0.014, 0.1, 0.2, 1e-6, 0.95

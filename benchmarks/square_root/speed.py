@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asgo import polar
+from asgo.linalg import polar
 from asgo.structures import SquareRoot
 
 LAYERS = {

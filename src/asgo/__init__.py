@@ -4,13 +4,13 @@
 >>> optimizer = ASGO(route(model), lr=1e-2)   # doctest: +SKIP
 """
 
-from asgo import checkpoint, diagnostics, folders
+from asgo import checkpoint, diagnostics
 from asgo.diagnostics.advice import Advice, advise
-from asgo.optimizer import StructuredOptimizer
+from asgo.diagnostics.reports import Report, report, state_bytes
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-from asgo.report import Report, report, state_bytes
 from asgo.views import View
-from asgo.views.route import Rule, route
+from asgo.views.routing import Rule, route
 
 __all__ = [
     "AGD",
@@ -32,7 +32,6 @@ __all__ = [
     "advise",
     "checkpoint",
     "diagnostics",
-    "folders",
     "report",
     "route",
     "state_bytes",

@@ -27,7 +27,7 @@ class Root(Protocol):
 
     ``A`` holds symmetric positive semidefinite matrices, ``Z`` their damped inverse square roots in A's
     dtype, and ``ok`` (on A's device) is False for each matrix whose root failed, so that the caller can keep
-    its last good one. How ``eps`` damps is the root's own affair; see `asgo.roots`.
+    its last good one. How ``eps`` damps is the root's own affair; see `asgo.linalg.inverse_root`.
 
     Apply a root as ``Z @ M`` or ``M @ Z.mT``: rounding may leave it less than symmetric.
     """

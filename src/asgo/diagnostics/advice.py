@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from asgo.diagnostics.evidence import LAGS, SIDES, STATISTICS, Choice, Collector, Evidence, Side
 from asgo.diagnostics.losses import gradients
-from asgo.param_groups import with_views
+from asgo.optimizer.param_groups import with_views
 from asgo.views import View
-from asgo.views.route import Rule, route
+from asgo.views.routing import Rule, route
 
 SLACK = 0.05
 """What differs by less than this share counts as equal."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from asgo._types import Stack, State
 from asgo.diagnostics.noise import Moments
 from asgo.diagnostics.spectra import eigenvalues, singular_values, stable_rank
-from asgo.matmul import exact_matmul
-from asgo.roots import ROOTS
+from asgo.linalg.inverse_root import ROOTS
+from asgo.linalg.matmul import exact_matmul
 from asgo.structures import OneSided
 from asgo.views import View
 

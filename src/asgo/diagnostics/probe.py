@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from asgo.diagnostics.losses import gradients
 from asgo.diagnostics.noise import Moments
 from asgo.diagnostics.sample import Observation, Sample
-from asgo.optimizer import StructuredOptimizer
-from asgo.param_groups import names_of, with_views
+from asgo.optimizer.param_groups import names_of, with_views
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.views import View
 
 

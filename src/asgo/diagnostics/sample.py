@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from asgo._types import State
-from asgo.buckets import part_key
 from asgo.diagnostics.noise import Moments
 from asgo.diagnostics.spectra import effective_rank, nuclear_over_frobenius, singular_values, stable_rank
 from asgo.diagnostics.statistic import conditioning
+from asgo.state_keys import part_key
 from asgo.structures import Structure
 from asgo.views import View
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from asgo import eigen
 from asgo._types import Stack
-from asgo.matmul import exact_matmul
+from asgo.linalg import spectral
+from asgo.linalg.matmul import exact_matmul
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -36,7 +36,7 @@ def eigenvalues(A: Float[Tensor, "b k k"]) -> Float[Tensor, "b k"]:
     try:
         values = torch.linalg.eigvalsh(sound)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        values, _ = eigen.decompose(sound)
+        values, _ = spectral.decompose(sound)
     return torch.where(finite, values, torch.nan)
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgo import eigen
 from asgo._types import State
-from asgo.buckets import part_key
 from asgo.diagnostics.spectra import eigenvalues
-from asgo.matmul import exact_matmul, gram
+from asgo.linalg import spectral
+from asgo.linalg.matmul import exact_matmul, gram
+from asgo.state_keys import part_key
 from asgo.structures import Kronecker, OneSided, Packed, Structure, opened
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def damped(A: Float[Tensor, "b k k"], root: str, eps: float) -> Float[Tensor, "b k k"]:
-    """The matrix that a root of `asgo.roots.ROOTS` is the inverse square root of, in float64.
+    """The matrix that a root of `asgo.linalg.inverse_root.ROOTS` is the inverse square root of, in float64.
 
     ``A + eps ||A||_F I``; ``A + eps I`` for "inside" and ``(A^(1/2) + eps I)^2`` for "outside", with eigenvalues that
     A's dtype does not resolve raised as the root raises them; and A itself for "reference", whose eps damps nothing.
     """
     if root in ("inside", "outside"):
-        values, vectors = eigen.decompose(torch.where(A.isfinite().flatten(1).all(1)[:, None, None], A, 0).double())
-        values = eigen.resolved(values.clamp(min=0), A.dtype)
+        values, vectors = spectral.decompose(torch.where(A.isfinite().flatten(1).all(1)[:, None, None], A, 0).double())
+        values = spectral.resolved(values.clamp(min=0), A.dtype)
         values = values + eps if root == "inside" else (values.sqrt() + eps).square()
         return gram(vectors * values.sqrt()[:, None])
     A = A.double()

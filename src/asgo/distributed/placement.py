@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-from asgo.distributed.groups import know
+from asgo.distributed.collectives import know
 from asgo.views import View, axes_of, lengths
 
 Box: TypeAlias = tuple[tuple[int, int], ...]

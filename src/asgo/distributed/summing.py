@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from asgo.distributed.groups import know
+from asgo.distributed.collectives import know
 from asgo.distributed.placement import Cut, Placement
 from asgo.structures import Structure
 from asgo.structures.base import Axis

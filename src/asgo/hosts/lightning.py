@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from asgo.presets.asgo import ASGO
-from asgo.views.route import Rule, route
+from asgo.views.routing import Rule, route
 
 
 def configure(

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from asgo import presets
-from asgo.optimizer import StructuredOptimizer
-from asgo.views.route import Rule, route
+from asgo.optimizer.step import StructuredOptimizer
+from asgo.views.routing import Rule, route
 
 
 def register() -> list[str]:

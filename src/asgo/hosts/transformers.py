@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from asgo.presets.asgo import ASGO
-from asgo.views.route import Rule, route
+from asgo.views.routing import Rule, route
 
 
 def factory(

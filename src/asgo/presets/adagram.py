@@ -8,9 +8,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer import StructuredOptimizer
-from asgo.param_groups import views_of
-from asgo.rounding import Rounding
+from asgo.optimizer.param_groups import views_of
+from asgo.optimizer.rounding import Rounding
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import LowRankFactor, LowRankSymmetric, Structure
 from asgo.views import View
 from asgo.views import patterns as partition
@@ -55,7 +55,7 @@ class AdaGram(StructuredOptimizer):
         compensate: with ``"symmetric"``, spread the energy of dropped directions over all that are not remembered;
             ``"factor"`` has no such form.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 

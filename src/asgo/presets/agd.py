@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer import StructuredOptimizer
-from asgo.rounding import Rounding
-from asgo.settings import LOOP
+from asgo.optimizer.hyperparameters import LOOP
+from asgo.optimizer.rounding import Rounding
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import Difference
 from asgo.views import View
 from asgo.views import patterns as partition
@@ -41,7 +41,7 @@ class AGD(StructuredOptimizer):
         delta: the least that H is divided by; 1e-5 as released, 1e-14 for the paper's transformers.
         weight_decay: decoupled, multiplied by ``lr``.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 

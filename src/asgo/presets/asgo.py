@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer import StructuredOptimizer
-from asgo.rounding import Rounding
+from asgo.optimizer.rounding import Rounding
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import OneSided, SquareRoot, Structure, limit_of, packed_if
 
 
@@ -54,12 +54,13 @@ class ASGO(StructuredOptimizer):
         cross_normalize: normalise the other side by a running second moment; the paper does not.
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
-        root: one of `asgo.roots.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
+        root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
+        elsewhere.
             ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less, and takes
             matrix products in half precision alone, see `asgo.structures.SquareRoot`; ``eps`` is not asked then, and
             there is no `precondition_frequency`.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a

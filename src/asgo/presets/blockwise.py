@@ -8,14 +8,14 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from asgo import settings
-from asgo.optimizer import StructuredOptimizer
-from asgo.rounding import Rounding
+from asgo.optimizer import hyperparameters
+from asgo.optimizer.rounding import Rounding
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import Blockwise
-from asgo.structures.blockwise import Blocks
+from asgo.structures.block_mean import Blocks
 from asgo.views import View
 from asgo.views import patterns as partition
-from asgo.views.route import Rule, route
+from asgo.views.routing import Rule, route
 
 Partition: TypeAlias = Literal["tensor", "row", "kernel", "column"] | int | View
 
@@ -42,7 +42,7 @@ class Partitioned(StructuredOptimizer):
     ) -> list[View | None]:
         """The views that ``blocks`` describes."""
         blocks = group.get("blocks", self.defaults["blocks"])
-        settings.check(type(self).__name__, {"blocks": self.plain(blocks)})
+        hyperparameters.check(type(self).__name__, {"blocks": self.plain(blocks)})
         return [_view_of_blocks(blocks, param.ndim) for _, param in members]
 
     def read(self, view: View, group: Mapping[str, Any]) -> View:
@@ -105,7 +105,7 @@ class BAG(Partitioned):
             In a group with a view of its own, ``"tensor"`` is each of its matrices, ``"row"`` each row and
             ``"column"`` each column; ``"kernel"`` and numbers are refused there.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -161,7 +161,7 @@ class BAGM(Partitioned):
         weight_decay: decoupled, multiplied by ``lr``; ours, the paper's adds to the gradient.
         blocks: what a block is, see `BAG`.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
@@ -223,7 +223,7 @@ class AdamMini(StructuredOptimizer):
         eps: outside the root, as in Adam.
         weight_decay: decoupled, multiplied by ``lr``; 0.1 as in the paper's language models.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 

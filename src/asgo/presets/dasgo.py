@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer import StructuredOptimizer
-from asgo.rounding import Rounding
+from asgo.optimizer.rounding import Rounding
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import Blockwise
 
 
@@ -44,7 +44,7 @@ class DASGO(StructuredOptimizer):
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2 (the paper),
             ``"slice_rms"`` each matrix of a stack by itself, None not at all.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 

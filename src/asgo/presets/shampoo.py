@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer import StructuredOptimizer
-from asgo.rounding import Rounding
-from asgo.settings import LOOP
+from asgo.optimizer.hyperparameters import LOOP
+from asgo.optimizer.rounding import Rounding
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import Kronecker, OneSided, Structure, limit_of, packed_if
 
 
@@ -31,7 +31,8 @@ class OneSidedShampoo(StructuredOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
         lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
-        eps: absolute, inside the root; never below what the statistic's precision can resolve, see `asgo.eigen`.
+        eps: absolute, inside the root; never below what the statistic's precision can resolve, see
+        `asgo.linalg.spectral`.
         betas: decay of the momentum and of the statistic. 0 and 1, the paper's: no momentum, a sum. With a second one
             below 1 the statistic is a running average, not corrected.
         weight_decay: decoupled, multiplied by ``lr``.
@@ -41,7 +42,7 @@ class OneSidedShampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistic (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
@@ -118,7 +119,7 @@ class Shampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
-        rounding: how bfloat16 and float16 parameters are written, see `asgo.rounding`.
+        rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from asgo import settings
-from asgo.distributed.groups import agree
+from asgo.distributed.collectives import agree
 from asgo.distributed.placement import find, gradient, local
-from asgo.optimizer import StructuredOptimizer
-from asgo.state import state_dtype
+from asgo.optimizer import hyperparameters
+from asgo.optimizer.state import state_dtype
+from asgo.optimizer.step import StructuredOptimizer
 
 DECAY = 0.999
 """Of the mean square that tells a spike: Adam's second moment."""
@@ -70,7 +70,7 @@ class SPAM(Optimizer):
         if any("spike_sq" in state for state in optimizer.state.values()):
             raise ValueError("SPAM: the optimizer is wrapped already; wrap it once.")
         own = {"threshold": threshold, "interval": interval, "warmup": warmup}
-        settings.check("SPAM", own, settings.SPAM_CHECKS)
+        hyperparameters.check("SPAM", own, hyperparameters.SPAM_CHECKS)
         self.__setstate__({"optimizer": optimizer, **own})
         self._start(optimizer.param_groups, 0)
 
@@ -106,7 +106,7 @@ class SPAM(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        settings.refuse_sparse(self.optimizer)
+        hyperparameters.refuse_sparse(self.optimizer)
         t = self.param_groups[0].setdefault("spam_step", 0) + 1
         since = t % self.interval
         if since == 0:

@@ -1,14 +1,14 @@
 """What is remembered about a stream of gradients, and how that memory rescales a step."""
 
 from asgo.structures.base import Algebra, OneCall, Structure, limit_of
-from asgo.structures.blockwise import Blockwise
-from asgo.structures.dense_blocks import DenseBlocks
-from asgo.structures.difference import Difference
-from asgo.structures.kronecker import Kronecker
+from asgo.structures.block_diagonal import DenseBlocks
+from asgo.structures.block_mean import Blockwise
 from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
+from asgo.structures.momentum_change import Difference
 from asgo.structures.one_sided import OneSided
 from asgo.structures.packed import Packed, opened, packed_if
 from asgo.structures.square_root import SquareRoot
+from asgo.structures.two_sided import Kronecker
 
 __all__ = [
     "Algebra",

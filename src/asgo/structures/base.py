@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.masks import blend, choose, holds
+from asgo.linalg.masked import blend, choose, holds
 
 Axis: TypeAlias = Literal["rows", "columns"]
 """Along which a matrix is cut into shards."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.masks import choose, holds
+from asgo.linalg.masked import choose, holds
 from asgo.structures.base import Structure, moving
 
 Columns: TypeAlias = Tensor

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.masks import blend, choose
-from asgo.matmul import gram, times
-from asgo.roots import eigh64
+from asgo.linalg.inverse_root import eigh64
+from asgo.linalg.masked import blend, choose
+from asgo.linalg.matmul import gram, times
+from asgo.linalg.packed_symmetric import diagonal
 from asgo.structures.base import Algebra, Axis, count, given, shorten
-from asgo.triangles import diagonal
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
@@ -183,7 +183,8 @@ def normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> St
 
 
 def to_gram(state: State, dtype: torch.dtype, eps: float) -> State:
-    """A state of `OneSided` from one of `SquareRoot`: ``gram = S S^T`` and its inverse root by `asgo.roots.eigh64`.
+    """A state of `OneSided` from one of `SquareRoot`: ``gram = S S^T`` and its inverse root by
+    `asgo.linalg.inverse_root.eigh64`.
 
     Args:
         state: with ``sqrt``; all other keys are kept.

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.masks import choose
+from asgo.linalg.masked import choose
+from asgo.linalg.packed_symmetric import pack, size, unpack
 from asgo.structures.base import Axis, Structure
-from asgo.triangles import pack, size, unpack
 
 
 @dataclass(frozen=True)
 class Packed(Structure):
-    """Another structure, its symmetric matrices kept as triangles ``(b, k + 1, k / 2)``, see `asgo.triangles`.
+    """Another structure, its symmetric matrices kept as triangles ``(b, k + 1, k / 2)``, see
+    `asgo.linalg.packed_symmetric`.
 
     Nothing is rounded: a statistic is the same to the bit, and so is a root that is computed symmetric, as every
     root by eigendecomposition is. Of another ("minimax") the mean with its transpose is kept; one triangle alone would

@@ -10,15 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asgo import polar
 from asgo._types import Root, Stack, State
-from asgo.eigen import decompose
-from asgo.masks import choose
-from asgo.matmul import exact_matmul, gram, times
-from asgo.roots import ROOTS
+from asgo.linalg import polar
+from asgo.linalg.inverse_root import ROOTS
+from asgo.linalg.masked import choose
+from asgo.linalg.matmul import exact_matmul, gram, times
+from asgo.linalg.packed_symmetric import unpack
+from asgo.linalg.spectral import decompose
 from asgo.structures.base import Axis, OneCall
 from asgo.structures.one_sided import normalized
-from asgo.triangles import unpack
 
 LEAST_EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Least relative damping of the roots that are computed of ``S S^T`` itself, by the dtype they are computed in."""
@@ -40,7 +40,8 @@ class SquareRoot(OneCall):
     as it is, and the update is Muon's. At the first step S is 0 and ``V = (1 - b2) D D^T``, as of `OneSided`.
 
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
-    ``plan.amplification / ||A||_F`` at most (see `asgo.polar`), as by a damping of ``1 / plan.amplification^2``: 4.7e-6
+    ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 /
+    plan.amplification^2``: 4.7e-6
     for "bf16" and "fp16", 2.1e-5 for their fast plans, 5.9e-7 for "fp32". No row or column of U is longer than
     ``(1 + tolerance) / sqrt(1 - b2)`` with the momentum statistic.
 
@@ -61,7 +62,8 @@ class SquareRoot(OneCall):
         R = all_reduce(R)                                             # the only transfer but for norms
         update, ok = structure.update_from(state, direction, R, beta2, whole)   # direction: the shard; state: whole
 
-    Then ``V = b2 S S^T + (1 - b2) R`` is formed, its root Z is computed in float32 by `asgo.roots`, and ``S = Z V`` and
+    Then ``V = b2 S S^T + (1 - b2) R`` is formed, its root Z is computed in float32 by `asgo.linalg.inverse_root`, and
+    ``S = Z V`` and
     ``U = Z D`` follow. The state is the same on all ranks, bit for bit, if R is. In both calls the caller counts
     ``~ok``, rescales the update and adds it; the update is a new tensor. `measure`, `fold`, `refresh` and
     `precondition` do the same in the four calls of every structure, at twice the cost and with the error of the root of
@@ -69,7 +71,8 @@ class SquareRoot(OneCall):
 
     Args:
         side: as of `OneSided`.
-        precision: one of `asgo.polar.PLANS`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs that
+        precision: one of `asgo.linalg.polar.PLANS`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs
+        that
             have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
             columns that are carried along do not correct themselves.
         cross_normalize: as of `OneSided`.

@@ -1,4 +1,4 @@
-"""How parameters are read as stacks of matrices: the view, its named patterns, and what `asgo.views.route` decides."""
+"""How parameters are read as stacks of matrices: the view, its named patterns, and what `routing` decides."""
 
 from asgo.views.patterns import (
     MATRIX,

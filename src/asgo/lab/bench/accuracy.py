@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from asgo.lab.bench.matrices import Problem
-from asgo.roots import ROOTS
+from asgo.linalg.inverse_root import ROOTS
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def measure(name: str, problem: Problem, eps: float, exact: Sequence[Tensor | No
     """The errors of the root called `name`, applied as ``Z @ M`` in float32.
 
     Args:
-        name: one of `asgo.roots.ROOTS`.
+        name: one of `asgo.linalg.inverse_root.ROOTS`.
         problem: matrices, broken ones included.
         eps: damping.
         exact: the steps by `exact_steps`; matrices with None there count only in `finite` and `told`.

@@ -11,7 +11,7 @@ from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS
 from asgo.lab.config.ranges import SEED, THREADS, Range, check_distinct, check_known, check_ranges
 from asgo.lab.files import check_new
 from asgo.lab.models.workloads import WORKLOADS
-from asgo.roots import ROOTS
+from asgo.linalg.inverse_root import ROOTS
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RootConfig:
     """Time the inverse roots and compare them with float64: one matrix product of the same size is the unit.
 
     Args:
-        roots: names of `asgo.roots.ROOTS`.
+        roots: names of `asgo.linalg.inverse_root.ROOTS`.
         sizes: k of the k x k matrices.
         batches: how many of them at once.
         matrices: signal: average over drifting low-rank gradients in power-law noise; first: one gradient of rank

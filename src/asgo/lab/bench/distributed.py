@@ -35,7 +35,7 @@ from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.models.workloads import make_workload
 from asgo.lab.optimizers.registry import state_bytes
 from asgo.lab.tables import csv_text
-from asgo.param_groups import with_views
+from asgo.optimizer.param_groups import with_views
 from asgo.presets import ASGO
 
 SENDING = ("all_to_all_single", "all_gather", "all_reduce")

@@ -12,9 +12,9 @@ from asgo.lab.config.runs import ModelConfig
 from asgo.lab.data.batches import DataConfig, open_data
 from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.models.language import build_model, token_loss
-from asgo.param_groups import with_views
+from asgo.optimizer.param_groups import with_views
 from asgo.views import View
-from asgo.views.route import route
+from asgo.views.routing import route
 
 COUNT = 4
 """Matrices of a drawn problem."""

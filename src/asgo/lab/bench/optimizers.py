@@ -21,7 +21,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from asgo.lab.models.workloads import Workload
 from asgo.lab.optimizers.composite import Composite
-from asgo.param_groups import with_views
+from asgo.optimizer.param_groups import with_views
 from asgo.presets import ASGO
 
 LR, DECAY, BETAS = 1e-3, 0.1, (0.9, 0.95)

@@ -23,7 +23,7 @@ from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.tables import csv_text
-from asgo.roots import ROOTS, check_eps
+from asgo.linalg.inverse_root import ROOTS, check_eps
 
 BASELINE = "reference"
 """The released iteration: the others are so many times faster than it."""

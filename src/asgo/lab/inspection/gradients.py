@@ -35,7 +35,7 @@ from asgo.lab.training.progress import RunProgress
 from asgo.lab.training.run_folder import RunFolder, check_folder, check_same
 from asgo.lab.training.stopping import Stopped, StopSignal
 from asgo.lab.training.train import Diverged, Trainer
-from asgo.optimizer import StructuredOptimizer
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import SPAM
 
 MARKER = "gradients.json"

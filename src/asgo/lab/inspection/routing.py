@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from asgo.diagnostics.reports import report
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.models.language import build_model, count_parameters
@@ -16,11 +17,10 @@ from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import build_optimizer, state_bytes
 from asgo.lab.optimizers.rules import read_rules
 from asgo.lab.tables import text_table
-from asgo.optimizer import StructuredOptimizer
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import SPAM
-from asgo.report import report
 from asgo.views.patterns import label
-from asgo.views.route import Decision, explain
+from asgo.views.routing import Decision, explain
 
 
 @dataclass(frozen=True)

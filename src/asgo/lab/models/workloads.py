@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from asgo.lab.models.architectures import GPT2_BLOCK, GPT2_VOCABULARY, PRESETS, PUBLISHED, Shape, build
 from asgo.lab.packages import need
-from asgo.param_groups import with_views
-from asgo.views.route import route
+from asgo.optimizer.param_groups import with_views
+from asgo.views.routing import route
 
 Named: TypeAlias = tuple[str, nn.Parameter]
 Group: TypeAlias = dict[str, Any]

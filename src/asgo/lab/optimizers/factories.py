@@ -10,9 +10,9 @@ from torch.optim import AdamW, Optimizer
 
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.rules import read_rules
-from asgo.param_groups import with_views
+from asgo.optimizer.param_groups import with_views
 from asgo.presets import ASGO, SPAM, AdamMini
-from asgo.views.route import route
+from asgo.views.routing import route
 
 Named: TypeAlias = list[tuple[str, nn.Parameter]]
 Factory: TypeAlias = Callable[[nn.Module, dict[str, Any], float], Optimizer]

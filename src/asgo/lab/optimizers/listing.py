@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Muon, Optimizer
 
+from asgo.diagnostics.reports import report
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
 from asgo.lab.inspection.routing import check_sizes
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
 from asgo.lab.tables import text_table
-from asgo.optimizer import StructuredOptimizer
-from asgo.param_groups import with_views
+from asgo.optimizer.param_groups import with_views
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import SPAM
-from asgo.report import report
 from asgo.structures import Structure
 from asgo.views import View
 

@@ -1,6 +1,6 @@
 """The optimizers that can be trained and compared, by name.
 
-All of them share one routing (`asgo.views.route.route`): the named optimizer has the hidden matrices, AdamW has
+All of them share one routing (`asgo.views.routing.route`): the named optimizer has the hidden matrices, AdamW has
 embeddings, vectors and the output head. Peers are torch's own classes, not copies. A row's ``lr`` is the
 All of them share one routing (`asgo.routing.route`): the named optimizer has the hidden matrices, AdamW has
 embeddings, vectors and the output head. Those of torch are torch's own classes, not copies. A row's ``lr`` is the
@@ -21,7 +21,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from asgo.lab.config.runs import OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.optimizers.factories import Factory, adam_mini, adamw, beside_adamw, by_route, spam, spam_adamw
-from asgo.optimizer import StructuredOptimizer
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 
 ASGO_PAPER = "ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)"

@@ -10,7 +10,7 @@ from typing import Any
 from asgo.lab.errors import LabError
 from asgo.lab.files import write_json
 from asgo.views import View
-from asgo.views.route import Rule
+from asgo.views.routing import Rule
 
 
 def write_rules(path: Path, rules: Sequence[Rule]) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from asgo.buckets import part_key
 from asgo.distributed.summing import sent
-from asgo.optimizer import StructuredOptimizer
-from asgo.param_groups import names_of, with_views
+from asgo.optimizer.param_groups import names_of, with_views
+from asgo.optimizer.step import StructuredOptimizer
+from asgo.state_keys import part_key
 from asgo.structures import OneSided, Packed, Structure
 from asgo.views import View
 

@@ -18,9 +18,9 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from asgo.distributed.ownership import Unit, cost, owners, turns
 from asgo.distributed.placement import Box, Kind, _aligned, _boxes, overlap, part_boxes, sizes
 from asgo.distributed.summing import most_shards
-from asgo.distributed.work import Unit, cost, owners, turns
 from asgo.lab.plan.mesh import Mesh
 from asgo.lab.plan.parts import Part
 

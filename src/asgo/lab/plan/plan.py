@@ -23,7 +23,7 @@ from asgo.lab.plan.model import PlannedModel, load
 from asgo.lab.plan.parts import Part, read_parts
 from asgo.lab.training.progress import LiveLine
 from asgo.presets import ASGO
-from asgo.views.route import route
+from asgo.views.routing import route
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from asgo import folders
+from asgo.checkpoint import sharded
 from asgo.lab.config.runs import MachineConfig
 from asgo.lab.data.sampling import Batches, TrainBatches
 from asgo.lab.errors import LabError
 from asgo.lab.optimizers.registry import failed_roots
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import StopSignal
-from asgo.optimizer import StructuredOptimizer
+from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import SPAM
 
 LOST = ("gloo", "NCCL", "onnection", "DistBackendError")
@@ -114,7 +114,7 @@ class Parallel:
         """Load the last checkpoint, which is of any number of processes and any division."""
         if "model" not in state:
             try:
-                folders.load(folder.saved()[-1], model, optimizer)
+                sharded.load(folder.saved()[-1], model, optimizer)
             except ValueError as error:
                 raise LabError(str(error)) from error
             return

@@ -22,7 +22,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from asgo import checkpoint, folders
+from asgo import checkpoint
+from asgo.checkpoint import sharded
 from asgo.lab.config.codec import command, flat, from_json, to_json
 from asgo.lab.config.runs import CompareConfig, TrainConfig
 from asgo.lab.errors import LabError
@@ -110,7 +111,7 @@ class RunFolder:
         path = self.checkpoints / f"step-{state['step']:08d}"
         with writing(path):
             _sync(self.metrics_path)
-            folders.save(path, model, optimizer, state)
+            sharded.save(path, model, optimizer, state)
             if self.writes:
                 self._prune()
 
@@ -134,7 +135,7 @@ class RunFolder:
             return None
         try:
             folder = saved[-1].is_dir()
-            state = folders.read_about(saved[-1])["extra"] if folder else checkpoint.load(saved[-1])
+            state = sharded.read_about(saved[-1])["extra"] if folder else checkpoint.load(saved[-1])
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise LabError(

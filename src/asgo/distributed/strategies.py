@@ -1,0 +1,243 @@
+"""Buckets whose work several ranks share. Each says what travels; the step is the same for all."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from asgo._types import Stack, State
+from asgo.distributed.collectives import Wait, add_up, collect, exchange, join
+from asgo.distributed.placement import Box, Cut, gradient, overlap, part_boxes, sizes, within
+from asgo.optimizer.bucket import Bucket, Member, view_here
+from asgo.optimizer.rounding import Rounding
+from asgo.structures import Structure
+
+
+class Shared(Bucket):
+    """All ranks hold everything; each refreshes the roots of some members and sends them to the others.
+
+    Attributes:
+        told: what goes with the roots.
+    """
+
+    told: ClassVar[tuple[str, ...]] = ("failures",)
+
+    def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+        super().__init__(everyone, states, keys)
+        self.ladder.climbs = not self.ladder.deferred
+
+    def share(self, due: Callable[[Member], bool], keys: Sequence[str]) -> Wait | None:
+        """Start to bring the roots of the members whose turn it is from their owners here: their bytes, once each."""
+        found = [(i, member) for i, member in enumerate(self.members) if due(member)]
+        if not found or not keys or found[0][1].owner is None:
+            return None
+        outgoing: list[list[Tensor]] = [[] for _ in self.placement.ranks]
+        incoming: list[list[Tensor]] = [[] for _ in self.placement.ranks]
+        for i, member in found:
+            rows = slice(i * self.slices, (i + 1) * self.slices)
+            held = [self.state[key][rows].view(-1).view(torch.uint8) for key in (*keys, *self.told)]
+            for rank in range(len(self.placement.ranks)) if member.mine else ():
+                outgoing[rank] += held
+            incoming[member.owner or 0] += held
+        like = torch.empty(0, dtype=torch.uint8, device=self.state["failures"].device)
+        me = self.placement.me
+        outgoing[me], incoming[me] = [], []
+        return exchange(self.placement.ranks, me, outgoing, incoming, like)
+
+
+class Summed(Shared):
+    """Every rank holds some rows, or some columns, of each matrix and steps those; statistics are sums over ranks.
+
+    The memory of a structure with roots is with the owner of a matrix alone: ranks send it their measurements, which it
+    adds up, and it sends them roots when they are due. Without roots, measurements are added up on all ranks, which
+    remember alike.
+    """
+
+    told = ()
+
+    def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+        super().__init__(everyone, states, keys)
+        mine = [i for i, member in enumerate(everyone) if member.mine]  # side by side, as `make_buckets` sorts them
+        start = mine[0] if mine else 0
+        self.own = slice(start * self.slices, (start + len(mine)) * self.slices)
+        self.cut: Cut = self.placement.cut  # pyright: ignore[reportAttributeAccessIssue]
+        self.memory = {key: x if key in self.cut.owned else x[self.own] for key, x in self.state.items()}
+
+    def fixed(self, structure: Structure) -> Structure:
+        """With what it chooses for whole matrices."""
+        first = self.everyone[0]
+        return structure.fixed(*self.view.shapes(first.param.shape)[self.part][1:])
+
+    def join(self, norms: Tensor) -> Wait | None:
+        """Start to make them those of whole matrices, in place."""
+        return join(norms, self.cut.ranks)
+
+    def sum(self, measurement: Tensor) -> Wait | None:
+        """Start to bring the measurements of this rank's own matrices here, where they are added up in place."""
+        if self.everyone[0].owner is None:
+            return add_up(measurement, self.cut.ranks)
+        me, ranks = self.placement.me, self.placement.ranks
+        near = [place for place, rank in enumerate(ranks) if rank in self.cut.ranks and place != me]
+        outgoing: list[list[Tensor]] = [[] for _ in ranks]
+        incoming: list[list[Tensor]] = [[] for _ in ranks]
+        for member, piece in zip(self.everyone, measurement.split(self.slices), strict=True):
+            if member.owner in near:
+                outgoing[member.owner].append(piece)
+        own = measurement[self.own]
+        arrived = own.new_empty(len(near), *own.shape)
+        for place, piece in zip(near, arrived, strict=True):
+            incoming[place].append(piece)
+        wait = exchange(ranks, me, outgoing, incoming, measurement)
+
+        def arrive() -> None:
+            wait()
+            own.add_(arrived.sum(0))
+
+        return arrive
+
+    def precondition(self, structure: Structure, direction: Stack) -> Stack:
+        """The shards of the direction, rescaled."""
+        return structure.precondition_shard(self.state, direction, self.whole)
+
+
+class Aligned(Bucket):
+    """Every rank holds whole matrices and steps them by itself; only a size that spans all of them is shared."""
+
+    def everywhere(self, norms: Tensor) -> Tensor:
+        """One number per matrix, from every rank."""
+        held = [torch.Size(sizes(box)).numel() for box in self.placement.boxes]
+        most = self.slices * max(held) // held[self.placement.me]
+        return collect(norms, self.placement.ranks, most)
+
+
+class Owned(Bucket):
+    """Members are in boxes on several ranks; for each of them one rank keeps the state and computes the update.
+
+    It gathers the gradients of its members, does with them what a single process does with all, and sends every rank
+    its box of the updates: two collectives a bucket. What it holds meanwhile are whole gradients of its own members.
+    """
+
+    def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+        super().__init__(everyone, states, keys)
+        self._wholes = [part_boxes(view_here(member), tuple(member.param.shape))[member.part] for member in everyone]
+        self._arrived: list[Tensor] = []
+        self._held = [_holders(member, whole) for member, whole in zip(everyone, self._wholes, strict=True)]
+        self._sources = [_chosen(member, held) for member, held in zip(everyone, self._held, strict=True)]
+        self._moves = any(
+            source != member.owner
+            for member, sources in zip(everyone, self._sources, strict=True)
+            for source in sources.values()
+        )
+
+    def gather(self) -> Wait | None:
+        """Start to bring the gradients of this rank's members here: every entry from one rank that holds it."""
+        me, ranks = self.placement.me, self.placement.ranks
+        outgoing: list[list[Tensor]] = [[] for _ in ranks]
+        incoming: list[list[Tensor]] = [[] for _ in ranks]
+        grads = [gradient(member.param) for member in self.everyone]
+        self._arrived = [grads[0].new_empty(self.shape) for _ in self.members]
+        targets = iter(self._arrived)
+        for member, whole, grad, sources in zip(self.everyone, self._wholes, grads, self._sources, strict=True):
+            target = next(targets) if member.mine else None
+            for box, source in sources.items():
+                if source == me:
+                    outgoing[member.owner or 0].append(grad[within(box, member.placement.box)])
+                if target is not None:
+                    incoming[source].append(target[within(box, whole)])
+        if self._moves:
+            return exchange(ranks, me, outgoing, incoming, grads[0])
+        for mine, target in zip(outgoing[me], incoming[me], strict=True):
+            target.copy_(mine)
+        return None
+
+    def gradients(self) -> Stack:
+        """What `gather` brought, as one stack."""
+        arrived, self._arrived = self._arrived, []
+        return self.view.stack_all(self.part, arrived).to(self.dtype)
+
+    def add(self, update: Stack | None, decay: float | Tensor, rounding: Rounding) -> Wait | None:
+        """Start to send every rank its boxes of the update; with them come those of the other members."""
+        me, ranks = self.placement.me, self.placement.ranks
+        outgoing: list[list[Tensor]] = [[] for _ in ranks]
+        incoming: list[list[Tensor]] = [[] for _ in ranks]
+        pieces, written, buffers = iter(self._pieces(update)), [], []
+        like = torch.empty(0, dtype=self.dtype, device=self.everyone[0].param.device)
+        for member, whole, held in zip(self.everyone, self._wholes, self._held, strict=True):
+            piece = next(pieces) if member.mine else None
+            for rank, box in held.items() if piece is not None else ():
+                outgoing[rank].append(piece[within(box, whole)])  # pyright: ignore[reportOptionalSubscript]
+            if me in held:
+                written.append((member, partial(_at, within(held[me], member.placement.box))))
+                buffers.append(like.new_empty(sizes(held[me])))
+                incoming[member.owner or 0].append(buffers[-1])
+        wait = exchange(ranks, me, outgoing, incoming, like)
+
+        def arrive() -> None:
+            wait()
+            self.write(written, buffers, decay, rounding)
+
+        return arrive
+
+
+def _at(index: tuple[slice, ...], tensor: Tensor) -> Tensor:
+    return tensor[index]
+
+
+def _holders(member: Member, whole: Box) -> dict[int, Box]:
+    """Which ranks hold entries of a member's part, and which."""
+    held = {rank: overlap(box, whole) for rank, box in enumerate(member.placement.boxes)}
+    return {rank: box for rank, box in held.items() if box is not None}
+
+
+def _chosen(member: Member, held: dict[int, Box]) -> dict[Box, int]:
+    """The rank that sends each box: the owner if it holds it, else the one of the owner's replica."""
+    by_box: dict[Box, list[int]] = {}
+    for rank, box in held.items():
+        by_box.setdefault(box, []).append(rank)
+    twins = by_box[held[member.owner]] if member.owner in held else []
+    replica = twins.index(member.owner) if twins else 0  # pyright: ignore[reportArgumentType]
+    return {box: ranks[replica % len(ranks)] for box, ranks in by_box.items()}
+
+
+KINDS: dict[str, type[Bucket]] = {
+    "alone": Bucket,
+    "shared": Shared,
+    "aligned": Aligned,
+    "summed": Summed,
+    "owned": Owned,
+}
+"""The bucket of every kind of placement with a view."""
+
+
+def pause(coming: Wait | None) -> Iterator[None]:
+    """Let others go on until something has arrived, if anything is on its way."""
+    if coming is not None:
+        yield
+        coming()
+
+
+def interleave(tasks: Iterable[Iterator[None]]) -> None:
+    """Run generators to their ends in order; while one waits where it yields, those after it go on.
+
+    Every round begins one more of them, then takes each that is under way one yield further, the youngest first: so
+    what a bucket needs from other ranks travels while the bucket before it computes. One that never yields is done
+    before the next begins.
+    """
+    under_way: deque[Iterator[None]] = deque()
+    for task in tasks:
+        under_way.appendleft(task)
+        _further(under_way)
+    while under_way:
+        _further(under_way)
+
+
+def _further(under_way: deque[Iterator[None]]) -> None:
+    ended = object()
+    for task in list(under_way):
+        if next(task, ended) is ended:
+            under_way.remove(task)

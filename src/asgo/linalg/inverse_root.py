@@ -1,0 +1,297 @@
+"""Inverse square roots of stacks of symmetric positive semidefinite matrices.
+
+Every root is a function ``(A, eps) -> (Z, ok)`` of the table `ROOTS`: ``A`` is ``(b, k, k)`` in float32 or
+float64, ``Z`` has its shape and dtype, and ``ok`` is ``(b,)``. Unless a root says otherwise it computes
+
+    ``Z = (A + eps ||A||_F I)^(-1/2)``
+
+Damping is relative and inside the root, so ``Z`` scales exactly as ``A^(-1/2)`` does and one eps fits
+gradients of any size. 1e-6 is a little above the spacing of float32 (1.2e-7), below
+which eigenvalues of a float32 statistic are noise.
+
+Apply a root as ``Z @ M`` or ``M @ Z.mT``. That matters for "minimax", which is symmetric only to about 1e-2:
+on rank-deficient statistics its transpose is five times less exact, and the mean of both three times.
+
+A zero matrix has the root 0 (nothing was learned, so nothing moves) and is ``ok``. A matrix with NaN or
+infinity, or whose root fails, has the root 0, is not ``ok``, and touches no other in its stack. Products run
+in full precision whatever the script chose, see `exact_matmul`. ("reference" alone keeps other rules.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+
+from asgo._types import Root
+from asgo.linalg import polynomial as iteration
+from asgo.linalg import spectral
+from asgo.linalg.masked import choose
+from asgo.linalg.matmul import Precision, exact_matmul
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    Square: TypeAlias = Float[Tensor, "b k k"]
+    PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
+    Result: TypeAlias = tuple[Square, Bool[Tensor, "b"]]
+    Solver: TypeAlias = Callable[[Square, PerMatrix, float], Square]
+
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9}
+"""Asked of the schedule of `minimax`."""
+FAST_TOLERANCE = 1.4e-2
+"""Asked of the schedule of `minimax_fast`: the worst of 17 products at eps 1e-6; the usual error is 1e-2."""
+LEAST_EPS_TF32 = 1e-5
+"""TF32 products keep 11 bits: at a tenth of this damping their iteration diverges on some statistics."""
+SMALL = 128
+"""Up to this size products are the faster root of a stack in float32 on a CPU as well."""
+
+
+def _check(A: Square) -> None:
+    if A.ndim != 3 or A.shape[-1] != A.shape[-2] or A.dtype not in TOLERANCE:
+        raise ValueError(
+            f"root got {A.dtype} of shape {tuple(A.shape)}: it takes float32 or float64 of shape (b, k, k). "
+            "Pass A[None] for a single matrix, A.float() for half precision"
+        )
+
+
+def _eye(A: Square) -> Float[Tensor, "k k"]:
+    return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+
+
+def _norm(A: Square) -> PerMatrix:
+    return torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
+
+
+def _solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = None) -> Result:
+    """Root of A by a solver ``(A, scale, eps) -> root of A / scale``, times ``scale^(-1/2)``.
+
+    The largest entry of ``A / scale`` is in [1, 2), so that its norm can be squared whatever the range of A. In
+    place of a matrix that is zero or not finite the solver meets the identity. It marks a failure by a diagonal
+    that is not finite. It works in ``dtype`` (A's own if None); the result has A's.
+    """
+    _check(A)
+    own, A = A.dtype, A.to(dtype or A.dtype)
+    if A.numel() == 0:
+        return torch.zeros_like(A, dtype=own), torch.ones(len(A), dtype=torch.bool, device=A.device)
+    top = A.diagonal(dim1=-2, dim2=-1).amax(dim=-1)  # no entry of a semidefinite matrix is larger
+    finite = A.sum(dim=-1).isfinite().all(dim=-1)  # a sum keeps NaN and infinity, and costs one pass
+    live = (finite & (top > 0))[:, None, None]
+    scale = choose(live, top[:, None, None], 1.0)
+    scale = scale / (2 * torch.frexp(scale).mantissa)  # a power of two: exact
+    with exact_matmul(A.device):
+        Z = solver(choose(live, A, _eye(A)), scale, eps)
+    ok = finite & Z.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
+    return choose(ok[:, None, None] & live, Z, 0.0).to(own), ok
+
+
+def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:
+    def weights(values: Tensor, scale: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        return (values + eps * norm).pow(-0.25) * scale.pow(-0.25)
+
+    return spectral.root(A, scale, weights)
+
+
+def _outside(kept: torch.dtype) -> Solver:
+    def weights(values: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return ((spectral.resolved(values, kept) * scale).sqrt() + eps).pow(-0.5)
+
+    return lambda A, scale, eps: spectral.root(A, scale, partial(weights, eps=eps))
+
+
+def _inside(kept: torch.dtype) -> Solver:
+    def weights(values: Tensor, scale: Tensor, eps: float) -> Tensor:
+        return (spectral.resolved(values, kept) * scale + eps).pow(-0.25)
+
+    return lambda A, scale, eps: spectral.root(A, scale, partial(weights, eps=eps))
+
+
+def _by_products(degree: Literal[5, 9] = 5, precision: Precision = "ieee") -> Solver:
+    def solver(A: Square, scale: PerMatrix, eps: float) -> Square:
+        fast = degree == 9 and A.dtype == torch.float32
+        steps = iteration.schedule(eps, FAST_TOLERANCE if fast else TOLERANCE[A.dtype], degree)
+        unit = A / scale
+        norm = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True)
+        bound = norm * ((1 + eps) * (1 + 2e-6))  # no eigenvalue of the damped matrix is larger
+        unit = unit.div_(bound)
+        unit.diagonal(dim1=-2, dim2=-1).add_(eps * (norm / bound)[..., 0])
+        with exact_matmul(A.device, "tf32" if precision == "tf32" else "ieee"):
+            Z = iteration.coupled_root(unit, steps, precision)
+        good = iteration.probe(unit, Z)[:, None, None]
+        return Z.mul_(torch.where(good, bound.rsqrt() * scale.rsqrt(), math.nan))
+
+    return solver
+
+
+def eigh(A: Square, eps: float) -> Result:
+    """The root by ``torch.linalg.eigh`` in A's dtype: the fastest on CPU unless matrices are small.
+
+    At eps 1e-6 in float32 the step is within 6e-2 of exact (measured; usually 2e-2), as eigenvectors of close
+    eigenvalues mix. On a CPU the threads of torch share the matrices of the stack.
+    """
+    return _solve(_by_eigh, A, eps)
+
+
+def eigh64(A: Square, eps: float) -> Result:
+    """`eigh` in float64, rounded back to A's dtype: within 1e-4 of exact in twice the time."""
+    return _solve(_by_eigh, A, eps, torch.float64)
+
+
+def outside(A: Square, eps: float) -> Result:
+    """``(A^(1/2) + eps I)^(-1)``: eps absolute and outside the root, computed in float64.
+
+    Eigenvalues that A's dtype does not resolve are raised, see `asgo.linalg.spectral.RESOLUTION`.
+    The theory form, Algorithm 1 of "ASGO: Adaptive Structured Gradient Optimization" (An et al., 2025).
+    """
+    return _solve(_outside(A.dtype), A, eps, torch.float64)
+
+
+def inside(A: Square, eps: float) -> Result:
+    """``(A + eps I)^(-1/2)``: eps absolute and inside the root, computed in float64.
+
+    Eigenvalues that A's dtype does not resolve are raised, see `asgo.linalg.spectral.RESOLUTION`.
+    The form of one-sided Shampoo ("Structured Preconditioners in Adaptive Optimization", Xie et al., 2025).
+    """
+    return _solve(_inside(A.dtype), A, eps, torch.float64)
+
+
+def minimax(A: Square, eps: float) -> Result:
+    """The root by a fixed number of products: the fastest on GPUs, and never waits for the host.
+
+    A coupled iteration of best quintics on the interval that damping guarantees, see `asgo.linalg.polynomial`. At eps
+    1e-6: 21 products, one of them in float64, and about 2e-3 from exact in float32, most of it the polynomials'
+    (4e-3 on devices where float64 is slow and left out), 29 and 1e-7 in float64. A probe of 8 columns tells a
+    failure: in float32 that is a rank-deficient statistic with eps below 1e-7.
+
+    Raises:
+        ValueError: if eps is not a positive finite number.
+    """
+    return _solve(_by_products(), A, eps)
+
+
+def minimax_fast(A: Square, eps: float) -> Result:
+    """`minimax` with polynomials of degree 9: 17 products instead of 21 at eps 1e-6, about 1.2e-2 from exact.
+
+    In float64 it is as exact as `minimax`.
+    """
+    return _solve(_by_products(degree=9), A, eps)
+
+
+def minimax_bf16x3(A: Square, eps: float) -> Result:
+    """`minimax` with three bfloat16 products for each in float32: about 2e-3 from exact at eps 1e-6.
+
+    On rank-deficient statistics, as on the first steps, within 6e-3. The two most sensitive products stay in
+    float64 and float32. For tensor cores, where the three cost less than the one. Float64 is computed as ever.
+    """
+    return _solve(_by_products(precision="bf16x3"), A, eps)
+
+
+def minimax_tf32(A: Square, eps: float) -> Result:
+    """`minimax` with TF32 products on CUDA (float32 elsewhere): within 4e-2 of exact at eps 1e-5.
+
+    Raises:
+        ValueError: if eps is below 1e-5, where TF32 is too coarse.
+    """
+    check_eps("minimax_tf32", eps)
+    return _solve(_by_products(precision="tf32"), A, eps)
+
+
+def auto(A: Square, eps: float) -> Result:
+    """The fastest by measurement (``asgo bench root``): on a CPU `eigh` for matrices larger than 128 and for
+    float64, else `minimax`. How many matrices stand in the stack makes no difference to their roots."""
+    return ROOTS[_fastest(A.device.type, A.shape[-1], A.dtype)](A, eps)
+
+
+def _fastest(device: str, k: int, dtype: torch.dtype = torch.float32) -> str:
+    return "eigh" if device == "cpu" and (k > SMALL or dtype == torch.float64) else "minimax"
+
+
+_CUSHIONED = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+_RELEASED = (*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _CUSHIONED), *[(1.875, -1.25, 0.375)] * 3)
+
+
+def reference(A: Square, eps: float) -> Result:
+    """The authors' released root, for comparison only: 10 steps of the Polar Express in float32, 40 products.
+
+    Its eps is absolute and enters the norm alone, so that a rank-deficient A is barely damped and its root
+    often far off. A root with NaN or infinity is replaced by the identity, and all count as ok.
+    """
+    _check(A)
+    X = A.float()
+    eye = _eye(X)
+    norm = _norm(X + eps * eye) * 1.01
+    Y, Z = X / norm, eye.expand_as(X)
+    with exact_matmul(A.device):
+        for c0, c1, c2 in _RELEASED:
+            B = iteration.bracket(Z @ Y, (c0, c1, c2))
+            Y, Z = torch.baddbmm(Y, Y, B, beta=c0), torch.baddbmm(Z, B, Z, beta=c0)
+    Z = Z / norm.sqrt()
+    finite = Z.isfinite().all(dim=-1).all(dim=-1)
+    return torch.where(finite[:, None, None], Z, eye).to(A.dtype), torch.ones_like(finite)
+
+
+ROOTS: dict[str, Root] = {
+    "auto": auto,
+    "eigh": eigh,
+    "eigh64": eigh64,
+    "minimax": minimax,
+    "minimax_fast": minimax_fast,
+    "minimax_bf16x3": minimax_bf16x3,
+    "minimax_tf32": minimax_tf32,
+    "outside": outside,
+    "inside": inside,
+    "reference": reference,
+}
+_EIGH_PRODUCTS = 6.5  # measured on CPU at k = 768, in times of one float32 product; float64 takes twice that
+
+
+def resolve(name: str) -> Root:
+    """The root called ``name``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in ROOTS:
+        raise ValueError(f"root {name!r} is unknown: choose one of {', '.join(map(repr, ROOTS))}")
+    return ROOTS[name]
+
+
+def check_eps(name: str, eps: float) -> None:
+    """Raise `ValueError` if a root cannot work with so little damping."""
+    if name == "minimax_tf32" and eps < LEAST_EPS_TF32:
+        raise ValueError(
+            f"root 'minimax_tf32' got eps={eps}: TF32 products need eps of {LEAST_EPS_TF32} or more. Pass "
+            "eps=1e-5, or use root 'minimax_bf16x3' or 'minimax'"
+        )
+
+
+def products(name: str, eps: float, device: torch.device | str = "cpu", k: int = 768) -> float:
+    """What the root of one float32 matrix costs, in ``k x k`` products of ``2 k^3`` operations each.
+
+    Exact for a root made of products; an eigendecomposition counts by its measured time. The device and the
+    size matter for "auto" only.
+
+    Raises:
+        ValueError: if there is no root of that name, or "minimax" cannot take eps.
+    """
+    resolve(name)
+    name = _fastest(torch.device(device).type, k) if name == "auto" else name
+    if name.startswith("minimax"):
+        fast = name == "minimax_fast"
+        return iteration.products(iteration.schedule(eps, *((FAST_TOLERANCE, 9) if fast else ())))
+    if name == "reference":
+        return 4 * len(_RELEASED)
+    return _EIGH_PRODUCTS if name == "eigh" else 2 * _EIGH_PRODUCTS

@@ -1,0 +1,301 @@
+"""Polar factors of stacks of matrices in half precision: ``A -> (A A^T)^(-1/2) A``, by matrix products alone.
+
+Every step applies an odd polynomial ``p`` to the singular values::
+
+    R = X X^T;   B = c1 R + c2 R^2 (+ c3 R^3 + c4 R^4);   X <- c0 X + B X
+
+`minimax.chain` chooses the polynomials: each is the best one on the interval that the chain has reached, which starts
+at ``[low, 1]``. Singular values of A in ``[low ||A||_F, ||A||_F]`` come out within `tolerance` of 1. A smaller
+``sigma`` comes out as ``sigma amplification / ||A||_F`` at most, with ``amplification`` the product of all ``c0``:
+that is the damping. "The Polar Express", Amsel, Persson, Musco and Gower 2025, has the theory.
+
+The plain form above corrects itself: it forms ``R`` anew in every step, so that rounding in one step is an error in the
+input of the next. That is why it works in bfloat16, where the coupled iteration of `asgo.linalg.polynomial` fails.
+
+The last steps may run in Gram form, on ``k x k`` matrices only::
+
+    R = X X^T;   P = c0 I + B(R);   R <- P R P;   Q <- P Q;   ...   X <- Q X
+
+It saves products with the long side and does not correct itself, so it serves where all singular values are of one
+size. An error of rounding in R is relative to its largest eigenvalue, and the Gram form magnifies it by the condition
+of R: ``(high / low)^2`` on the interval that the plain steps have reached, `Plan.condition`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+
+from asgo.linalg import polynomial
+from asgo.linalg.masked import choose
+from asgo.linalg.matmul import exact_matmul
+from asgo.linalg.polynomial import Odd
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    Square: TypeAlias = Float[Tensor, "b k k"]
+    Wide: TypeAlias = Float[Tensor, "b k n"]
+    PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
+    Blocks: TypeAlias = Sequence[tuple[Wide, float]]
+
+PANELS = 4
+SMALLEST_WITH_PANELS = 640
+"""Size from which a symmetric product by panels is the faster one in bfloat16 on a CPU: 0.7 of the time at 768, 0.95 at
+512. On a GPU its panels would be strided batches; there the whole product is computed."""
+HEALTHY_NORM = (0.5, 2.0)
+"""Where ``||X A^T||_F`` must be if ``||A||_F = 1``: in exact arithmetic it is 1 within the tolerance."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to compute a polar factor.
+
+    Args:
+        dtype: of all products.
+        low: the smallest singular value, relative to the Frobenius norm, that comes out within `tolerance` of 1.
+        steps: the polynomials' coefficients.
+        gram: how many of the last steps run in Gram form.
+    """
+
+    dtype: torch.dtype
+    low: float
+    steps: tuple[Odd, ...]
+    gram: int = 0
+
+    @property
+    def tolerance(self) -> float:
+        """Largest distance from 1 of the singular values, for those of A in ``[low, 1]``, in exact arithmetic."""
+        return max(abs(1 - end) for end in _interval(self.low, self.steps))
+
+    @property
+    def amplification(self) -> float:
+        """What the smallest singular values are multiplied by."""
+        return math.prod(step[0] for step in self.steps)
+
+    @property
+    def condition(self) -> float:
+        """The largest eigenvalue of the Gram form's first ``R`` by its smallest, for those of A in ``[low, 1]``."""
+        low, high = _interval(self.low, self.steps[: len(self.steps) - self.gram])
+        return (high / low) ** 2
+
+    def products(self, k: int, n: int) -> float:
+        """Cost of the factor of a ``k x n`` matrix, in products of ``2 k^3`` operations each."""
+        if k == 0:
+            return 0.0
+        inner = sum((len(step) - 1) // 2 for step in self.steps)
+        plain = len(self.steps) - self.gram
+        return 2 * n / k * (plain + (self.gram > 0)) + inner + 3 * max(self.gram - 1, 0)
+
+
+HALF_CUSHION = 1.02
+"""Room above the interval of every polynomial in half precision. The largest singular value is 1 where one direction
+dominates; rounding lifts it, and the first two polynomials are steep there. With 1.01 S S^T is off by 10 % once in some
+hundred steps of such matrices, with 1.02 by 3 %."""
+
+
+def plan(dtype: torch.dtype, low: float, degrees: tuple[Literal[5, 9], ...], gram: int = 0) -> Plan:
+    """The `Plan` of the best polynomials of these degrees; 5 takes one product of its own, 9 takes two."""
+    cushion = HALF_CUSHION if dtype.itemsize < 4 else polynomial.CUSHION
+    return Plan(dtype, low, polynomial.chain(low, degrees, cushion), gram)
+
+
+def _interval(low: float, steps: tuple[Odd, ...]) -> tuple[float, float]:
+    """Where the steps take ``[low, 1]``: the images of a fine grid, as no polynomial is monotonic there."""
+    x = torch.logspace(math.log10(low), 0, 20001, dtype=torch.float64, device="cpu")
+    for step in steps:
+        x = sum((c * x ** (2 * i + 1) for i, c in enumerate(step)), torch.zeros_like(x))
+    return float(x.min()), float(x.max())
+
+
+PLANS = {
+    "bf16": plan(torch.bfloat16, 4e-3, (5,) * 5, gram=2),
+    "bf16_fast": plan(torch.bfloat16, 8e-3, (5, 5, 5, 9), gram=2),
+    "fp16": plan(torch.float16, 4e-3, (5,) * 5, gram=2),
+    "fp16_fast": plan(torch.float16, 8e-3, (5, 5, 5, 9), gram=2),
+    "fp32": plan(torch.float32, 2e-3, (5,) * 6),
+    "fp64": plan(torch.float64, 1e-4, (5,) * 11),
+}
+"""The plans by name. `low` of a half precision is what 5 quintics (or 3 and one of degree 9) reach with a tolerance of
+about the rounding of bfloat16. Of the Gram steps a simulation with the worst rounding (`benchmarks/square_root`) allows
+two: the largest error is 3e-2 in bfloat16 and 6e-3 in float16 then; with three 7e-1 and 5e-2."""
+
+
+def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan called `precision`; of "auto" the fastest one that the device is built for.
+
+    That is float64 for a state in float64; float16 on CUDA, which has the rate of bfloat16 and an eighth of its
+    rounding; bfloat16 on CPUs with units for it; else float32.
+
+    Raises:
+        ValueError: there is no plan of that name.
+    """
+    if precision != "auto":
+        if precision not in PLANS:
+            known = ", ".join(map(repr, ["auto", *PLANS]))
+            raise ValueError(f"square root got precision={precision!r}: choose one of {known}")
+        return PLANS[precision]
+    if dtype == torch.float64:
+        return PLANS["fp64"]
+    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
+    return PLANS["fp16" if device.type == "cuda" else "fp32" if slow else "bf16"]
+
+
+def polar_and_root(
+    A: Blocks, plan: Plan, carried: Wide | None = None, root: bool = True
+) -> tuple[Wide, Square | None, PerMatrix, Bool[Tensor, "b"]]:
+    """The polar factor and the square root of ``A A^T``, for a stack.
+
+    Nothing waits for the device, nothing depends on the data but by masks.
+
+    Args:
+        A: its blocks of columns ``(b, k, n_i)``, each with a factor; the first in float32 or float64. They may be of
+            any size, as A is divided by its norm first.
+        plan: precision and polynomials.
+        carried: ``(b, k, c)``, multiplied by ``(A A^T)^(-1/2)`` in the place of A. Directions that it has and A has not
+            are multiplied by ``plan.amplification / ||A||_F``.
+        root: whether to compute the root.
+
+    Returns:
+        ``X``: the columns of the polar factor that belong to the first block, or what is carried times the root, in the
+        dtype of the first block; ``S / norm``, exactly symmetric, in the precision of the plan, or None; the ``norm``
+        of A, ``(b, 1, 1)``; and ``ok``, ``(b,)``. X and S are 0 for A = 0, which is ok, and for matrices with NaN or
+        infinity and those whose iteration has diverged, which are not.
+    """
+    first = A[0][0]
+    X, norm = normalised(A, plan.dtype)
+    finite, n, stack, scale = norm.isfinite(), X.shape[2], X, None
+    if carried is not None:
+        D, size = normalised([(carried, 1.0)], plan.dtype)
+        stack, finite, scale = _beside(X, D), finite & size.isfinite(), size / choose(norm > 0, norm, 1.0)
+    with _precise(first.device, plan.dtype):
+        factor = iterate(stack, plan, n)
+        S = symmetric(factor[..., :n], X) if root else None
+    result = factor[..., : first.shape[2]].to(first.dtype) if scale is None else factor[..., n:] * scale
+    good = finite if S is None else finite & _is_healthy(S, norm)
+    good = good & _norm(result).isfinite() if S is None or scale is not None else good
+    return choose(good, result, 0.0), None if S is None else choose(good, S, 0.0), norm, good[:, 0, 0]
+
+
+def _precise(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """No autocast, and for float32 no TF32 either; half precision needs only the former, which a graph can hold."""
+    if dtype.itemsize >= 4:
+        return exact_matmul(device)
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+def normalised(A: Blocks, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
+    """``A / ||A||_F`` in another precision, and the norm, which is NaN or infinite if A is; such an A gives 0.
+
+    A power of two of the size of the largest entry is taken out first, so that squares neither overflow nor vanish.
+    """
+    first = A[0][0]
+    top = torch.cat([largest(block).to(first.dtype) * factor for block, factor in A], 2).amax(2, keepdim=True)
+    live = top.isfinite() & (top >= torch.finfo(first.dtype).tiny)
+    exponent = torch.frexp(choose(live, top, 1.0)).exponent.clamp(-125, 126)  # both powers are normal in float32
+    unit = torch.ldexp(torch.ones_like(top), -exponent)  # a product with a small tensor: ldexp of A takes 10 times that
+    scaled = [block * (unit * factor) for block, factor in A]
+    norms = torch.cat([torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in scaled], 2)
+    norm = torch.linalg.vector_norm(norms, dim=2, keepdim=True)
+    X = choose(live, _beside(*(x.mul_(norm.reciprocal()).to(dtype) for x in scaled)), 0.0)
+    return X, choose(live, torch.ldexp(norm, exponent), choose(top.isfinite(), 0.0 * top, top))
+
+
+def largest(A: Wide) -> PerMatrix:
+    """The largest absolute value of every matrix, NaN where it has one; 0 of a matrix without entries."""
+    if 0 in A.shape:
+        return A.new_zeros(len(A), 1, 1)
+    return A.abs().amax((1, 2), keepdim=True)  # on a CPU an eighth of the time of a norm of infinite order
+
+
+def iterate(X: Wide, plan: Plan, n: int) -> Wide:
+    """The steps of a plan; columns after the first n are multiplied and do not enter ``X X^T``."""
+    plain = len(plan.steps) - plan.gram
+    for step in plan.steps[:plain]:
+        X = _times(X, _bracket(symmetric(X[..., :n]), step), step[0])
+    return _times(X, _gram_form(symmetric(X[..., :n]), plan.steps[plain:])) if plan.gram else X
+
+
+def _gram_form(R: Square, steps: tuple[Odd, ...]) -> Square:
+    """The product of all ``P = c0 I + B(R)``, the linear term outside of products where there is one."""
+    Q = None
+    for i, step in enumerate(steps):
+        P, c0 = _bracket(R, step), step[0]
+        Q = _plus_identity(P, c0) if Q is None else torch.baddbmm(Q, P, Q, beta=c0)
+        if i + 1 < len(steps):
+            R = torch.baddbmm(R, P, R, beta=c0)
+            R = torch.baddbmm(R, P, R, beta=c0)
+    return R if Q is None else Q
+
+
+def _plus_identity(P: Square, c0: float) -> Square:
+    Q = P.clone()
+    diagonal = Q.diagonal(dim1=1, dim2=2)
+    diagonal.copy_(diagonal.to(torch.promote_types(P.dtype, torch.float32)) + c0)
+    return Q
+
+
+def _bracket(R: Square, odd: Odd) -> Square:
+    """``c1 R + c2 R^2`` or ``c1 R + c2 R^2 + c3 R^3 + c4 R^4``.
+
+    Elementwise sums are made in float32: on a CPU bfloat16 operations round a coefficient to bfloat16 first.
+    """
+    if len(odd) == 3 or R.dtype.itemsize > 2:
+        return polynomial.bracket(R, odd)
+    _, c1, c2, c3, c4 = odd
+    square = torch.bmm(R, R)
+    low, high = R.float() * c1 + square.float() * c2, R.float() * c3 + square.float() * c4
+    return torch.baddbmm(low.to(R.dtype), square, high.to(R.dtype))
+
+
+def symmetric(X: Wide, Y: Wide | None = None) -> Square:
+    """``X Y^T`` where that is symmetric, ``X X^T`` without Y: the lower triangle, mirrored.
+
+    On a CPU only that is computed, by panels of rows, where it is the faster way.
+    """
+    k, Y, own = X.shape[1], X if Y is None else Y, Y is None
+    if k < SMALLEST_WITH_PANELS or X.dtype != torch.bfloat16 or X.device.type != "cpu":
+        product = torch.bmm(X, Y.mT)
+        return product if own else product.tril() + product.tril(-1).mT
+    result = X.new_empty(len(X), k, k)
+    cuts = [k * i // PANELS for i in range(PANELS + 1)]
+    for out, x, y in zip(result, X, Y, strict=True):  # batches of strided panels would be copied first
+        for start, stop in pairwise(cuts):
+            panel = x[start:stop] @ y[:stop].mT
+            out[start:stop, :stop] = panel
+            out[:start, start:stop] = panel[:, :start].mT
+    return result
+
+
+def _times(X: Wide, B: Square, c: float = 0.0) -> Wide:
+    """``c X + B X`` for a symmetric B, in the memory order of X."""
+    if X.is_contiguous() or not X.mT.is_contiguous():
+        return torch.baddbmm(X, B, X, beta=c) if c else torch.bmm(B, X)
+    return torch.baddbmm(X.mT, X.mT, B.mT, beta=c).mT if c else torch.bmm(X.mT, B.mT).mT
+
+
+def _beside(*parts: Wide) -> Wide:
+    """Matrices side by side, in the memory order of the first."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts[0].is_contiguous() and parts[0].mT.is_contiguous():
+        return torch.cat([part.mT for part in parts], 1).mT
+    return torch.cat(parts, 2)
+
+
+def _is_healthy(S: Square, norm: PerMatrix) -> Bool[Tensor, "b 1 1"]:
+    """Whether the root of a normalised matrix has the norm 1, or is that of 0; false with NaN."""
+    size = _norm(S)
+    return ((size > HEALTHY_NORM[0]) & (size < HEALTHY_NORM[1])) | ((norm == 0) & (size == 0))
+
+
+def _norm(X: Tensor) -> PerMatrix:
+    wide = X.dtype if X.dtype.itemsize >= 4 else torch.float32
+    return torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=wide)

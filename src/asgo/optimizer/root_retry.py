@@ -1,0 +1,102 @@
+"""What follows when a root fails: float64 `eigh` for that matrix alone, without making a device wait."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from asgo.linalg.inverse_root import ROOTS, eigh64
+from asgo.linalg.masked import holds
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
+
+    from asgo._types import State
+    from asgo.structures import Structure
+
+SAME_FORMULA = frozenset({"auto", "eigh", "minimax", "minimax_fast", "minimax_bf16x3", "minimax_tf32"})
+"""The roots that `eigh64` computes better; the others work in float64 already or keep rules of their own."""
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """Which matrices of a run have no new root, on their way to the host."""
+
+    start: int
+    failed: Tensor
+    arrived: torch.cuda.Event | None
+
+    @staticmethod
+    def send(start: int, failed: Bool[Tensor, "b"]) -> _Flags:
+        if not failed.is_cuda:
+            return _Flags(start, failed.to("cpu"), None)
+        here = torch.empty(failed.shape, dtype=torch.bool, pin_memory=True).copy_(failed, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Flags(start, here, arrived)
+
+    def have_arrived(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
+    def rows(self) -> list[int]:
+        return [self.start + int(i) for i in self.failed.nonzero()]
+
+
+class Ladder:
+    """Refreshes the roots of a bucket, and those that fail once more by `eigh64`.
+
+    On a CPU the second try follows at once. A device is not waited for: its flags travel to the host while it works
+    on, the last good root serves this step, and the second try comes with the next step that finds them arrived.
+    They are no part of the state: after a resume the next refresh raises them anew.
+
+    Args:
+        deferred: not to wait.
+        climbs: whether there is a second try; not where it would come after other ranks have been sent the root.
+    """
+
+    def __init__(self, deferred: bool, climbs: bool = True) -> None:
+        self.deferred, self.climbs = deferred, climbs
+        self._flags: list[_Flags] = []
+
+    def refresh(self, structure: Structure, state: State, runs: list[slice], root: str, eps: float) -> None:
+        """A new root for every matrix in `runs`, in place; failures are counted in ``state["failures"]``."""
+        overdue = self._overdue()
+        for rows in runs:
+            due = {key: tensor[rows] for key, tensor in state.items()}
+            ok = structure.refresh(due, ROOTS[root], eps)
+            if structure.derived and self.climbs and root in SAME_FORMULA and _can_be_told(ok):
+                ok = self._climb(structure, due, rows.start, ok, eps)
+            due["failures"] += ~ok
+        for row in overdue:
+            _again(structure, state, row, eps)
+
+    def _climb(self, structure: Structure, due: State, start: int, ok: Bool[Tensor, "b"], eps: float) -> Tensor:
+        if self.deferred:
+            self._flags.append(_Flags.send(start, ~ok))
+            return ok
+        if holds(ok):
+            return ok
+        rows = _Flags.send(0, ~ok).rows()
+        return ok.index_copy(0, torch.tensor(rows), torch.cat([_again(structure, due, row, eps) for row in rows]))
+
+    def _overdue(self) -> list[int]:
+        rows: set[int] = set()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return []  # an event must not be asked while a graph is captured; the next step that is not will do it
+        while self._flags and self._flags[0].have_arrived():
+            rows.update(self._flags.pop(0).rows())
+        return sorted(rows)
+
+
+def _can_be_told(ok: Tensor) -> bool:
+    """Not while a graph is made, which holds tensors only, nor on a device of which nothing is known."""
+    if torch.compiler.is_compiling():
+        return False
+    return ok.device.type == "cpu" or (ok.is_cuda and not torch.cuda.is_current_stream_capturing())
+
+
+def _again(structure: Structure, state: State, row: int, eps: float) -> Tensor:
+    return structure.refresh({key: tensor[row : row + 1] for key, tensor in state.items()}, eigh64, eps)

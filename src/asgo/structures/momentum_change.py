@@ -1,0 +1,71 @@
+"""The square of what changes from step to step, entry by entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asgo._types import Root, Stack, State
+from asgo.linalg.masked import choose
+from asgo.structures.base import Structure, average, count, given, moving, rootless
+
+
+@dataclass(frozen=True)
+class Difference(Structure):
+    """The mean square of differences of successive momenta, per entry.
+
+    With ``H = M / (1 - b1^t)``: ``v <- b2 v + (1 - b2) (H_t - H_{t-1})^2``, ``H_0 = 0``, and the direction is
+    ``H / max(sqrt(v / (1 - b2^t)), delta)``. It lives on the algebra of diagonal matrices, but its statistic is not
+    that of the gradients, so it is no `Algebra` here. It must be fed the momentum.
+
+    State: ``exp_avg_sq (b, m, n)``, ``previous (b, m, n)``, ``weight`` and ``momentum_weight (b, 1, 1)``.
+
+    Args:
+        momentum: the decay b1 of the momentum.
+        delta: the least that a direction is divided by.
+    """
+
+    momentum: float
+    delta: float
+
+    def init(self, like: Stack) -> State:
+        """Zeros."""
+        b = len(like)
+        return {
+            "exp_avg_sq": torch.zeros_like(like, memory_format=torch.contiguous_format),
+            "previous": torch.zeros_like(like, memory_format=torch.contiguous_format),
+            "weight": like.new_zeros(b, 1, 1),
+            "momentum_weight": like.new_zeros(b, 1, 1),
+        }
+
+    def measure(self, grad: Stack) -> Tensor:
+        """The momentum itself: its difference needs the memory."""
+        return grad
+
+    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+        """Average the squared difference to the last momentum in; a zero momentum is none."""
+        moved = moving(measurement)
+        count(state["momentum_weight"], self.momentum, moved)
+        count(state["weight"], beta2, moved)
+        current = measurement / given(state["momentum_weight"])
+        average(state["exp_avg_sq"], (current - state["previous"]).square_(), beta2, moved)
+        state["previous"].copy_(choose(moved > 0, current, state["previous"]))
+
+    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+        """Nothing: a root of numbers is taken when it is needed."""
+        return rootless(state)
+
+    def precondition(self, state: State, direction: Stack) -> Stack:
+        """The corrected direction divided by the root of the mean square, or by delta where that is more."""
+        size = (state["exp_avg_sq"] / given(state["weight"])).sqrt_().clamp_min_(self.delta)
+        return direction / size.mul_(given(state["momentum_weight"]))
+
+    def cost(self, m: int, n: int) -> float:
+        """Nothing."""
+        return 0.0
+
+    def work(self, m: int, n: int) -> float:
+        """``4 m n``: two quotients, a square and a product per entry."""
+        return 4.0 * m * n

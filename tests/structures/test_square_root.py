@@ -1,0 +1,508 @@
+"""The square-root form against float64: its statistic, its direction, what breaks other forms, and how it is called."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from asgo import ASGO, report
+from asgo.linalg import polar
+from asgo.linalg.polar import PLANS, Plan, polar_and_root
+from asgo.structures import OneSided, SquareRoot
+from asgo.structures.one_sided import to_gram
+from asgo.structures.square_root import from_gram
+from oracle import power
+
+PRECISIONS = list(PLANS)
+DAMPED = 1e4 * PLANS["fp64"].amplification ** -2
+"""How far a damped root may be from one that is not: the damping, by a condition of V of at most 1e4."""
+EXACT = {"fp64": torch.float64}
+B2 = (0.0, 0.2, 0.8, 0.95)
+
+
+def dtype_of(precision):
+    return EXACT.get(precision, torch.float32)
+
+
+def unit(plan):
+    """Of a product: half precisions add up in float32, the others in themselves, over at most 32 terms here."""
+    return torch.finfo(plan.dtype).eps / 2 * (1 if plan.dtype.itemsize < 4 else 32)
+
+
+def rounding(plan):
+    """Largest error of a singular value or direction of X by rounding.
+
+    There are ten roundings (of D, S, X twice, R, B, P, Q, the product X A^T and S as it is stored), twice the unit
+    each. Those of the first step are magnified by all later ones where they take a large singular value to the lower
+    end of their interval, and the Gram form magnifies that of its R by the condition of R.
+    """
+    return (20 + plan.condition + plan.amplification / plan.steps[0][0]) * unit(plan)
+
+
+def step_error(plan):
+    """Relative error of ``S S^T`` after one step: singular values within the tolerance of 1, squared, and rounding."""
+    stored = max(unit(plan), torch.finfo(torch.bfloat16).eps / 2 if plan.dtype.itemsize < 4 else 0.0)
+    return 2 * plan.tolerance + rounding(plan) + 2 * stored
+
+
+def direction_error(plan, A):
+    """Largest error of a direction of the polar factor of A: as above, and an error in A counts by 1 / sigma_min."""
+    values = np.linalg.svd(A, compute_uv=False)
+    least = values[-1] / np.linalg.norm(values)
+    assert least > plan.low, "the bound is for matrices that the plan brings to 1"
+    return plan.tolerance + rounding(plan) + 2 / least * unit(plan)
+
+
+def stream(shape, count, seed=0, dtype=torch.float32, noise=0.2):
+    """A drifting signal of rank 3 and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    b, m, n = shape
+    left, right = (torch.randn(b, size, 3, generator=generator, dtype=dtype) for size in (m, n))
+    for _ in range(count):
+        left = 0.98 * left + 0.2 * torch.randn(b, m, 3, generator=generator, dtype=dtype)
+        yield left @ right.mT + noise * torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def exact(seen, beta2):
+    """V of one matrix after each of these, in numpy's float64."""
+    V = 0.0
+    for G in (np.asarray(x, dtype=np.float64) for x in seen):
+        V = V + G @ G.T if beta2 == 1 else beta2 * V + (1 - beta2) * G @ G.T
+    return V
+
+
+def root_of(V, D):
+    """``V^(-1/2) D`` without damping."""
+    return power(V, -0.5) @ np.asarray(D, dtype=np.float64)
+
+
+def relative(found, wanted):
+    found, wanted = (np.asarray(x, dtype=np.float64) for x in (found, wanted))
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+def run(structure, directions, beta2, seen=None):
+    directions = list(directions)
+    state, update = structure.init(directions[0]), None
+    for D, G in zip(directions, directions if seen is None else seen, strict=True):
+        update, ok = structure.update(state, D, D if seen is None else G, beta2)
+        assert ok.all()
+    return update, state
+
+
+# ---- the polynomials
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_singular_value_above_low_comes_out_at_one(name):
+    plan = PLANS[name]
+    x = np.geomspace(plan.low, 1.0, 5001)
+    for step in plan.steps:
+        x = sum(c * x ** (2 * i + 1) for i, c in enumerate(step))
+    assert np.abs(1 - x).max() == pytest.approx(plan.tolerance, rel=1e-2, abs=1e-14)
+    assert plan.tolerance < {2: 2.0**-8, 4: 2.0**-15, 8: 2.0**-40}[plan.dtype.itemsize]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_smaller_singular_values_come_out_smaller(name):
+    plan = PLANS[name]
+    x = start = np.geomspace(1e-3 * plan.low, plan.low, 2001)
+    for step in plan.steps:
+        x = sum(c * x ** (2 * i + 1) for i, c in enumerate(step))
+    assert (x > 0).all()
+    assert (x <= plan.amplification * start * (1 + 1e-12)).all()
+    assert (x < 1 + plan.tolerance + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("size", [(4, 4), (4, 20)])
+def test_products_are_counted(name, size):
+    plan = PLANS[name]
+    k, n = size
+    with FlopCounterMode(display=False) as counter:
+        polar.iterate(torch.zeros(1, k, n, dtype=plan.dtype), plan, n)
+    assert counter.get_total_flops() == plan.products(k, n) * 2 * k**3
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"square root got precision='bf8': choose one of 'auto', 'bf16', .*'fp64'"):
+        SquareRoot(precision="bf8").init(torch.zeros(1, 2, 3))
+
+
+# ---- the statistic
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("beta2", B2[1:])
+def test_the_square_of_s_follows_the_statistic_for_a_thousand_steps(precision, beta2):
+    """Within `step_error` of what one step makes of the last S, hence within ``step_error / (1 - b2)`` of V."""
+    structure, plan = SquareRoot("left", precision), PLANS[precision]
+    state, V = structure.init(torch.zeros(1, 12, 20, dtype=dtype_of(precision))), 0.0
+    worst_step = worst = 0.0
+    for t, D in enumerate(stream((1, 12, 20), 1000, dtype=dtype_of(precision))):
+        before, new = state["sqrt"][0].to(torch.float64, copy=True), D[0].double() @ D[0].double().T
+        structure.update(state, D, D, beta2)
+        S, V = state["sqrt"][0].double(), beta2 * V + (1 - beta2) * new
+        worst_step = max(worst_step, relative(S @ S.T, beta2 * before @ before.T + (1 - beta2) * new))
+        worst = max(worst, relative(S @ S.T, V)) if t % 10 == 9 else worst
+    assert worst_step < step_error(plan)
+    assert worst < step_error(plan) / (1 - beta2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_sums_are_followed_too(precision):
+    seen = list(stream((1, 6, 10), 200, dtype=dtype_of(precision)))
+    update, state = run(SquareRoot("left", precision), seen, 1.0)
+    S, V = state["sqrt"][0].double(), exact([G[0] for G in seen], 1.0)
+    assert relative(S @ S.T, V) < 200 * step_error(PLANS[precision])
+    assert relative(update[0], root_of(V, seen[-1][0])) < 200 * step_error(PLANS[precision])
+
+
+def test_s_is_symmetric_and_half_as_large_as_a_float():
+    _, state = run(SquareRoot("left", "bf16"), stream((2, 6, 10), 5), 0.5)
+    assert torch.equal(state["sqrt"], state["sqrt"].mT)
+    assert state["sqrt"].dtype == torch.bfloat16
+    kept = {
+        key: SquareRoot(precision=precision, keep=keep).init(torch.zeros(1, 2, 3, dtype=dtype))["sqrt"].dtype
+        for key, (precision, keep, dtype) in {
+            "half": ("fp16", "auto", torch.float32),
+            "asked": ("bf16", "fp32", torch.float32),
+            "single": ("fp32", "auto", torch.float32),
+            "double": ("auto", "auto", torch.float64),
+        }.items()
+    }
+    assert kept == {"half": torch.bfloat16, "asked": torch.float32, "single": torch.float32, "double": torch.float64}
+
+
+# ---- the direction
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("beta2", B2)
+def test_the_direction_is_that_of_the_exact_root(precision, beta2):
+    seen = list(stream((1, 10, 16), 12, dtype=dtype_of(precision), noise=1.0))
+    structure, plan = SquareRoot("left", precision), PLANS[precision]
+    _, state = run(structure, seen[:-1], beta2)
+    S = state["sqrt"][0].double().numpy()
+    A = np.hstack([math.sqrt(1 - beta2) * seen[-1][0].double().numpy(), math.sqrt(beta2) * S])
+    update, _ = structure.update(state, seen[-1], seen[-1], beta2)
+    u, _, vh = np.linalg.svd(A, full_matrices=False)
+    wanted = (u @ vh)[:, :16] / math.sqrt(1 - beta2)
+    error = np.linalg.norm(update[0].double().numpy() - wanted, 2) * math.sqrt(1 - beta2)
+    assert error < direction_error(plan, A)
+    cosine = (update[0].double().numpy() * wanted).sum() / np.linalg.norm(update[0].double()) / np.linalg.norm(wanted)
+    size = np.linalg.norm(wanted) * math.sqrt((1 - beta2) / 10)  # of the polar factor's block, per direction
+    assert 1 - cosine < 0.5 * (direction_error(plan, A) / size) ** 2 * 1.1 + 1e-15
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_memory_it_is_muon(side):
+    D = next(stream((3, 5, 8), 1, dtype=torch.float64))
+    update, state = run(SquareRoot(side), [D], 0.0)
+    u, _, vh = torch.linalg.svd(D, full_matrices=False)
+    assert torch.allclose(update, u @ vh, atol=1e-9)
+    assert not state["sqrt"].any(), "S has no part in it and stays"
+
+
+def test_the_first_step_is_muon_with_the_weight_of_one_measurement():
+    D = next(stream((1, 5, 8), 1, dtype=torch.float64))
+    update, state = run(SquareRoot("left"), [D], 0.8)
+    u, _, vh = torch.linalg.svd(D, full_matrices=False)
+    assert torch.allclose(update, u @ vh / math.sqrt(0.2), atol=1e-12)
+    assert torch.allclose(state["sqrt"] @ state["sqrt"], 0.2 * D @ D.mT, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp64"])
+@pytest.mark.parametrize("beta2", [0.0, 0.2, 0.95])
+def test_no_row_is_longer_than_one_measurement_allows(precision, beta2):
+    """``V >= (1 - b2) D D^T``: what keeps steps bounded whatever comes: spikes of 1e4, dead units that wake."""
+    structure, plan = SquareRoot("left", precision), PLANS[precision]
+    state = structure.init(torch.zeros(1, 8, 12, dtype=dtype_of(precision)))
+    limit = (1 + plan.tolerance + rounding(plan)) / math.sqrt(1 - beta2)
+    for t, D in enumerate(stream((1, 8, 12), 120, dtype=dtype_of(precision))):
+        D.mul_(1e4 if t % 40 == 20 else 1.0)[:, :2] *= float(t > 60)
+        update, ok = structure.update(state, D, D, beta2)
+        assert ok.all()
+        assert torch.linalg.matrix_norm(update, 2).max() < limit * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_stack_gives_what_each_matrix_gives_alone(precision):
+    structure = SquareRoot("left", precision, cross_normalize=True)
+    seen = list(stream((3, 6, 9), 6, dtype=dtype_of(precision)))
+    together, state = run(structure, seen, 0.5)
+    for i in range(3):
+        alone, own = run(structure, [D[i : i + 1] for D in seen], 0.5)
+        tolerance = 50 * torch.finfo(PLANS[precision].dtype).eps
+        assert relative(together[i], alone[0]) < tolerance
+        assert relative(state["sqrt"][i].double(), own["sqrt"][0].double()) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("statistic", ["momentum", "gradient"])
+def test_both_sides_mirror_each_other(precision, statistic):
+    dtype = dtype_of(precision)
+    left, right = (list(stream((2, 6, 9), 5, seed=seed, dtype=dtype, noise=1.0)) for seed in (0, 1))
+    seen = None if statistic == "momentum" else right
+    one, _ = run(SquareRoot("left", precision), left, 0.5, seen)
+    mirrored = None if seen is None else [G.mT.contiguous() for G in seen]
+    other, _ = run(SquareRoot("right", precision), [D.mT.contiguous() for D in left], 0.5, mirrored)
+    assert relative(one, other.mT) < 400 * torch.finfo(PLANS[precision].dtype).eps
+
+
+# ---- the gradient statistic
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.8, 1.0])
+def test_a_gradient_statistic_preconditions_another_direction(beta2):
+    directions, gradients = (list(stream((1, 5, 8), 9, seed=s, dtype=torch.float64, noise=1.0)) for s in (0, 1))
+    update, _ = run(SquareRoot("left"), directions, beta2, gradients)
+    V = exact([G[0] for G in gradients], beta2)
+    assert relative(update[0], root_of(V, directions[-1][0])) < 1e-9
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_direction_that_the_statistic_lacks_is_amplified_no_more_than_damping_allows(precision):
+    structure, plan = SquareRoot("left", precision), PLANS[precision]
+    G, D = torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)
+    G[0, 0, 0], D[0, 1, 1] = 3.0, 2.0
+    (update, ok), norm = structure.update(structure.init(D), D, G, 0.75), 3.0 * 0.5
+    assert ok.all()
+    assert update[0, 1, 1] == pytest.approx(2.0 * plan.amplification / norm, rel=len(plan.steps) * 4 * unit(plan))
+
+
+def test_what_is_carried_along_is_not_in_bfloat16_unless_asked(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    like = torch.zeros(1, 2, 3)
+    chosen = {
+        precision: [SquareRoot(precision=precision).plan(like, carried) for carried in (False, True)]
+        for precision in ("auto", "bf16", "fp16")
+    }
+    assert chosen == {
+        "auto": [PLANS["bf16"], PLANS["fp32"]],
+        "bf16": [PLANS["bf16"]] * 2,
+        "fp16": [PLANS["fp16"]] * 2,
+    }
+
+
+# ---- what breaks other forms
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("statistic", ["momentum", "gradient"])
+def test_zero_leaves_everything_as_it_is(precision, statistic):
+    structure, dtype = SquareRoot("left", precision, cross_normalize=True), dtype_of(precision)
+    for before in ([], list(stream((2, 4, 6), 3, dtype=dtype))):
+        state = structure.init(torch.zeros(2, 4, 6, dtype=dtype))
+        for D in before:
+            structure.update(state, D, D, 0.5)
+        kept = {key: x.clone() for key, x in state.items()}
+        D = torch.zeros(2, 4, 6, dtype=dtype)
+        update, ok = structure.update(state, D, D if statistic == "momentum" else D.clone(), 0.5)
+        assert ok.all()
+        assert not update.any()
+        assert all(torch.equal(state[key], kept[key]) for key in state)
+
+
+def test_an_expert_that_rests_keeps_its_state_and_the_others_do_not_notice():
+    structure = SquareRoot("left", "bf16")
+    seen = list(stream((3, 6, 9), 8))
+    resting = [D.clone() for D in seen]
+    for D in resting[4:]:
+        D[1] = 0
+    update, state = run(structure, resting, 0.5)
+    full, other = run(structure, seen, 0.5)
+    _, early = run(structure, seen[:4], 0.5)
+    assert torch.equal(state["sqrt"][1], early["sqrt"][1])
+    assert not update[1].any()
+    assert torch.equal(update[::2], full[::2])
+    assert torch.equal(state["sqrt"][::2], other["sqrt"][::2])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("statistic", ["momentum", "gradient"])
+def test_a_matrix_with_nan_is_counted_and_touches_nothing(precision, bad, statistic):
+    structure, dtype = SquareRoot("left", precision, cross_normalize=True), dtype_of(precision)
+    seen = list(stream((3, 4, 6), 4, dtype=dtype))
+    state = run(structure, seen[:3], 0.5)[1]
+    kept = {key: x.clone() for key, x in state.items()}
+    D, G = seen[3].clone(), seen[3].clone()
+    G[1, 2, 3] = bad
+    update, ok = structure.update(state, G if statistic == "momentum" else D, G, 0.5)
+    assert ok.tolist() == [True, False, True]
+    assert update.isfinite().all()
+    assert not update[1].any()
+    assert all(torch.equal(state[key][1], kept[key][1]) for key in state)
+    assert not torch.equal(state["sqrt"][0], kept["sqrt"][0])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("exponent", [100, -100])
+@pytest.mark.parametrize("statistic", ["momentum", "gradient"])
+def test_the_size_of_gradients_does_not_matter(precision, exponent, statistic):
+    """2^100 is 1e30. A power of two changes no bit of an update, and S by that power."""
+    structure, dtype = SquareRoot("left", precision), dtype_of(precision)
+    directions, gradients = (list(stream((2, 5, 7), 4, seed=seed, dtype=dtype)) for seed in (0, 1))
+    gradients = None if statistic == "momentum" else gradients
+    update, state = run(structure, directions, 0.5, gradients)
+    scaled = [[torch.ldexp(x, torch.tensor(exponent)) for x in xs] for xs in (directions, gradients or directions)]
+    again, other = run(structure, scaled[0], 0.5, None if gradients is None else scaled[1])
+    assert torch.equal(again, update)
+    assert torch.equal(other["sqrt"], torch.ldexp(state["sqrt"], torch.tensor(exponent)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rank_one_gives_its_direction(precision):
+    plan = PLANS[precision]
+    u, v = torch.randn(12, 1, dtype=torch.float64), torch.randn(1, 20, dtype=torch.float64)
+    D = (u @ v)[None].to(dtype_of(precision))
+    update, _ = run(SquareRoot("left", precision), [D], 0.5)
+    wanted = (u @ v / u.norm() / v.norm() / math.sqrt(0.5)).numpy()
+    along = float((update[0].double().numpy() * wanted).sum()) / 2  # 2 is the square of its norm
+    assert abs(1 - along) < step_error(plan)
+    # What lies beside it is the rounding of D's entries, amplified at most as damping allows.
+    beside = np.linalg.norm(update[0].double().numpy() - along * wanted) * math.sqrt(0.5)
+    assert beside < plan.amplification * 4 * unit(plan) + 1e-12
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_spike_is_forgotten_as_fast_as_by_the_statistic(precision):
+    structure, plan, beta2 = SquareRoot("left", precision), PLANS[precision], 0.5
+    calm = list(stream((1, 8, 12), 60, noise=1.0))
+    spiked = [D.clone() for D in calm]
+    spiked[5] *= 1e4
+    state, errors = structure.init(calm[0]), []
+    for t, D in enumerate(spiked):
+        update, _ = structure.update(state, D, D, beta2)
+        wanted = root_of(exact([x[0] for x in spiked[: t + 1]], beta2), D[0])
+        errors.append(relative(update[0], wanted))
+    _, other = run(structure, calm, beta2)
+    left_over = 1e8 * beta2**54  # of the spike in V, where a calm gradient is 1
+    assert relative(state["sqrt"].float(), other["sqrt"].float()) < 2 * step_error(plan) + left_over
+    assert errors[-1] < 4 * max(errors[:5])
+
+
+def test_an_iteration_that_diverges_is_counted():
+    plan = Plan(torch.float32, 1e-3, ((50.0, 3.0, 1.0),) * 5)
+    X, S, _, ok = polar_and_root([(torch.randn(2, 4, 6), 1.0)], plan)
+    assert not ok.any()
+    assert not X.any()
+    assert not S.any()
+
+
+def test_no_matrices_and_no_rows_are_fine():
+    for shape in ((0, 3, 4), (2, 0, 4)):
+        update, ok = SquareRoot("left", "bf16").update(
+            SquareRoot("left", "bf16").init(torch.zeros(shape)), torch.zeros(shape), torch.zeros(shape), 0.5
+        )
+        assert update.shape == shape
+        assert len(ok) == shape[0]
+
+
+# ---- how it is called
+
+
+def split_columns(x, parts=2):
+    return x.chunk(parts, dim=2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("statistic", ["momentum", "gradient"])
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 1.0])
+def test_shards_whose_measurements_are_summed_step_as_the_whole(side, statistic, beta2):
+    structure, dim = SquareRoot(side, cross_normalize=True), 2 if side == "left" else 1
+    directions, gradients = (list(stream((2, 6, 6), 5, seed=s, dtype=torch.float64, noise=1.0)) for s in (0, 1))
+    seen = directions if statistic == "momentum" else gradients
+    assert structure.additive("columns" if side == "left" else "rows", 6, 6)
+    whole = structure.init(directions[0])
+    shards = [structure.init(x) for x in directions[0].chunk(2, dim)]
+    for D, G in zip(directions, seen, strict=True):
+        update, _ = structure.update(whole, D, D if statistic == "momentum" else G, beta2)
+        R = sum(structure.measure(x) for x in G.chunk(2, dim))
+        results = [
+            structure.update_from(state, x, R, beta2, lambda norms: norms)
+            for state, x in zip(shards, D.chunk(2, dim), strict=True)
+        ]
+        assert all(ok.all() for _, ok in results)
+        assert relative(torch.cat([x for x, _ in results], dim), update) < 10 * DAMPED
+        assert torch.equal(shards[0]["sqrt"], shards[1]["sqrt"])
+    if beta2:
+        assert relative(shards[0]["sqrt"], whole["sqrt"]) < DAMPED
+
+
+@pytest.mark.parametrize("beta2", [0.5, 1.0])
+def test_the_four_calls_of_every_structure_do_the_same(beta2):
+    structure = SquareRoot("left", cross_normalize=True)
+    state = structure.init(torch.zeros(2, 4, 6, dtype=torch.float64))
+    seen = list(stream((2, 4, 6), 5, dtype=torch.float64))
+    for D in seen:
+        structure.fold(state, structure.measure(D), beta2)
+        assert structure.refresh(state, None, 0.0).all()
+        update = structure.precondition(state, D)
+    wanted, other = run(structure, seen, beta2)
+    assert relative(update, wanted) < DAMPED
+    assert relative(state["sqrt"], other["sqrt"]) < DAMPED
+
+
+def test_a_state_of_gram_and_root_goes_on_as_a_square_root_and_back():
+    seen = list(stream((2, 4, 6), 6, dtype=torch.float64))
+    old, new = OneSided("left", cross_normalize=True), SquareRoot("left", cross_normalize=True)
+    state = old.init(seen[0])
+    for D in seen[:3]:
+        old.fold(state, old.measure(D), 0.5)
+    state = from_gram(state | {"exp_avg": seen[0]}, torch.float64)
+    assert set(state) == {"exp_avg", "cross", "cross_weight", "sqrt"}
+    for D in seen[3:]:
+        new.update(state, D, D, 0.5)
+    state = to_gram(state, torch.float64, 1e-12)
+    assert set(state) == {"exp_avg", "cross", "cross_weight", "gram", "root"}
+    for i in range(2):
+        V = exact([D[i] for D in seen], 0.5)
+        assert relative(state["gram"][i], V) < 1e-9
+        assert relative(state["root"][i], power(V, -0.5)) < 1e-9
+
+
+def test_nothing_reads_the_device():
+    """A tensor without data has nothing to read."""
+    like = torch.zeros(2, 4, 6, device="meta")
+    for structure in (SquareRoot("left", "bf16", cross_normalize=True), SquareRoot("right", "fp16_fast")):
+        state = structure.init(like)
+        for seen in (like, torch.zeros_like(like)):
+            update, ok = structure.update(state, like, seen, 0.5)
+            assert (update.shape, update.dtype, ok.shape) == (like.shape, torch.float32, (2,))
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.5])
+def test_one_graph_holds_it(beta2):
+    structure, D = SquareRoot("left", "bf16", cross_normalize=True), next(stream((2, 4, 6), 1))
+    states = [structure.init(D) for _ in range(2)]
+    compiled = torch.compile(structure.update, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(states[0], D, D, beta2)[0], structure.update(states[1], D, D, beta2)[0])
+    assert torch.equal(states[0]["sqrt"], states[1]["sqrt"])
+
+
+def test_autocast_does_not_touch_it():
+    D, structure = next(stream((1, 4, 6), 1)), SquareRoot("left", "fp32")
+    plain, _ = run(structure, [D], 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = run(structure, [D], 0.5)
+    assert torch.equal(plain, inside)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_symmetric_product_by_panels_is_the_whole_one(dtype, monkeypatch):
+    monkeypatch.setattr(polar, "SMALLEST_WITH_PANELS", 8)
+    X = torch.randn(2, 9, 12).to(dtype)
+    assert relative(polar.symmetric(X).double(), X.double() @ X.double().mT) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("options", [{}, {"statistic": "gradient"}, {"betas": (0.9, 0.0)}], ids=str)
+def test_the_report_knows_the_square_root_and_the_memory_of_its_step(options):
+    params = [("w", torch.nn.Parameter(torch.randn(8, 12)))]
+    found = report(ASGO(params, root="square_root", **options))
+    assert [row.structure for row in found.rows] == ["SquareRoot 1x8x8"]
+    assert found.step_bytes is not None
+    assert found.step_bytes > 0
