@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from asgo.diagnostics.evidence import LAGS, SIDES, STATISTICS, Choice, Collector, Evidence, Side
 from asgo.diagnostics.losses import gradients
+from asgo.diagnostics.reports import text_table
 from asgo.optimizer.param_groups import with_views
 from asgo.views import View
 from asgo.views.routing import Rule, route
@@ -94,10 +95,7 @@ class Advice:
         return [_worst(line).rule() for line in self.lines if line.evidence.bound]
 
     def __str__(self) -> str:
-        table = [[*COLUMNS, *EVIDENCE], *(_cells(line) for line in self.lines)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        return "\n".join(row.rstrip() for row in rows)
+        return text_table([[*COLUMNS, *EVIDENCE], *(_cells(line) for line in self.lines)])
 
 
 def advise(

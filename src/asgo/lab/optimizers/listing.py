@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Muon, Optimizer
 
-from asgo.diagnostics.reports import report
+from asgo.diagnostics.reports import report, text_table
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
 from asgo.lab.inspection.routing import check_sizes
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
-from asgo.lab.tables import text_table
 from asgo.optimizer.param_groups import with_views
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import SPAM
@@ -56,7 +55,7 @@ def list_optimizers(config: OptimizersConfig) -> str:
     head = ("name", "year", "memory", "state bytes", "cost", "operations", "paper")
     rows = [_row(name, _model(config)) for name in OPTIMIZERS]
     model = _model(config)
-    return f"{type(model).__name__}, {count_parameters(model):,} parameters\n\n{text_table(head, rows)}\n\n{ABOUT}"
+    return f"{type(model).__name__}, {count_parameters(model):,} parameters\n\n{text_table([head, *rows])}\n\n{ABOUT}"
 
 
 def _model(config: OptimizersConfig) -> nn.Module:
