@@ -26,24 +26,9 @@ from asgo.distributed.ownership import Unit, cost, owners, turns_of
 from asgo.optimizer.param_groups import views_of
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
 from family import PRESETS
-from worlds import World, on
+from worlds import Counted, World, on
 
 STEPS = 50
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    """A world of any size, made on first use."""
-    made = {}
-
-    def world(size):
-        if size not in made:
-            made[size] = World(size)
-        return made[size]
-
-    yield world
-    for each in made.values():
-        each.end()
 
 
 # ---- the model -----------------------------------------------------------------------------------------------
@@ -347,28 +332,11 @@ def traffic(layout, names):
         after(optimizer)
     for _, param in params:
         param.grad = torch.ones_like(param)
-    sent = {"all_to_all_single": 0, "all_gather": 0, "all_reduce": 0}
-    originals = {name: getattr(dist, name) for name in sent}
-
-    def counted(name, find):
-        def call(*args, **options):
-            tensor = find(args)
-            sent[name] += tensor.numel() * tensor.element_size()
-            return originals[name](*args, **options)
-
-        return call
-
-    dist.all_to_all_single = counted("all_to_all_single", lambda args: args[1])
-    dist.all_gather = counted("all_gather", lambda args: args[1])
-    dist.all_reduce = counted("all_reduce", lambda args: args[0])
-    try:
+    with Counted() as counted:
         optimizer.step()
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
     sizes = [(param.to_local() if isinstance(param, DTensor) else param).numel() for _, param in params]
     roots = [state["root"].numel() for state in optimizer.state.values() if "root" in state]
-    return sent, sizes, roots, [optimizer._division._owners.get(param) for _, param in params]
+    return counted.sent, sizes, roots, [optimizer._division._owners.get(param) for _, param in params]
 
 
 @pytest.mark.parametrize("size", [2, 4])

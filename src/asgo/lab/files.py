@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,18 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a file's content by indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_results(out: Path, contents: Mapping[str, Any]) -> None:
+    """Write files of a folder by name: bytes, texts, and everything else as JSON."""
+    make_folder(out)
+    for name, content in contents.items():
+        if isinstance(content, bytes):
+            write_bytes(out / name, content)
+        elif isinstance(content, str):
+            write_text(out / name, content)
+        else:
+            write_json(out / name, finite(content))
 
 
 def read_json(path: Path) -> Any:

@@ -28,17 +28,8 @@ METRICS = {
 }
 """What is drawn of a sample, its title and the scale of its axis."""
 COLUMNS = (
-    "kind",
-    "matrices",
-    "shape",
-    "stable rank",
-    "effective rank",
-    "nuclear /Frob.",
-    "noise %",
-    "condi- tion",
-    "root residual",
-    "update RMS",
-    "failed %",
+    *("kind", "matrices", "shape", "stable rank", "effective rank", "nuclear /Frob.", "noise %", "condi- tion"),
+    *("root residual", "update RMS", "failed %"),
 )
 
 

@@ -50,6 +50,10 @@ class Mesh(NamedTuple):
         return sizes[0][0] if len(sizes) == 1 else _text(dict(sizes))
 
 
+def _made(sizes: dict[str, int]) -> Mesh:
+    return Mesh(*(sizes.get(name, 1) for name in SIZES))
+
+
 def _text(sizes: dict[str, int]) -> str:
     return ",".join(f"{name}={sizes[name]}" for name in SIZES if name in sizes)
 
@@ -63,7 +67,7 @@ def parse(text: str, gpus: int) -> Mesh:
     if text in ("ddp", "zero1"):
         return Mesh(gpus, zero1=text == "zero1")
     if text in SIZES:
-        return Mesh(**{text: gpus})
+        return _made({text: gpus})
     sizes: dict[str, int] = {}
     for entry in text.split(","):
         name, _, size = entry.partition("=")
@@ -80,7 +84,7 @@ def parse(text: str, gpus: int) -> Mesh:
         if free and gpus % ranks == 0:
             fits = f"pass --gpus {ranks} or --mesh {_text({**sizes, free: gpus // ranks})}"
         raise LabError(f"--mesh {text} has {ranks} ranks, --gpus {gpus}: {fits}.")
-    return Mesh(**sizes)
+    return _made(sizes)
 
 
 def sensible(gpus: int, tp: Sequence[int]) -> list[Mesh]:

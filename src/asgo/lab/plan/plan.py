@@ -14,11 +14,12 @@ from rich.console import Console
 from asgo.lab import tables
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
-from asgo.lab.files import finite, make_folder, write_json, write_text
+from asgo.lab.files import write_results
 from asgo.lab.plan import placing
 from asgo.lab.plan.config import PlanConfig, check
 from asgo.lab.plan.mesh import Mesh, parse, sensible
 from asgo.lab.plan.model import PlannedModel, load
+from asgo.lab.terminal import say
 from asgo.presets import ASGO
 from asgo.views.routing import route
 
@@ -244,22 +245,16 @@ def _save(config: PlanConfig, out: Path, found: Plan) -> None:
         tables.markdown(TRAFFIC_COLUMNS, _traffic_cells(found.rows)),
     )
     rows = [_record(row) for row in found.rows]
-    make_folder(out)
-    write_text(out / "table.md", "\n\n".join((f"`{words}`", found.about + ".", NOTE, *shown, found.verdict)) + "\n")
-    write_text(out / "table.csv", tables.csv_text(rows, list(rows[0])))
+    text = "\n\n".join((f"`{words}`", found.about + ".", NOTE, *shown, found.verdict)) + "\n"
     results = {"rows": rows, "says": found.verdict, "about": found.about, "command": words, "config": to_json(config)}
-    write_json(out / "results.json", finite(results))
+    write_results(out, {"table.md": text, "table.csv": tables.csv_text(rows), "results.json": results})
 
 
 def _show(config: PlanConfig, found: Plan, console: Console) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    say(found.about)
+    say(console, found.about)
     memory = _memory_cells(found.rows, config)
     console.print(tables.rich_table(MEMORY_COLUMNS, memory, "memory of the fullest rank"))
     console.print(tables.rich_table(TRAFFIC_COLUMNS, _traffic_cells(found.rows), "an optimizer step"))
-    say(found.verdict)
+    say(console, found.verdict)
     if config.out is not None:
-        for name in ("table.md", "table.csv", "results.json"):
-            say(f"{config.out / name}")
+        say(console, *(config.out / name for name in ("table.md", "table.csv", "results.json")))
