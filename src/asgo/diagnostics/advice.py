@@ -39,29 +39,17 @@ EVIDENCE = (
 
 @dataclass(frozen=True)
 class Line:
-    """The advice for one parameter.
+    """The advice for one parameter."""
 
-    Args:
-        name: of the parameter.
-        word: ``whole``, or ``heads`` for one matrix per head; the defaults of `asgo.route` where `note` is set.
-        views: what the words mean for this parameter.
-        side: which side to precondition; ``auto`` is the shorter one.
-        interval: steps between refreshes of the root.
-        statistic: ``momentum`` or ``gradient``.
-        evidence: what was measured.
-        curvature: ``left`` and ``right``, as they were given.
-        note: why it could not be measured; there is no rule for it then.
-    """
-
-    name: str
-    word: str
-    views: Mapping[str, View]
-    side: Side
-    interval: int
-    statistic: str
-    evidence: Evidence
-    curvature: Mapping[str, float]
-    note: str = ""
+    name: str  # of the parameter
+    word: str  # ``whole``, or ``heads`` for one matrix per head; the defaults of `asgo.route` where `note` is set
+    views: Mapping[str, View]  # what the words mean for this parameter
+    side: Side  # which side to precondition; ``auto`` is the shorter one
+    interval: int  # steps between refreshes of the root
+    statistic: str  # ``momentum`` or ``gradient``
+    evidence: Evidence  # what was measured
+    curvature: Mapping[str, float]  # ``left`` and ``right``, as they were given
+    note: str = ""  # why it could not be measured; there is no rule for it then
 
     @property
     def view(self) -> View:

@@ -31,17 +31,11 @@ LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation losses of one run, in the order they were measured.
+    """Validation losses of one run, in the order they were measured."""
 
-    Args:
-        steps: optimizer steps done.
-        seconds: training time passed, without evaluation and saving.
-        losses: validation loss in nats per token.
-    """
-
-    steps: tuple[int, ...]
-    seconds: tuple[float, ...]
-    losses: tuple[float, ...]
+    steps: tuple[int, ...]  # optimizer steps done
+    seconds: tuple[float, ...]  # training time passed, without evaluation and saving
+    losses: tuple[float, ...]  # validation loss in nats per token
 
     @staticmethod
     def of(metrics: Sequence[Mapping[str, Any]]) -> Curve:

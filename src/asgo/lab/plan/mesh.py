@@ -14,19 +14,12 @@ NODE, POD = 8, 64
 
 
 class Mesh(NamedTuple):
-    """``replicate x fsdp x tp`` ranks. Without shards all hold whole parameters: plain data parallel.
+    """``replicate x fsdp x tp`` ranks. Without shards all hold whole parameters: plain data parallel."""
 
-    Args:
-        replicate: copies of the shard group of ``fsdp x tp`` ranks.
-        fsdp: ranks over which rows are cut (``fully_shard``).
-        tp: ranks over which the rows or columns of a Linear are cut before (tensor parallel).
-        zero1: of plain data parallel: the owner alone keeps momentum, statistic and root.
-    """
-
-    replicate: int = 1
-    fsdp: int = 1
-    tp: int = 1
-    zero1: bool = False
+    replicate: int = 1  # copies of the shard group of ``fsdp x tp`` ranks
+    fsdp: int = 1  # ranks over which rows are cut (``fully_shard``)
+    tp: int = 1  # ranks over which the rows or columns of a Linear are cut before (tensor parallel)
+    zero1: bool = False  # of plain data parallel: the owner alone keeps momentum, statistic and root
 
     @property
     def ranks(self) -> int:

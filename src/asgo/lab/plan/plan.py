@@ -49,29 +49,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Row:
-    """One mesh with one interval.
+    """One mesh with one interval."""
 
-    Args:
-        mesh: the mesh.
-        interval: steps between refreshes of a root.
-        memory: of the fullest rank.
-        fits: whether that is within the share of a GPU's memory that it may take.
-        roots_mean: roots that a step refreshes in the whole model.
-        roots_worst: the most in a step of an interval.
-        bytes_mean: sent by the rank that sends most in the mean step, without gradients.
-        bytes_worst: sent or received by a rank in the step and on the rank with the most.
-        gradient_bytes: that a rank sends for gradients, with any optimizer.
-    """
-
-    mesh: Mesh
-    interval: int
-    memory: Memory
-    fits: bool
-    roots_mean: float
-    roots_worst: int
-    bytes_mean: float
-    bytes_worst: int
-    gradient_bytes: float
+    mesh: Mesh  # the mesh
+    interval: int  # steps between refreshes of a root
+    memory: Memory  # of the fullest rank
+    fits: bool  # whether that is within the share of a GPU's memory that it may take
+    roots_mean: float  # roots that a step refreshes in the whole model
+    roots_worst: int  # the most in a step of an interval
+    bytes_mean: float  # sent by the rank that sends most in the mean step, without gradients
+    bytes_worst: int  # sent or received by a rank in the step and on the rank with the most
+    gradient_bytes: float  # that a rank sends for gradients, with any optimizer
 
 
 @dataclass(frozen=True)
