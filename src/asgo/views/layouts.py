@@ -112,6 +112,7 @@ LAYOUTS: tuple[Layout, ...] = (
         rows_of.key_dims_per_head,
         "LeViT, TinyViT, EfficientFormer",
         needs=("key_dim",),
+        heads=_QK,
     ),
     Layout(
         ("keys_values", "kv"),
@@ -120,6 +121,7 @@ LAYOUTS: tuple[Layout, ...] = (
         rows_of.key_dims_and_values,
         "LeViT's downsampling",
         needs=("key_dim",),
+        heads=("k",),
     ),
     Layout(
         ("qkv",), ("k", "v"), "blocks", partial(rows_of.multiples, 2), "GCViT's global attention", needs=("use_global",)
@@ -223,7 +225,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(("q_gate_proj",), ("q", "gate"), "by head", rows_of.query_and_gate, "A.X K2"),
     # -- latent attention ----------------------------------------------------------------------------------------
     Layout(("kv_a_proj_with_mqa",), ("latent", "rope"), "blocks", rows_of.latent, "DeepSeek-V2 and V3, Kimi, GLM"),
-    Layout(("kv_b_proj",), ("k", "v"), "by head", rows_of.latent_keys, "DeepSeek-V2 and V3, Kimi, GLM"),
+    Layout(("kv_b_proj",), ("k", "v"), "by head", rows_of.latent_keys, "DeepSeek-V2 and V3, Kimi, GLM", heads=("k",)),
     # -- state spaces, linear attention, short convolutions ---------------------------------------------------------
     Layout(
         ("in_proj",), ("x", "z"), "alternating", rows_of.halves_of("intermediate_size"), "Zamba", ("ZambaMambaMixer",)

@@ -196,7 +196,7 @@ def _place(part: Part, mesh: Mesh) -> Placed:
     rows = _StridedShard(0, split_factor=across) if part.tp_dim == 0 and across > 1 else Shard(0)
     boxes = _boxes(part.shape, (mesh.fsdp, across), (rows, Shard(part.tp_dim or 0)))
     whole = tuple((0, length) for length in part.shape)
-    region = whole if part.view is None else part_boxes(part.view, part.shape)[part.index]
+    region = (whole,) if part.view is None else part_boxes(part.view, part.shape)[part.index]
     return Placed(part, mesh, _kind_of_shards(part, mesh, across, boxes), _held(boxes, region), across)
 
 
@@ -214,9 +214,12 @@ def _kind_of_shards(part: Part, mesh: Mesh, across: int, boxes: tuple[Box, ...])
 
 
 @lru_cache(maxsize=4096)
-def _held(boxes: tuple[Box, ...], region: Box) -> tuple[int, ...]:
-    both = (overlap(box, region) for box in boxes)
-    return tuple(0 if found is None else math.prod(sizes(found)) for found in both)
+def _held(boxes: tuple[Box, ...], region: tuple[Box, ...]) -> tuple[int, ...]:
+    return tuple(sum(_numel(overlap(box, piece)) for piece in region) for box in boxes)
+
+
+def _numel(box: Box | None) -> int:
+    return 0 if box is None else math.prod(sizes(box))
 
 
 def memory(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> dict[str, Ranks]:
