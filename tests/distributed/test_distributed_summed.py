@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from asgo import ASGO, DASGO, SPAM, View
 from asgo.checkpoint import sharded
-from asgo.views import MATRIX, conv
+from asgo.views import MATRIX, conv, fused
 from worlds import Counted, on
 
 STEPS = 50
@@ -45,6 +45,9 @@ MATRICES = {
     "a rank without columns": Matrix((2, 9), 1),
     "heads along the other axis": Matrix((40, 6), 0, view=View(HEADS, {"h": 3})),
     "a split of the other axis": Matrix((40, 11), 0, view=View((HEADS, HEADS, WHOLE), {"d": 2}, (4, 4, 3), 1)),
+    "a repeated split of the other axis": Matrix(
+        (60, 14), 0, view=fused(q=4, k=2, v=1, order="by group", head_dim=2, transposed=True)
+    ),
     "convolution": Matrix((40, 1, 2, 2), 0, view=conv(4)),
     "right side of a wide one": Matrix((20, 3), 0, form={"side": "right"}),
     "interval": Matrix((50, 3), 0, form={"precondition_frequency": 3, "weight_decay": 0.0}),
@@ -60,6 +63,8 @@ GATHERED = {
     "right side, cut by columns": Matrix((300, 4), 1, ()),
     "square": Matrix((12, 12), 0, ()),
     "a split of the cut axis": Matrix((80, 3), 0, (), View("m n -> 1 m n", (), (40, 40), 0)),
+    "a repeated split of the cut axis": Matrix((27, 3), 0, (), fused(q=4, k=3, v=2, order="by group")),
+    "repeated heads of the cut axis": Matrix((27, 3), 0, (), fused(q=6, k=2, v=1, order="by group", head_dim=2)),
     "heads within the cut axis": Matrix((3, 60), 1, (), View("m (h d) -> h m d", {"h": 3})),
 }
 

@@ -36,9 +36,9 @@ class View:
         split: lengths of the parts along `split_dim`; ``None`` keeps the parameter whole. Every part is
             preconditioned and rescaled as if it were a parameter of its own.
         split_dim: the axis that `split` cuts: 0 for `torch.nn.Linear`, 1 for layers that store the transpose.
-        repeated: whether the axis holds the parts again and again, such as query, key and value of every group of heads;
-            `split` then has their lengths in one repetition, and the patterns read the number of repetitions as an axis
-            before `split_dim`: ``"g m n -> 1 (g m) n"``.
+        repeated: whether the axis holds the parts again and again, such as query, key and value of every group of
+            heads. `split` then has their lengths in one repetition, and the patterns read the repetitions as an axis
+            before the one that is cut: ``"g m n -> 1 (g m) n"``.
 
     Raises:
         ValueError: for a pattern that is not einops', or a number of patterns other than one or one per part.
