@@ -209,6 +209,21 @@ APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]]]] = 
         "norm.linear",
         blocks(*[24] * 6),
     ),
+    "query, key and value, as torch names it": (
+        Holder(num_heads=4, in_proj=(48, D), num_key_value_heads=2, out_proj=(D, 24)),
+        "in_proj",
+        blocks(24, 12, 12),
+    ),
+    "latent attention by its authors' names": (
+        Holder(**MLA, wkv_a=(12, D), wkv_b=(48, 10)),
+        "wkv_b",
+        repeated(4, 6, 6),
+    ),
+    "latent keys and values of unequal size": (
+        Holder(**MLA | {"v_head_dim": 3}, q_proj=(32, D), kv_b_proj=(36, 10)),
+        "kv_b_proj",
+        repeated(4, 6, 3),
+    ),
     "a wrapper around it": (
         Holder(num_heads=4, qkv=Holder(linear=(72, D), norm=nn.BatchNorm1d(72))),
         "qkv.linear",
@@ -256,6 +271,9 @@ UNKNOWN = {
     "sizes that contradict": Holder(num_heads=4, head_dim=5, qkv=(72, D)),
     "key heads that do not fit": Holder(num_heads=4, head_dim=6, num_kv_heads=3, qkv_proj=(48, D)),
     "twice the output: half heads, or keys and values": Holder(num_heads=4, qkv=(48, D), proj=(D, 24)),
+    "by head, with fewer keys": Holder(num_heads=4, head_dim=6, num_key_value_heads=2, query_key_value=(48, D)),
+    "by head, of another size": Holder(num_heads=4, head_dim=4, query_key_value=(72, D)),
+    "fused by its name": Holder(num_heads=4, fused_attn_ff_proj=(80, D), out=(D, 24)),
     "rows that heads do not divide": Holder(num_heads=5, query_key_value=(72, D)),
     "three widths under an unknown name": Holder(num_heads=4, everything=(72, D), out=(D, 24)),
 }
@@ -356,20 +374,47 @@ def test_expert_counts_of_neighbours_may_differ():
     assert view.shapes((5, 20, 8)) == [(10, 10, 8)]
 
 
-def test_heads_as_an_axis_are_rows_of_one_projection():
-    model = bare(q=(24, 4, 6), k=(24, 4, 6), v=(24, 4, 6), o=(24, 4, 6))
-    model.n_head, model.d_head = 4, 6
-    assert {name: view.shapes((24, 4, 6)) for name, view in views(model).items()} == {
-        name: [(1, 24, 24)] for name in "qkvo"
+EINSUMS = {
+    "in, heads, size": ("n h d", "m h d", (24, 4, 6), (24, 4, 6)),
+    "heads, in, size": ("h n d", "h d m", (4, 24, 6), (4, 6, 24)),
+    "heads, size, in": ("h d n", "h d m", (4, 6, 24), (4, 6, 24)),
+}
+
+
+@pytest.mark.parametrize(("source", "output", "shape", "out"), EINSUMS.values(), ids=EINSUMS)
+def test_heads_as_an_axis_are_rows_of_one_projection(source, output, shape, out):
+    model = bare(q=shape, k=shape, v=shape, o=out)
+    model.config = SimpleNamespace(n_head=4, d_head=6)
+    found, by_head, x, a = views(model), views(model, True), torch.randn(24), torch.randn(4, 6)
+    heads_of = {
+        name: torch.einsum(f"{source.replace(' ', '')},n->hd", model.get_parameter(name), x).detach() for name in "qkv"
     }
-    by_head = {name: view.shapes((24, 4, 6)) for name, view in views(model, True).items()}
-    assert by_head == {"q": [(4, 6, 24)], "k": [(4, 6, 24)], "v": [(1, 24, 24)], "o": [(1, 24, 24)]}
-    x = torch.randn(24)
-    (q,) = views(model, True)["q"].matrices(model.q.detach())
-    torch.testing.assert_close(q @ x, torch.einsum("i,ihd->hd", x, model.q.detach()))
-    (o,) = views(model)["o"].matrices(model.o.detach())
-    a = torch.randn(4, 6)
-    torch.testing.assert_close(o[0] @ a.flatten(), torch.einsum("hd,mhd->m", a, model.o.detach()))
+    for name, each in heads_of.items():
+        (whole,) = found[name].matrices(model.get_parameter(name).detach())
+        torch.testing.assert_close(whole @ x, each.flatten()[None])
+    for name in "qk":
+        (stack,) = by_head[name].matrices(model.get_parameter(name).detach())
+        torch.testing.assert_close(stack @ x, heads_of[name])
+    assert by_head["v"] == found["v"]
+    (o,) = found["o"].matrices(model.o.detach())
+    torch.testing.assert_close(
+        o[0] @ a.flatten(), torch.einsum(f"{output.replace(' ', '')},hd->m", model.o, a).detach()
+    )
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [("rmn,n->rm", (3, 24, 24)), ("rhdn,n->rhd", (3, 4, 6, 24)), ("nrhd,n->rhd", (24, 3, 4, 6))],
+)
+def test_query_key_and_value_along_an_axis(equation, shape):
+    model, x = bare(qkv=shape), torch.randn(24)
+    model.num_heads, model.head_dim = 4, 6
+    expected = torch.einsum(equation, model.qkv, x).detach().reshape(3, 24)
+    (whole,) = views(model)["qkv"].matrices(model.qkv.detach())
+    torch.testing.assert_close(whole @ x, expected)
+    q, k, v = views(model, True)["qkv"].matrices(model.qkv.detach())
+    torch.testing.assert_close(torch.stack([(q @ x).flatten(), (k @ x).flatten(), (v @ x).flatten()]), expected)
+    assert (q.shape, v.shape) == ((4, 6, 24), (1, 24, 24))
 
 
 def test_experts_and_groups_along_the_rows_are_matrices_of_their_own():
@@ -395,6 +440,47 @@ def test_depthwise_kernels_are_rows_of_one_matrix_whatever_their_multiplier():
         (stack,) = views(layer)["weight"].matrices(layer.weight.detach())
         assert stack.shape == (1, rows, 4)
         assert torch.equal(stack[0], layer.weight.detach().reshape(rows, 4))
+
+
+def test_kernels_over_channels_in_a_class_of_its_own():
+    assert views(named("CausalConv1d", weight=nn.Parameter(torch.randn(8, 1, 4))))["weight"].shapes((8, 1, 4)) == [
+        (1, 8, 4)
+    ]
+
+
+def lora(base: nn.Module, rank: int, **attributes: object) -> nn.Module:
+    """A layer of PEFT."""
+    rows, columns = base.weight.shape
+    factors = {"lora_A": (rank, columns), "lora_B": (rows, rank)}
+    inner = {name: nn.ModuleDict({"default": nn.Linear(n, m, bias=False)}) for name, (m, n) in factors.items()}
+    return Holder(base_layer=base.requires_grad_(False), **inner, **attributes)
+
+
+def test_adapters_are_read_as_what_they_adapt():
+    linear = {name: nn.Linear(24, rows, bias=False) for name, rows in (("qkv", 48), ("q_proj", 24), ("gate_up", 40))}
+    model = Holder(
+        num_heads=4,
+        num_kv_heads=2,
+        q_proj=lora(linear["q_proj"], 3),
+        k_proj=(12, D),
+        qkv=lora(linear["qkv"], 3),
+        mlp=Holder(gate_up_proj=lora(linear["gate_up"], 3), down_proj=lora(nn.Linear(20, 24, bias=False), 3)),
+    )
+    found = views(model)
+    assert rows_of(found["qkv.lora_B.default.weight"], (48, 3)) == [set(range(24)), {*range(24, 36)}, {*range(36, 48)}]
+    assert rows_of(found["mlp.gate_up_proj.lora_B.default.weight"], (40, 3)) == [set(range(20)), set(range(20, 40))]
+    assert found["qkv.lora_A.default.weight"] == found["mlp.down_proj.lora_B.default.weight"] == MATRIX
+    assert views(model, True)["q_proj.lora_B.default.weight"].shapes((24, 3)) == [(4, 6, 3)]
+
+
+def test_adapters_of_stacked_experts_are_a_matrix_each():
+    experts = lora(nn.Linear(24, 10, bias=False), 3 * 2, num_experts=3)
+    a, b = experts.lora_A["default"].weight, experts.lora_B["default"].weight
+    found = views(Holder(mlp=Holder(experts=experts)))
+    (A,) = found["mlp.experts.lora_A.default.weight"].matrices(a)
+    (B,) = found["mlp.experts.lora_B.default.weight"].matrices(b)
+    delta = torch.einsum("ore,eri->eoi", b.reshape(10, -1, 3), a.reshape(3, -1, 24))  # as PEFT computes it
+    torch.testing.assert_close(B @ A, delta)
 
 
 def test_projections_of_several_codes_in_one_weight():
