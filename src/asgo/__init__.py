@@ -9,8 +9,8 @@ from asgo.diagnostics.advice import Advice, advise
 from asgo.diagnostics.reports import Report, report, state_bytes
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-from asgo.views import View
-from asgo.views.routing import Rule, route
+from asgo.views import View, fused
+from asgo.views.routing import Decision, Rule, explain, route
 
 __all__ = [
     "AGD",
@@ -23,6 +23,7 @@ __all__ = [
     "AdaGram",
     "AdamMini",
     "Advice",
+    "Decision",
     "OneSidedShampoo",
     "Report",
     "Rule",
@@ -32,6 +33,8 @@ __all__ = [
     "advise",
     "checkpoint",
     "diagnostics",
+    "explain",
+    "fused",
     "report",
     "route",
     "state_bytes",

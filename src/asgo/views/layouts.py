@@ -2,7 +2,7 @@
 
 Every row of `LAYOUTS` is a fact about a family: the attribute's exact name, what the module must be or have, the
 parts as they are stored, and the sizes, which must add up to the weight's rows (see `asgo.views.sizes`); else the
-weight stays one matrix, and `asgo.views.routing.explain` says so. Adding a family is adding a row. The Hessians of
+weight stays one matrix, and `asgo.explain` says so. Adding a family is adding a row. The Hessians of
 query and key are block-diagonal by head ("ASGO: Adaptive Structured Gradient Optimization", An et al., 2025): with
 ``per_head`` they are read as one matrix per head, values whole.
 """
@@ -191,7 +191,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         ("in_proj",), _QKV, "by head", rows_of.thirds_per_head, "DeBERTa", ("DisentangledSelfAttention",), heads=_QKV
     ),
-    Layout(("in_proj",), _QKV, "blocks", rows_of.attention_in_projection, "attention as torch names it", heads=_QK),
+    Layout(("in_proj",), _QKV, "blocks", rows_of.attention_in_projection, "hand-written attention", heads=_QK),
     Layout(
         ("kv", "to_kv", "kv_proj", "kv_linear"),
         ("k", "v"),
