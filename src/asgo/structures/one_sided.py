@@ -15,14 +15,45 @@ from asgo.linalg.inverse_root import eigh64
 from asgo.linalg.masked import blend, choose
 from asgo.linalg.matmul import gram, times
 from asgo.linalg.packed_symmetric import diagonal
-from asgo.structures.base import Algebra, Axis, count, given, shorten
+from asgo.structures.base import Algebra, Axis, Structure, count, given, shorten
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
 
 
+class Sided(Structure):
+    """What structures with one matrix on one side share: which side that is, and the average along the other one."""
+
+    side: Literal["auto", "left", "right"]
+    cross_normalize: bool
+
+    def left(self, m: int, n: int) -> bool:
+        """Whether an ``m x n`` matrix is preconditioned from the left."""
+        return self.side == "left" or (self.side == "auto" and m < n)
+
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
+        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
+        return axis == ("columns" if self.left(m, n) else "rows")
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """Numbers per index of the other side, along which shards are cut."""
+        return ("cross", "cross_weight") if self.cross_normalize else ()
+
+    @property
+    def added(self) -> Mapping[str, float]:
+        """The weight: an average of earlier versions was taken as it was."""
+        return {"cross_weight": 1.0} if self.cross_normalize else {}
+
+    def init_cross(self, like: Stack) -> State:
+        """The average and its weight, zero, if they are kept."""
+        b, m, n = like.shape
+        shape = (b, 1, n) if self.left(m, n) else (b, m, 1)
+        return {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)} if self.cross_normalize else {}
+
+
 @dataclass(frozen=True)
-class OneSided(Algebra):
+class OneSided(Sided, Algebra):
     """The gram matrix of one side of the gradient.
 
     ``V <- b2 V + (1 - b2) G G^T`` on the left, ``G^T G`` on the right; direction ``V^(-1/2) M`` or
@@ -53,14 +84,6 @@ class OneSided(Algebra):
     length: int | None = None
     limit: float | None = None
 
-    def left(self, m: int, n: int) -> bool:
-        """Whether an ``m x n`` matrix is preconditioned from the left."""
-        return self.side == "left" or (self.side == "auto" and m < n)
-
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
-        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
-        return axis == ("columns" if self.left(m, n) else "rows")
-
     def fixed(self, m: int, n: int) -> OneSided:
         """With the side that ``"auto"`` would take, and the length of the other one."""
         left = self.left(m, n)
@@ -81,30 +104,16 @@ class OneSided(Algebra):
         """It is an average or a sum."""
         return True
 
-    @property
-    def spread(self) -> tuple[str, ...]:
-        """Numbers per index of the other side, along which shards are cut."""
-        return ("cross", "cross_weight") if self.cross_normalize else ()
-
-    @property
-    def added(self) -> Mapping[str, float]:
-        """The weight: an average of earlier versions was taken as it was."""
-        return {"cross_weight": 1.0} if self.cross_normalize else {}
-
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
         b, m, n = like.shape
-        left = self.left(m, n)
-        k = m if left else n
+        k = m if self.left(m, n) else n
         # Until the first refresh succeeds the direction is the momentum itself, whatever its scale.
         state = {
             "gram": like.new_zeros(b, k, k),
             "root": torch.eye(k, dtype=like.dtype, device=like.device).repeat(b, 1, 1),
         }
-        if self.cross_normalize:
-            shape = (b, 1, n) if left else (b, m, 1)
-            state |= {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
-        return state
+        return state | self.init_cross(like)
 
     def measure(self, grad: Stack) -> Tensor:
         """``G G^T`` or ``G^T G``."""

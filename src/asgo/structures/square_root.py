@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,20 +12,22 @@ from torch import Tensor
 
 from asgo._types import Root, Stack, State
 from asgo.linalg import polar
-from asgo.linalg.inverse_root import ROOTS
-from asgo.linalg.masked import choose
+from asgo.linalg.inverse_root import eigh
+from asgo.linalg.masked import choose, holds
 from asgo.linalg.matmul import exact_matmul, gram, times
 from asgo.linalg.packed_symmetric import unpack
 from asgo.linalg.spectral import decompose
-from asgo.structures.base import Axis, OneCall
-from asgo.structures.one_sided import normalized
+from asgo.structures.base import OneCall
+from asgo.structures.one_sided import Sided, normalized
 
-LEAST_EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
-"""Least relative damping of the roots that are computed of ``S S^T`` itself, by the dtype they are computed in."""
+EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
+"""Relative damping of roots of the statistic itself, by its dtype."""
+IN_RANGE = 50
+"""Exponents whose squares float32 holds, with sums of them."""
 
 
 @dataclass(frozen=True)
-class SquareRoot(OneCall):
+class SquareRoot(Sided, OneCall):
     """ASGO's preconditioner without an inverse root: keeps ``S = V^(1/2)`` and runs Muon's iteration on ``[D | S]``.
 
     With ``V <- b2 V + (1 - b2) D D^T`` (left side, momentum statistic) and ``S S^T = V``::
@@ -84,14 +86,6 @@ class SquareRoot(OneCall):
     cross_normalize: bool = False
     keep: Literal["auto", "bf16", "fp32"] = "auto"
 
-    def left(self, m: int, n: int) -> bool:
-        """Whether an ``m x n`` matrix is preconditioned from the left."""
-        return self.side == "left" or (self.side == "auto" and m < n)
-
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
-        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
-        return axis == ("columns" if self.left(m, n) else "rows")
-
     def fixed(self, m: int, n: int) -> SquareRoot:
         """With the side that ``"auto"`` would take."""
         return replace(self, side="left" if self.left(m, n) else "right")
@@ -102,26 +96,11 @@ class SquareRoot(OneCall):
         too_coarse = carried and self.precision == "auto" and plan.dtype == torch.bfloat16
         return polar.PLANS["fp32"] if too_coarse else plan
 
-    @property
-    def spread(self) -> tuple[str, ...]:
-        """``cross`` and its weight are cut where the matrix is."""
-        return ("cross", "cross_weight") if self.cross_normalize else ()
-
-    @property
-    def added(self) -> Mapping[str, float]:
-        """As of `OneSided`."""
-        return {"cross_weight": 1.0} if self.cross_normalize else {}
-
     def init(self, like: Stack) -> State:
         """Zeros."""
         b, m, n = like.shape
-        left = self.left(m, n)
-        k = m if left else n
-        state = {"sqrt": like.new_zeros(b, k, k, dtype=self._kept(like))}
-        if self.cross_normalize:
-            shape = (b, 1, n) if left else (b, m, 1)
-            state |= {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
-        return state
+        k = m if self.left(m, n) else n
+        return {"sqrt": like.new_zeros(b, k, k, dtype=self._kept(like))} | self.init_cross(like)
 
     def _kept(self, like: Tensor) -> torch.dtype:
         if self.keep == "auto":
@@ -146,14 +125,35 @@ class SquareRoot(OneCall):
         """
         left = self.left(*direction.shape[1:])
         D, G = (direction, seen) if left else (direction.mT, seen.mT)
-        carried = None if seen is direction else D
+        plan = self.plan(D, carried=seen is not direction)
+        by = self._by_iteration if plan.dtype.itemsize < 4 else self._by_statistic
+        U, ok = by(state, D, None if seen is direction else G, beta2)
+        return self._across(state, U if left else U.mT, lambda norms: norms), ok
+
+    def _by_iteration(self, state: State, D: Stack, G: Stack | None, beta2: float) -> tuple[Stack, Tensor]:
+        """From the left, by the polar factor of ``[G | S]``; None is D itself."""
+        carried, G = (None, D) if G is None else (D, G)
         weight, decay = (1.0, 1.0) if beta2 == 1 else (math.sqrt(1 - beta2), math.sqrt(beta2))
         A = [(G, weight), (state["sqrt"], decay)] if beta2 > 0 else [(G, weight)]
         X, S, norm, ok = polar.polar_and_root(A, self.plan(D, carried is not None), carried, root=beta2 > 0)
         if S is not None:
             _keep(state, S * norm, ok[:, None, None] & (polar.largest(G) > 0))
-        U = X.div_(weight) if carried is None and weight != 1 else X
-        return self._across(state, U if left else U.mT, lambda norms: norms), ok
+        return X.div_(weight) if carried is None and weight != 1 else X, ok
+
+    def _by_statistic(self, state: State, D: Stack, G: Stack | None, beta2: float) -> tuple[Stack, Tensor]:
+        """From the left, by the root of ``V`` itself, of which a power of two is taken out if its squares need that."""
+        sound = torch.isfinite(polar.largest(D))
+        G = D if G is None else G
+        top = torch.maximum(polar.largest(G), polar.largest(state["sqrt"]).to(G.dtype))
+        exponent = torch.frexp(choose(top.isfinite(), top, 1.0)).exponent.clamp(-124, 126) // 4 * 4
+        unit = torch.ldexp(torch.ones_like(top), -exponent)  # to the fourth, so that its roots are exact
+        unit = torch.where(exponent.abs() > IN_RANGE, unit, 1.0)
+        with exact_matmul(D.device):
+            R = gram(G if holds(unit == 1) else G * unit)
+        R = choose(sound, R, torch.nan)
+        Z, ok = self._take_in(state, R, beta2, unit)
+        with exact_matmul(D.device):
+            return choose(sound, times(Z.mul_(unit), D), 0.0), ok
 
     # ---- shards: measure, all-reduce, then one call
 
@@ -184,18 +184,20 @@ class SquareRoot(OneCall):
             U = times(Z, direction) if left else times(Z, direction.mT).mT
         return self._across(state, U, whole or (lambda norms: norms)), ok
 
-    def _take_in(self, state: State, R: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
-        """S of the new statistic in place; its inverse root, 0 where that cannot be computed."""
-        S = state["sqrt"].to(R.dtype)
+    def _take_in(self, state: State, R: Tensor, beta2: float, unit: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """S of the new statistic in place; its inverse root, 0 where that cannot be computed.
+
+        `unit` is what R and the root have been multiplied by, the former twice.
+        """
+        S = state["sqrt"].to(R.dtype) * unit
         with exact_matmul(R.device):
             V = torch.baddbmm(R, S, S.mT, beta=1.0 if beta2 == 1 else 1 - beta2, alpha=beta2)
-            Z, ok = ROOTS["auto"](V, self._eps(R))
-            S = (Z @ V).mul_(0.5)
-        _keep(state, S + S.mT, ok[:, None, None] & (polar.largest(R) > 0))
+            root = eigh if R.device.type == "cpu" else polar.cholesky_root(self.plan(R))
+            Z, ok = root(V, EPS[R.dtype])
+            S = polar.mirrored(polar.symmetric(Z, V))
+        if beta2 > 0:
+            _keep(state, S / unit, ok[:, None, None] & (polar.largest(R) > 0))
         return Z, ok
-
-    def _eps(self, like: Tensor) -> float:
-        return max(self.plan(like).amplification ** -2, LEAST_EPS[like.dtype])
 
     # ---- the four calls of every structure
 
