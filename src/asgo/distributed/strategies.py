@@ -37,11 +37,20 @@ class Shared(Bucket):
         found = [(i, member) for i, member in enumerate(self.members) if due(member)]
         if not found or not keys or found[0][1].owner is None:
             return None
+        return self._from_owners(found, [self.state[key] for key in (*keys, *self.told)])
+
+    def bring(self, update: Stack) -> Wait | None:
+        """Start to bring the updates of all members from their owners here, and all of their state but the momentum."""
+        state = [tensor for key, tensor in self.state.items() if key != "exp_avg"]
+        return self._from_owners(list(enumerate(self.members)), [update, *state])
+
+    def _from_owners(self, found: Sequence[tuple[int, Member]], tensors: Sequence[Tensor]) -> Wait:
+        """Start to bring some members' rows of these tensors from their owners here."""
         outgoing: list[list[Tensor]] = [[] for _ in self.placement.ranks]
         incoming: list[list[Tensor]] = [[] for _ in self.placement.ranks]
         for i, member in found:
             rows = slice(i * self.slices, (i + 1) * self.slices)
-            held = [self.state[key][rows].view(-1).view(torch.uint8) for key in (*keys, *self.told)]
+            held = [tensor[rows].view(-1).view(torch.uint8) for tensor in tensors]
             for rank in range(len(self.placement.ranks)) if member.mine else ():
                 outgoing[rank] += held
             incoming[member.owner or 0] += held

@@ -322,8 +322,9 @@ def symmetric(X: Wide, Y: Wide | None = None, C: Square | None = None, c: float 
 
 
 def mirrored(S: Square) -> Square:
-    """The lower triangle and its mirror image."""
-    return S.tril() + S.tril(-1).mT
+    """The lower triangle and its mirror image, in place."""
+    below = S.tril(-1).mT
+    return S.tril_().add_(below)
 
 
 def multiply(X: Wide, B: Square, c: float = 0.0, in_place: bool = False) -> Wide:

@@ -171,9 +171,18 @@ class StructuredOptimizer(GroupedOptimizer):
                 measurement = structure.measure(seen)
             yield from pause(bucket.sum(measurement))
             update, ok = structure.update_from(bucket.memory, direction, measurement, beta2, bucket.whole)
-        else:
+            bucket.memory["failures"] += ~ok
+            return update
+        if bucket.placement.kind != "shared":
             update, ok = structure.update(bucket.memory, direction, seen, beta2)
-        bucket.memory["failures"] += ~ok
+            bucket.memory["failures"] += ~ok
+            return update
+        update = torch.empty(direction.shape, dtype=direction.dtype, device=direction.device)
+        for rows in bucket.rows(lambda member: True):  # those of this rank
+            memory, some = {key: x[rows] for key, x in bucket.memory.items()}, direction[rows]
+            update[rows], ok = structure.update(memory, some, some if seen is direction else seen[rows], beta2)
+            memory["failures"] += ~ok
+        yield from pause(bucket.bring(update))
         return update
 
     def _is_due(self, group: dict[str, Any], member: Member) -> bool:

@@ -17,7 +17,7 @@ from asgo.linalg.masked import choose, holds
 from asgo.linalg.matmul import exact_matmul, gram, times
 from asgo.linalg.packed_symmetric import unpack
 from asgo.linalg.spectral import decompose
-from asgo.structures.base import OneCall
+from asgo.structures.base import OneCall, moving
 from asgo.structures.one_sided import Sided, normalized
 
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -137,7 +137,7 @@ class SquareRoot(Sided, OneCall):
         A = [(G, weight), (state["sqrt"], decay)] if beta2 > 0 else [(G, weight)]
         X, S, norm, ok = polar.polar_and_root(A, self.plan(D, carried is not None), carried, root=beta2 > 0)
         if S is not None:
-            _keep(state, S * norm, ok[:, None, None] & (polar.largest(G) > 0))
+            _keep(state, S * norm, ok[:, None, None] & (moving(G) > 0))
         return X.div_(weight) if carried is None and weight != 1 else X, ok
 
     def _by_statistic(self, state: State, D: Stack, G: Stack | None, beta2: float) -> tuple[Stack, Tensor]:
@@ -149,11 +149,11 @@ class SquareRoot(Sided, OneCall):
         unit = torch.ldexp(torch.ones_like(top), -exponent)  # to the fourth, so that its roots are exact
         unit = torch.where(exponent.abs() > IN_RANGE, unit, 1.0)
         with exact_matmul(D.device):
-            R = gram(G if holds(unit == 1) else G * unit)
-        R = choose(sound, R, torch.nan)
-        Z, ok = self._take_in(state, R, beta2, unit)
-        with exact_matmul(D.device):
+            Z, ok = self._take_in(state, self._measured(G if holds(unit == 1) else G * unit, sound), beta2, unit)
             return choose(sound, times(Z.mul_(unit), D), 0.0), ok
+
+    def _measured(self, G: Stack, sound: Tensor) -> Tensor:
+        return choose(sound, gram(G), torch.nan)
 
     # ---- shards: measure, all-reduce, then one call
 
@@ -189,14 +189,15 @@ class SquareRoot(Sided, OneCall):
 
         `unit` is what R and the root have been multiplied by, the former twice.
         """
-        S = state["sqrt"].to(R.dtype) * unit
+        S, active = state["sqrt"].to(R.dtype) * unit, moving(R) > 0
         with exact_matmul(R.device):
             V = torch.baddbmm(R, S, S.mT, beta=1.0 if beta2 == 1 else 1 - beta2, alpha=beta2)
-            root = eigh if R.device.type == "cpu" else polar.cholesky_root(self.plan(R))
-            Z, ok = root(V, EPS[R.dtype])
+            del R, S  # which are as large as all that the root needs
+            root = eigh if V.device.type == "cpu" else polar.cholesky_root(self.plan(V))
+            Z, ok = root(V, EPS[V.dtype])
             S = polar.mirrored(polar.symmetric(Z, V))
         if beta2 > 0:
-            _keep(state, S / unit, ok[:, None, None] & (polar.largest(R) > 0))
+            _keep(state, S.div_(unit), active & ok[:, None, None])
         return Z, ok
 
     # ---- the four calls of every structure
@@ -244,7 +245,7 @@ class SquareRoot(Sided, OneCall):
 
 
 def _keep(state: State, S: Tensor, active: Tensor) -> None:
-    state["sqrt"].copy_(choose(active, S, state["sqrt"].to(S.dtype)))
+    state["sqrt"].copy_(S if holds(active) else torch.where(active, S, state["sqrt"].to(S.dtype)))
 
 
 def from_gram(state: State, keep: torch.dtype) -> State:
