@@ -554,7 +554,7 @@ def test_a_stack_of_any_size_takes_few_launches(precision, n, products):
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_memory_of_an_update_is_bounded(precision, side, monkeypatch):
-    """In ``k x k`` matrices of float32, with the update itself. At n = k 4: A, X and a new X in half precision, R and B;
+    """In ``k x k`` matrices of float32, with the update itself. At n = k 4: A, X and a new X in half precision, R, B;
     or V and its decomposition. At n = 4k 4 for the update and 3 beside it."""
     monkeypatch.setattr(polar, "UNITS", dict.fromkeys(polar.UNITS, True))
     k = 32
