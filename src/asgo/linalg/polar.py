@@ -19,6 +19,8 @@ The last steps may run in Gram form, on ``k x k`` matrices only::
 It saves products with the long side and does not correct itself, so it serves where all singular values are of one
 size. An error of rounding in R is relative to its largest eigenvalue, and the Gram form magnifies it by the condition
 of R: ``(high / low)^2`` on the interval that the plain steps have reached, `Plan.condition`.
+
+Of a matrix of which only ``V = A A^T`` is at hand, `cholesky_root` takes the polar factor of a Cholesky factor.
 """
 
 from __future__ import annotations

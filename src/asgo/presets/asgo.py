@@ -54,10 +54,9 @@ class ASGO(StructuredOptimizer):
         cross_normalize: normalise the other side by a running second moment; the paper does not.
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
-        root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
-        elsewhere.
-            ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less, and takes
-            matrix products in half precision alone, see `asgo.structures.SquareRoot`; ``eps`` is not asked then, and
+        root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
+            ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less, and in half
+            precision takes matrix products alone, see `asgo.structures.SquareRoot`; ``eps`` is not asked then, and
             there is no `precondition_frequency`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
@@ -71,7 +70,7 @@ class ASGO(StructuredOptimizer):
             layer of published models up to 405B parameters has a shorter side above 16,384.
 
         precision: of the products of root ``"square_root"``; ``"auto"`` is float16 on CUDA, bfloat16 on CPUs with units
-            for it, else float32, which the gradient statistic takes on every CPU.
+            for it, else float32, which the gradient statistic takes on every CPU; float32 takes eigendecompositions.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
