@@ -54,7 +54,8 @@ class ASGO(StructuredOptimizer):
         cross_normalize: normalise the other side by a running second moment; the paper does not.
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
-        root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products elsewhere.
+        root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
+        elsewhere.
             ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less, and in half
             precision takes matrix products alone, see `asgo.structures.SquareRoot`; ``eps`` is not asked then, and
             there is no `precondition_frequency`.

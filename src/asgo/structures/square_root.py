@@ -42,13 +42,15 @@ class SquareRoot(Sided, OneCall):
     as it is, and the update is Muon's. At the first step S is 0 and ``V = (1 - b2) D D^T``, as of `OneSided`.
 
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
-    ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 / plan.amplification^2``: 4.7e-6
+    ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 /
+    plan.amplification^2``: 4.7e-6
     for "bf16" and "fp16", 2.1e-5 for their fast plans. With the momentum statistic no row or column of U is longer than
     ``(1 + tolerance) / sqrt(1 - b2)``.
 
     In float32 and float64 that iteration would take more than a root of V. There, and for sums over ranks in every
     precision, ``V = b2 S S^T + (1 - b2) D D^T`` is formed in the dtype of D and its inverse root Z is computed with a
-    relative damping of `EPS`: by `asgo.linalg.inverse_root.eigh` on a CPU, by `asgo.linalg.polar.cholesky_root` elsewhere. Then ``U = Z D``
+    relative damping of `EPS`: by `asgo.linalg.inverse_root.eigh` on a CPU, by `asgo.linalg.polar.cholesky_root`
+    elsewhere. Then ``U = Z D``
     and ``S <- Z V``. On a CPU an eigendecomposition takes the time of 6.5 products of ``k x k`` matrices; the iteration
     takes 32 products for a square matrix and 71 for one of ``k x 4k``.
 
