@@ -80,7 +80,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "precondition_frequency": (_interval, "a whole number of steps >= 1"),
     "statistic": _one_of("gradient", "momentum"),
     "nesterov": _one_of(True, False),
-    "cross_normalize": _one_of(True, False),
+    "cross_normalize": _one_of(True, False, "element"),
     "side": _one_of("auto", "left", "right"),
     "adjust_lr": _one_of(*SCALINGS),
     "root": _one_of(*ROOTS, "square_root"),

@@ -51,7 +51,9 @@ class ASGO(StructuredOptimizer):
         statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
             ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
         nesterov: look ahead with the current gradient, as Muon does; the paper does not.
-        cross_normalize: normalise the other side by a running second moment; the paper does not.
+        cross_normalize: normalise the other side by a running second moment; ``"element"``: every entry by its own, as
+            AdaMuon does after Muon's step ("AdaMuon: Adaptive Muon Optimizer", Si, Zhang and Shen 2025), for m n more
+            numbers of state. The paper does neither.
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
         root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
@@ -91,7 +93,7 @@ class ASGO(StructuredOptimizer):
         precondition_frequency: int = 1,
         statistic: Literal["gradient", "momentum"] = "momentum",
         nesterov: bool = True,
-        cross_normalize: bool = True,
+        cross_normalize: Literal[True, False, "element"] = True,
         adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
         *,
         root: str = "auto",

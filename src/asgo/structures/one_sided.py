@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from asgo.structures.base import Algebra, Axis, Structure, count, given, shorten
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
 
+Cross: TypeAlias = Literal[True, False, "element"]
+"""What the result is divided by: nothing, its size along the other side, or that of each of its entries."""
+
 
 class Sided(Structure):
     """What structures with one matrix on one side share: which side that is, and the average along the other one."""
 
     side: Literal["auto", "left", "right"]
-    cross_normalize: bool
+    cross_normalize: Cross
 
     def left(self, m: int, n: int) -> bool:
         """Whether an ``m x n`` matrix is preconditioned from the left."""
@@ -37,7 +40,7 @@ class Sided(Structure):
 
     @property
     def spread(self) -> tuple[str, ...]:
-        """Numbers per index of the other side, along which shards are cut."""
+        """Numbers per index of the other side, along which shards are cut, or per entry."""
         return ("cross", "cross_weight") if self.cross_normalize else ()
 
     @property
@@ -47,9 +50,11 @@ class Sided(Structure):
 
     def init_cross(self, like: Stack) -> State:
         """The average and its weight, zero, if they are kept."""
+        if not self.cross_normalize:
+            return {}
         b, m, n = like.shape
-        shape = (b, 1, n) if self.left(m, n) else (b, m, 1)
-        return {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)} if self.cross_normalize else {}
+        shape = (b, m, n) if self.cross_normalize == "element" else (b, 1, n) if self.left(m, n) else (b, m, 1)
+        return {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,15 @@ class OneSided(Sided, Algebra):
     over the other side, divided by that side's length.
 
     State, ``k`` the length of the preconditioned side: ``gram (b, k, k)``, ``root (b, k, k)`` and, with
-    `cross_normalize`, ``cross`` and ``cross_weight``, each ``(b, 1, n)`` or ``(b, m, 1)``: an average from zero, and
-    that of a constant 1 since the first entry that was not zero, by which it is divided.
+    `cross_normalize`, ``cross`` and ``cross_weight``, each ``(b, 1, n)`` or ``(b, m, 1)``, of ``"element"``
+    ``(b, m, n)``: an average from zero, and that of a constant 1 since the first entry that was not zero, by which it
+    is divided.
 
     Args:
         side: ``"left"`` preconditions rows (k = m), ``"right"`` columns (k = n), ``"auto"`` the shorter one and
             the right one of a square matrix, as released.
         cross_normalize: afterwards divide by the running root mean square of the result taken along the
-            preconditioned side, one number per index of the other side.
+            preconditioned side, one number per index of the other side; ``"element"``: one number per entry.
         mean: divide the gram by the length of the other side, as one-sided Shampoo does: the projection itself.
         length: that length, where shards of the other side are measured; None: what is measured is whole.
         limit: the longest that a row (left) or column (right) of the root times the direction may be, times the square
@@ -79,7 +85,7 @@ class OneSided(Sided, Algebra):
     """
 
     side: Literal["auto", "left", "right"] = "auto"
-    cross_normalize: bool = False
+    cross_normalize: Cross = False
     mean: bool = False
     length: int | None = None
     limit: float | None = None
@@ -155,7 +161,7 @@ class OneSided(Sided, Algebra):
             moved = lengths.amax((1, 2), keepdim=True) > 0
         if not self.cross_normalize:
             return result
-        square = result.square().mean(1 if left else 2, keepdim=True)
+        square = cross_square(result, left, self.cross_normalize)
         if moved is None:
             moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
         return normalized(state, result, square, moved)
@@ -181,6 +187,12 @@ class OneSided(Sided, Algebra):
         if self.left(m, n):
             return torch.kron(torch.einsum("injn->ij", cells) / n, torch.eye(n).to(A))
         return torch.kron(torch.eye(m).to(A), torch.einsum("minj,mn->ij", cells, torch.eye(m).to(A)) / m)
+
+
+def cross_square(result: Stack, left: bool, cross: Cross) -> Tensor:
+    """Its squares: of the entries, or their mean along the preconditioned side."""
+    square = result.square()
+    return square if cross == "element" else square.mean(1 if left else 2, keepdim=True)
 
 
 def normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> Stack:

@@ -18,7 +18,7 @@ from asgo.linalg.matmul import exact_matmul, gram, times
 from asgo.linalg.packed_symmetric import unpack
 from asgo.linalg.spectral import decompose
 from asgo.structures.base import OneCall, moving
-from asgo.structures.one_sided import Sided, normalized
+from asgo.structures.one_sided import Cross, Sided, cross_square, normalized
 
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Relative damping of roots of the statistic itself, by its dtype."""
@@ -88,7 +88,7 @@ class SquareRoot(Sided, OneCall):
 
     side: Literal["auto", "left", "right"] = "auto"
     precision: str = "auto"
-    cross_normalize: bool = False
+    cross_normalize: Cross = False
     keep: Literal["auto", "bf16", "fp32"] = "auto"
 
     def fixed(self, m: int, n: int) -> SquareRoot:
@@ -244,7 +244,7 @@ class SquareRoot(Sided, OneCall):
         """U, divided by its running size along the other side if asked."""
         if not self.cross_normalize:
             return U
-        square = U.square().mean(1 if self.left(*U.shape[1:]) else 2, keepdim=True)
+        square = cross_square(U, self.left(*U.shape[1:]), self.cross_normalize)
         moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
         return normalized(state, U, square, moved)
 

@@ -167,12 +167,17 @@ class CompareConfig(RunConfig):
     """Compare optimizers over seeds: one seed gives all of them the same initial weights and batches.
 
     Args:
-        optimizers: names, or name:key=value,... as in adamw:lr=0.003,weight_decay=0.1,betas=0.9/0.95.
+        optimizers: names, or name:key=value,... as in adamw:lr=0.003,weight_decay=0.1,betas=0.9/0.95; steps_factor=2
+            runs one for twice the steps.
         seeds: seeds of the runs that are compared.
         tune: learning rates tried per optimizer before the comparison, the same number for each; 0: none.
-        tune_seed: seed of the tuning runs; keep it out of seeds.
+        search: trials per optimizer, the same number for each, over lr, momentum, weight decay and AdamW's lr: short
+            runs of a quarter of the steps, the best quarter of them again in full; 0: no search. 24 is a fair start.
+        tune_seed: seed of the runs of tune and search; keep it out of seeds.
+        reference: the entry of optimizers that all others are tested against; None: every two are.
         target: validation loss for steps-to-target; auto: the worst final loss of the finished runs, so
             that each of them reaches it.
+        jobs: runs at once, each in a process of its own with one thread; 1: in this process.
         out: folder of the comparison; must be new or empty, or a comparison to --resume.
         resume: continue an interrupted comparison; finished runs are not repeated.
     """
@@ -180,8 +185,11 @@ class CompareConfig(RunConfig):
     optimizers: tuple[str, ...] = ("asgo", "adamw", "muon")
     seeds: Annotated[tuple[int, ...], SEED] = (0, 1, 2)
     tune: Annotated[int, Range(0, 1000, "a number of learning rates; 0 means no tuning")] = 0
+    search: Annotated[int, Range(0, 10000, "a number of trials; 0 means no search")] = 0
     tune_seed: Annotated[int, SEED] = 1000
+    reference: str | None = None
     target: str = "auto"
+    jobs: Annotated[int, Range(1, 4096, "a number of processes")] = 1
     out: Path = Path("runs/compare")
     resume: bool = False
 

@@ -14,6 +14,7 @@ from asgo.lab.inspection.routing import check_sizes
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
+from asgo.lab.optimizers.slices import Sliced
 from asgo.optimizer.param_groups import with_views
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import SPAM
@@ -87,6 +88,8 @@ def operations(optimizer: Optimizer) -> float:
         return operations(optimizer.optimizer) + 2 * ENTRYWISE * _entries(optimizer)
     if isinstance(optimizer, StructuredOptimizer):
         return _structured(optimizer)
+    if isinstance(optimizer, Sliced):
+        return operations(optimizer.inner)
     if isinstance(optimizer, Muon):
         shapes = [sorted(param.shape) for group in optimizer.param_groups for param in group["params"]]
         return sum(2.0 * MUON_STEPS * (2 * k * k * o + k**3) for k, o in shapes)

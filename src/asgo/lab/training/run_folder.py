@@ -170,7 +170,7 @@ def check_comparison(config: CompareConfig) -> None:
     check_folder(config.out, config.resume, "comparison.json", "comparison")
     path = config.out / "comparison.json"
     if path.exists():
-        check_same(from_json(CompareConfig, read_json(path)), config, config.out)
+        check_same(from_json(CompareConfig, read_json(path)), config, config.out, ("out", "resume", "jobs"))
 
 
 def check_folder(path: Path, resume: bool, marker: str, what: str) -> None:
