@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` at the end, whole; if anything is raised, nothing changes.
 
-    It is a temporary file in the same folder, with a name of its own for every process, flushed, then renamed.
+    It is a temporary file in the same folder, with a name of its own for every process and thread, flushed, then renamed.
 
     Raises:
         OSError: what the disk raises.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Annotated, Any, Union
 
@@ -14,7 +15,9 @@ from rich.console import Console
 from asgo.lab import terminal
 from asgo.lab.compare.compare import compare
 from asgo.lab.config.codec import from_json
-from asgo.lab.config.runs import DEMO, CompareConfig, TrainConfig
+from asgo.lab.config.ranges import check_known
+from asgo.lab.config.runs import DEMO, CompareConfig, RunConfig, TrainConfig
+from asgo.lab.config.workloads import WORKLOADS
 from asgo.lab.errors import LabError
 from asgo.lab.files import read_json
 from asgo.lab.inspection.advice import AdviceConfig, inspect_advise
@@ -90,7 +93,8 @@ def parse(args: Sequence[str]) -> Command | None:
     """
     if args[:1] == ["bench"]:
         raise LabError(f"benchmarks are programs of the repository: in a clone of it run {_benchmark(args[1:])}.")
-    config = _parse(args, {})
+    args, workload = _take_workload(args)
+    config = _parse(args, workload)
     if not isinstance(config, Resumable) or not config.resume:
         return config
     kind, path = type(config), config.out / SAVED[type(config)]
@@ -100,6 +104,20 @@ def parse(args: Sequence[str]) -> Command | None:
 def _benchmark(words: Sequence[str]) -> str:
     name, *flags = words or ["NAME"]
     return shlex.join(["python", "-m", f"benchmarks.{name}", *flags])
+
+
+def _take_workload(args: Sequence[str]) -> tuple[list[str], dict[type[Any], Any]]:
+    """The words without ``--workload NAME``, and the configurations that they start from instead of the defaults."""
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--workload=") else [word])]
+    if "--workload" not in words:
+        return words, {}
+    at = words.index("--workload")
+    name = "".join(words[at + 1 : at + 2])
+    if words[0] not in ("train", "compare"):
+        raise LabError(f"asgo {words[0]} has no --workload: it is for asgo train and asgo compare.")
+    check_known("workload", [name], WORKLOADS)
+    shared = {field.name: getattr(WORKLOADS[name], field.name) for field in fields(RunConfig)}
+    return words[:at] + words[at + 2 :], {kind: replace(kind(), **shared) for kind in (TrainConfig, CompareConfig)}
 
 
 def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | None:

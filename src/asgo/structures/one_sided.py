@@ -50,11 +50,7 @@ class Sided(Structure):
 
     def init_cross(self, like: Stack) -> State:
         """The average and its weight, zero, if they are kept."""
-        if not self.cross_normalize:
-            return {}
-        b, m, n = like.shape
-        shape = (b, m, n) if self.cross_normalize == "element" else (b, 1, n) if self.left(m, n) else (b, m, 1)
-        return {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
+        return init_cross(like, self.left(*like.shape[1:]), self.cross_normalize) if self.cross_normalize else {}
 
 
 @dataclass(frozen=True)
@@ -187,6 +183,13 @@ class OneSided(Sided, Algebra):
         if self.left(m, n):
             return torch.kron(torch.einsum("injn->ij", cells) / n, torch.eye(n).to(A))
         return torch.kron(torch.eye(m).to(A), torch.einsum("minj,mn->ij", cells, torch.eye(m).to(A)) / m)
+
+
+def init_cross(like: Stack, left: bool, cross: Cross) -> State:
+    """The second moment of a result ``(b, m, n)`` before the first, see `normalized`."""
+    b, m, n = like.shape
+    shape = (b, m, n) if cross == "element" else (b, 1, n) if left else (b, m, 1)
+    return {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
 
 
 def cross_square(result: Stack, left: bool, cross: Cross) -> Tensor:

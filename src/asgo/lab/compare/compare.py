@@ -44,7 +44,7 @@ from asgo.lab.data.batches import open_data
 from asgo.lab.errors import LabError
 from asgo.lab.figures import Curve, draw_comparison
 from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
-from asgo.lab.models.language import shape_of
+from asgo.lab.models.language import check_model
 from asgo.lab.optimizers.spec import Entry, parse_entry
 from asgo.lab.pool import Ledger
 from asgo.lab.training import environment
@@ -70,9 +70,9 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("asgo compare runs in one process: start it without torchrun, or use asgo train.")
     entries = {text: parse_entry(text) for text in config.optimizers}
-    shape_of(config.model)
+    check_model(config)
     check_comparison(config)
-    open_data(config.data, config.seeds[0], 0, 1)
+    open_data(config.model_data, config.seeds[0], 0, 1)
     make_folder(config.out)
     write_json(config.out / "comparison.json", to_json(replace(config, resume=False)))
     try:

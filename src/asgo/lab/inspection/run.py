@@ -9,7 +9,7 @@ from pathlib import Path
 from asgo.lab.config.checks import validate
 from asgo.lab.config.runs import OptimizerConfig, RunConfig, TrainConfig
 from asgo.lab.errors import LabError
-from asgo.lab.models.language import shape_of
+from asgo.lab.models.language import check_model
 from asgo.lab.optimizers.registry import resolve
 
 
@@ -23,7 +23,7 @@ def run_of(who: str, config: RunConfig, optimizer: OptimizerConfig, seed: int, o
     shared = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
     run = TrainConfig(**shared, optimizer=resolve(optimizer), seed=seed, out=out, resume=resume)
     validate(run)
-    shape_of(config.model)
+    check_model(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError(f"{who} runs in one process: start it without torchrun.")
     return run
