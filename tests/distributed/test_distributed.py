@@ -224,6 +224,22 @@ def test_every_form_in_every_layout_is_that_of_one_process(worlds, layout, size)
         assert [kept for _, kept in found] == [state] * size
 
 
+def measured(layout):
+    _, wrapped, optimizer, share = build(layout, every_form)
+    optimizer.record_metrics()
+    train(wrapped, optimizer, share=share, steps=3)
+    return optimizer.metrics()
+
+
+@everywhere
+def test_metrics_are_those_of_one_process(worlds, layout, size):
+    expected = measured(None)
+    for found in worlds(size)(measured, layout):
+        assert set(found) == set(expected)
+        for name, row in expected.items():
+            assert found[name] == pytest.approx(row, rel=1e-5, abs=1e-9), name
+
+
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_accumulation_and_clipping(worlds, layout):
     training = {"parts": 2, "clip": 0.05, "steps": 20}

@@ -207,6 +207,24 @@ def test_what_is_no_sum_or_would_send_more_is_gathered(worlds, size):
         assert kind == dict.fromkeys(GATHERED, "owned") | {"tall": "summed"}
 
 
+def measured(layout, steps):
+    model, optimizer = build(layout, table=ALL | GATHERED)
+    optimizer.record_metrics()
+    train(model, optimizer, steps)
+    return optimizer.metrics()
+
+
+@pytest.mark.parametrize(("layout", "size"), [("shards", 2), ("shards", 4), ("hybrid", 4), ("across", 4)], ids=str)
+def test_metrics_are_those_of_one_process(worlds, layout, size):
+    """Also the failures of the eighth and the fourteenth step."""
+    expected = measured(None, 16)
+    assert sum(row["failures"] for row in expected.values()) > 2 * len(ALL | GATHERED) - 10
+    for found in worlds(size)(measured, layout, 16):
+        assert set(found) == set(expected)
+        for name, row in expected.items():
+            assert found[name] == pytest.approx(row, rel=1e-5, abs=1e-9), name
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_clipping(worlds, size):
     expected, *_ = alone(names=SOME, clip=0.05, steps=9)

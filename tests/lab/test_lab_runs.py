@@ -97,11 +97,46 @@ def contents(folder):
 # ---- what a run leaves ------------------------------------------------------------------------------
 
 
+def curves(folder):
+    """What TensorBoard shows of a run: the steps and values of every curve."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_the_metrics(config):
+    pytest.importorskip("tensorboard")
+    config = replace(config, cadence=replace(config.cadence, metrics_every=4))
+    train(config)
+    found = curves(config.out)
+    lines = RunFolder(config.out).metrics()
+    assert found["loss"] == pytest.approx({line["step"]: line["loss"] for line in lines if "loss" in line})
+    assert found["val_loss"] == pytest.approx({line["step"]: line["val_loss"] for line in lines if "val_loss" in line})
+    ratios = {tag: points for tag, points in found.items() if tag.startswith("ratio/")}
+    model = Trainer(replace(config, out=config.out / "other")).raw
+    assert set(ratios) == {f"ratio/{name}" for name, _ in model.named_parameters()}
+    assert all(set(points) == {4, 8} for points in ratios.values())
+
+
+def test_an_optimizer_of_torch_has_no_metrics_of_parameters(config):
+    pytest.importorskip("tensorboard")
+    train(replace(config, optimizer=OptimizerConfig("adamw"), cadence=replace(config.cadence, metrics_every=4)))
+    assert not any("/" in tag for tag in curves(config.out))
+
+
+def test_metrics_change_no_run(config):
+    watched = replace(config, cadence=replace(config.cadence, metrics_every=1), out=config.out.parent / "watched")
+    train(config)
+    train(watched)
+    assert_same_run(config.out, watched.out)
+
+
 def test_run_folder_explains_itself(config):
     result = train(config)
     names = {p.name for p in config.out.iterdir()}
     expected = {"config.json", "environment.json", "routing.txt", "metrics.jsonl", "checkpoints", "curve.png"}
-    assert names == expected | {"result.json"}
+    assert names - {"tensorboard"} == expected | {"result.json"}
     assert from_json(TrainConfig, json.loads((config.out / "config.json").read_text())) == replace(
         config, optimizer=resolve(config.optimizer)
     )

@@ -16,7 +16,8 @@ import torch
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` at the end, whole; if anything is raised, nothing changes.
 
-    It is a temporary file in the same folder, with a name of its own for every process and thread, flushed, then renamed.
+    It is a temporary file in the same folder, with a name of its own for every process and thread, flushed, then
+    renamed.
 
     Raises:
         OSError: what the disk raises.

@@ -1,4 +1,4 @@
-"""The command ``asgo``: train, compare, demo, inspect, optimizers, plan."""
+"""The command ``asgo``: train, compare, demo, lr, inspect, optimizers, plan."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.console import Console
 
 from asgo.lab import terminal
 from asgo.lab.compare.compare import compare
+from asgo.lab.compare.learning_rates import MARKER as RATES
+from asgo.lab.compare.learning_rates import RatesConfig, learning_rates
 from asgo.lab.config.codec import from_json
 from asgo.lab.config.ranges import check_known
 from asgo.lab.config.runs import DEMO, CompareConfig, RunConfig, TrainConfig
@@ -33,13 +35,14 @@ DESCRIPTION = "Train language models with ASGO and its peers, compare them, and 
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
 INSPECT_HELP = "Look at a model as an optimizer sees it."
 
-Resumable = TrainConfig | CompareConfig | GradientsConfig
+Resumable = TrainConfig | CompareConfig | RatesConfig | GradientsConfig
 Tables = RoutingConfig | AdviceConfig | OptimizersConfig | PlanConfig
 Command = Resumable | Tables
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
     CompareConfig: "comparison.json",
+    RatesConfig: RATES,
     GradientsConfig: MARKER,
 }
 """The file in which a folder keeps the configuration of what can be resumed."""
@@ -49,6 +52,7 @@ TEXTS: dict[type[Any], Callable[[Any], str]] = {RoutingConfig: inspect_routing, 
 
 COMMANDS: dict[type[Any], Callable[[Any, Console], Any]] = {
     CompareConfig: compare,
+    RatesConfig: learning_rates,
     GradientsConfig: inspect_gradients,
     AdviceConfig: inspect_advise,
     PlanConfig: plan,
@@ -127,6 +131,7 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("train", TrainConfig, saved),
         _subcommand("compare", CompareConfig, saved),
         Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
+        _subcommand("lr", RatesConfig, saved),
         Annotated[
             Union[  # noqa: UP007
                 _subcommand("routing", RoutingConfig, saved),

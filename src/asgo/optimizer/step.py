@@ -17,6 +17,7 @@ from asgo.distributed.placement import Placement, entries_of, gradient, local
 from asgo.distributed.strategies import KINDS, interleave, pause
 from asgo.linalg.masked import blend, choose
 from asgo.linalg.matmul import exact_matmul
+from asgo.metrics import Recorder
 from asgo.optimizer import adamw, hyperparameters, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, Member, make_buckets
@@ -53,6 +54,9 @@ class StructuredOptimizer(GroupedOptimizer):
         TypeError: a parameter that is complex or not floating point.
     """
 
+    _recorder: Recorder | None = None
+    _recorded: Recorder | None = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step: decay, momentum, statistic and its average, refresh of roots, preconditioning, rescaling.
@@ -76,6 +80,8 @@ class StructuredOptimizer(GroupedOptimizer):
                 loss = closure()
         hyperparameters.refuse_sparse(self)
         plans = self._current_plans()
+        if self._recorder is not None:
+            self._recorder.start()
         waits: list[Wait] = []
         tasks: list[Iterator[None]] = []
         for group, plan in zip(self.param_groups, plans, strict=True):
@@ -86,7 +92,37 @@ class StructuredOptimizer(GroupedOptimizer):
         interleave(tasks)
         for wait in waits:
             wait()
+        if self._recorder is not None:
+            self._recorder.finish(self.param_groups, plans, self.state)
+            self._recorded = self._recorder
         return loss
+
+    def record_metrics(self, on: bool = True) -> None:
+        """Let the steps from now on keep what `metrics` reads, or stop that. Off until it is called.
+
+        Call it before the steps that are logged; a step that is not recorded costs what it did.
+        """
+        self._recorder = Recorder() if on else None
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """What the last recorded step did to every parameter that had a gradient, by the parameter's name.
+
+        ``update_rms``: root mean square of what the step added, weight decay and rounding aside, ``weight_rms``: of the
+        weights after it, ``ratio``: of the two, ``gradient_norm``: Frobenius norm, ``failures``: see `failures`, and,
+        for `ASGO` with an inverse root, ``root_residual``: an estimate of ``||Z A Z - I||_F / sqrt(k)``, the worst of
+        its matrices, of the root Z in use and the damped statistic A of now (see `asgo.metrics.residuals`).
+
+        All are of whole parameters. Where parameters are sharded (`DTensor`, or ``distribute(shard_state=True)``) all
+        ranks must call it, as their shares are added up. Waits for the device, once.
+
+        Raises:
+            RuntimeError: no step was recorded.
+        """
+        if self._recorded is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: no step was recorded. Call optimizer.record_metrics() before optimizer.step()."
+            )
+        return self._recorded.read(param_groups.names_of(self))
 
     def _update_entries(self, plan: Plan, group: dict[str, Any]) -> list[Wait]:
         """AdamW on the entries that this rank updates of parameters without a view; returns pending exchanges."""
@@ -128,6 +164,8 @@ class StructuredOptimizer(GroupedOptimizer):
             size = SCALINGS[group["adjust_lr"]](update, bucket) * -lr
             # A structure may give back the direction, and that may be the momentum itself: it must not change.
             update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
+            if self._recorder is not None:
+                self._recorder.updates(bucket, structure, group, update)
         yield from pause(bucket.add(update, 1 - lr * group["weight_decay"], group["rounding"]))
 
     def _directions(self, bucket: Bucket, group: dict[str, Any]) -> Generator[None, None, tuple[Stack, Stack]]:
@@ -136,6 +174,8 @@ class StructuredOptimizer(GroupedOptimizer):
         grad = bucket.gradients()
         norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
         yield from pause(bucket.join(norm))
+        if self._recorder is not None:
+            self._recorder.gradients(bucket, norm)
         moved = norm.isfinite() & (norm > 0)
         grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
         bucket.memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]

@@ -122,6 +122,8 @@ class CadenceConfig:
         eval_blocks: validation blocks, or images, per measurement, the same ones each time; 0: all of them.
         final_eval_blocks: as many for the final validation loss, and of test images; None: as eval_blocks.
         checkpoint_every: steps between checkpoints, the most that kill -9 can lose; the last step has one.
+        metrics_every: steps between metrics of every parameter (sizes of updates, weights and gradients) in the
+            run's TensorBoard files, for optimizers of this library; 0: none.
     """
 
     log_every: Annotated[int, STEPS] = 10
@@ -129,6 +131,7 @@ class CadenceConfig:
     eval_blocks: Annotated[int, BLOCKS] = 128
     final_eval_blocks: Annotated[int | None, BLOCKS] = None
     checkpoint_every: Annotated[int, STEPS] = 200
+    metrics_every: Annotated[int, Range(0, 1e9, "a number of steps; 0 means no metrics")] = 0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 
+from asgo import SPAM, StructuredOptimizer
 from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import command
 from asgo.lab.config.runs import TrainConfig
@@ -130,13 +131,24 @@ class Trainer:
             total += loss.detach()
             tokens += targets.numel() * self.accelerator.num_processes
         self.grad_norm = self.parallel.clip(self.model, self.config.clip or math.inf)
+        every = self.config.cadence.metrics_every
+        recorder = self.optimizer if isinstance(self.optimizer, (StructuredOptimizer, SPAM)) and every else None
+        if recorder is not None:
+            recorder.record_metrics((self.step + 1) % every == 0)
         self.meter.clock.start()
         self.stepper.step()
         self.meter.clock.stop()
+        if recorder is not None and (self.step + 1) % every == 0:
+            self._add_metrics(recorder.metrics())
         self.scheduler.step()
         self.stepper.zero_grad()
         self.meter.add(self.accelerator.reduce(total, "mean"), tokens)  # pyright: ignore[reportArgumentType]
         self.step += 1
+
+    def _add_metrics(self, found: dict[str, dict[str, float]]) -> None:
+        self.folder.board.add(
+            {f"{key}/{name}": x for name, row in found.items() for key, x in row.items()}, self.step + 1
+        )
 
     def _batch(self, batches: Batches, number: int) -> tuple[Tensor, Tensor]:
         return self._to_device(batches.batch(number))
