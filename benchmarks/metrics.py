@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from asgo.lab.bench.timing import seconds
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from asgo import ASGO, route
-from asgo.lab.bench.timing import seconds
 
 
 def taken(run: Callable[[], object], device: torch.device) -> float:
