@@ -1,6 +1,6 @@
 """What it costs in a root's accuracy to keep it symmetric, as packed state does, or in bfloat16.
 
-python benchmarks/packed_error.py > benchmarks/root/packed.md
+python -m benchmarks.packed_error > benchmarks/root/packed.md
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from asgo.lab.bench.accuracy import exact_steps
-from asgo.lab.bench.matrices import Problem, first, low_rank, real, signal
 from asgo.linalg.inverse_root import ROOTS
+from benchmarks.speed.accuracy import exact_steps
+from benchmarks.speed.matrices import Problem, first, low_rank, real, signal
 
 EPS, CPU = 1e-6, torch.device("cpu")
 KEPT: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,7 +42,7 @@ def main() -> None:
         "first steps of rank 8 to 64": [first(384, CPU, 0, 0), low_rank(384, 64, CPU, 0), low_rank(128, 8, CPU, 0)],
         "of rank 1": [low_rank(128, 1, CPU, 0)],
     }
-    print(f"# `python benchmarks/packed_error.py`\n\n| root | kept | {' | '.join(kinds)} |\n|---|---|---:|---:|---:|")
+    print(f"# `python -m benchmarks.packed_error`\n\n| root | kept | {' | '.join(kinds)} |\n|---|---|---:|---:|---:|")
     for name in ("eigh", "minimax", "minimax_fast", "minimax_bf16x3"):
         for how, kept in KEPT.items():
             cells = " | ".join(f"{worst(name, kept, problems):.1e}" for problems in kinds.values())

@@ -1,6 +1,6 @@
 """Where a step of ASGO spends its time on the matrices of GPT-2 124M, and the least that its operations take.
 
-    python benchmarks/profile_step.py > benchmarks/step/profile.md
+    python -m benchmarks.profile_step > benchmarks/step/profile.md
 
 One thread, so that shares are of work. The floor is what each matrix's eigendecomposition and products take alone, in a
 loop on memory that is warm, with nothing between them.
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from asgo import ASGO
-from asgo.lab.models.workloads import make_workload
 from asgo.state_keys import part_key
 from asgo.views import View
+from benchmarks.speed.workloads import make_workload
 
 LAYERS, STEPS = 4, 5
 ROOTS, PRODUCTS, REST = "eigendecompositions", "products", "all else"
@@ -70,7 +70,7 @@ def main() -> None:
 
     total = sum(spent.values())
     print(
-        f"# `python benchmarks/profile_step.py`\n\n{LAYERS} layers of GPT-2 124M, one thread, torch {torch.__version__}"
+        f"# `python -m benchmarks.profile_step`\n\n{LAYERS} layers of GPT-2 124M, one thread, torch {torch.__version__}"
     )
     print("\n| | ms per step | share | alone, ms |\n|---|---:|---:|---:|")
     for kind, taken in spent.items():

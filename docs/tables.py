@@ -1,4 +1,4 @@
-"""The tables of the pages that follow from the code: ``python docs/tables.py`` writes them between their markers."""
+"""The tables of the pages that follow from the code: ``python -m docs.tables`` writes them between their markers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS
 from asgo.lab.models.architectures import PRESETS
 from asgo.lab.optimizers.registry import OPTIMIZERS
+from benchmarks.speed.optimizers import BENCH_OPTIMIZERS
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
 INTERVALS = {"all": "each of `--intervals`", "first": "the first of them", "every": "every step", "none": "-"}
@@ -35,7 +35,7 @@ def optimizers() -> str:
 
 
 def bench_optimizers() -> str:
-    """What ``asgo bench step`` can time."""
+    """What ``benchmarks.step`` can time."""
     columns = ("`--optimizers`", "from", "what it does to a matrix", "interval")
     rows = ((f"`{name}`", f"`{s.package}`", s.about, INTERVALS[s.intervals]) for name, s in BENCH_OPTIMIZERS.items())
     return table(columns, rows)

@@ -1,6 +1,7 @@
 """Every optimizer of the library, for the suites that all of them must pass. A new one is one more row."""
 
 import pytest
+import torch
 
 from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 

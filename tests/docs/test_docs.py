@@ -27,9 +27,6 @@ from asgo.views.routing import DEFAULT
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 
 from asgo.lab import cli
-from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
-from asgo.lab.bench.config import check as check_bench
-from asgo.lab.bench.step import COLUMNS as STEP_COLUMNS
 from asgo.lab.compare.summary import COLUMNS
 from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import flag, flat
@@ -39,12 +36,16 @@ from asgo.lab.inspection.advice import AdviceConfig
 from asgo.lab.inspection.gradients import GradientsConfig
 from asgo.lab.inspection.routing import RoutingConfig
 from asgo.lab.models.language import shape_of
-from asgo.lab.models.workloads import WORKLOADS
 from asgo.lab.optimizers import registry
 from asgo.lab.optimizers.spec import parse_spec
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.config import check as check_plan
 from asgo.lab.plan.mesh import parse as parse_mesh
+from benchmarks.speed.command import parse as parse_benchmark
+from benchmarks.speed.config import DistributedConfig, RootConfig, StepConfig
+from benchmarks.speed.config import check as check_bench
+from benchmarks.speed.workloads import WORKLOADS
+from benchmarks.step import COLUMNS as STEP_COLUMNS
 from experiments.command import parse as parse_experiment
 from experiments.glm import contenders as glm_contenders
 from experiments.glm import experiment as glm
@@ -67,8 +68,13 @@ EXPERIMENTS = {
     "vision": VisionConfig,
     "hessian": HessianConfig,
 }
+BENCHMARKS = {"step": StepConfig, "root": RootConfig, "distributed": DistributedConfig}
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "experiments" / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*.md")),
+    *(ROOT / room / "README.md" for room in ("benchmarks", "experiments")),
+]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -180,8 +186,11 @@ def test_commands_parse(path, tmp_path, monkeypatch, capsys):
         else:
             check_command(words)
     for line in shell_lines(path):
-        if line[:2] == ["python", "-m"] and line[2].startswith("experiments."):
-            check_experiment(line[2].split(".")[1], line[3:])
+        room, _, name = line[2].partition(".") if line[:2] == ["python", "-m"] else ("", "", "")
+        if room == "experiments":
+            check_experiment(name, line[3:])
+        elif name in BENCHMARKS and (config := parse_benchmark(name, BENCHMARKS[name], line[3:])):
+            check_bench(config)
     assert not list(tmp_path.iterdir())
 
 
@@ -196,8 +205,6 @@ def check_command(words):
         assert all(parse_spec(text).lr for text in parsed.optimizers)
     elif isinstance(parsed, cli.OptimizersConfig):
         shape_of(parsed.model)
-    elif isinstance(parsed, (StepConfig, RootConfig, DistributedConfig)):
-        check_bench(parsed)
     elif isinstance(parsed, PlanConfig):
         check_plan(parsed)
         assert all(parse_mesh(text, parsed.gpus) for text in parsed.mesh)
@@ -318,7 +325,7 @@ def test_layouts():
 
 
 def test_generated_tables_are_those_of_the_code():
-    """``python docs/tables.py`` writes them."""
+    """``python -m docs.tables`` writes them."""
     tables = generator()
     for path in PAGES:
         assert tables.render(path.read_text()) == path.read_text(), path.name
@@ -353,7 +360,7 @@ def test_flags_exist():
     launchers = {"--nproc_per_node", "--shutdown-timeout", "--multi_gpu", "--num_processes"}
     hosts = {"--opt", "--opt-kwargs"}
     known = {"--help", "--version", "--no-deps"} | launchers | hosts
-    benches, experiments = (StepConfig, RootConfig, DistributedConfig), EXPERIMENTS.values()
+    benches, experiments = BENCHMARKS.values(), EXPERIMENTS.values()
     looks = (RoutingConfig, GradientsConfig, AdviceConfig)
     for kind in (TrainConfig, CompareConfig, PlanConfig, *looks, *benches, *experiments):
         flags = {flag(name) for name in flat(kind())}
@@ -372,7 +379,7 @@ def test_columns_of_a_comparison_are_explained():
 
 
 def test_what_bench_step_tells():
-    text = section(page("harness.md"), "Bench")
+    text = page("harness.md").split("## Benchmarks\n", 1)[1]
     assert set(WORKLOADS) <= set(re.findall(r"`([\w-]+)`", text))
     for column in STEP_COLUMNS[2:]:
         assert f"**{column}**" in text, column

@@ -19,11 +19,11 @@ pytest.importorskip("asgo.lab.cli")
 
 from asgo import ASGO
 from asgo.lab import cli
-from asgo.lab.bench.config import DistributedConfig
-from asgo.lab.bench.distributed import bench_distributed
 from asgo.lab.data.sampling import Draw, TrainBatches
 from asgo.lab.errors import LabError
 from asgo.lab.training.parallel import lost, own_failures, shares
+from benchmarks.distributed import bench_distributed
+from benchmarks.speed.config import DistributedConfig
 from worlds import World
 
 RUN = [

@@ -13,8 +13,7 @@ pytest.importorskip("asgo.lab.cli")
 
 from asgo import ASGO, View
 from asgo.lab.plan.mesh import Mesh
-from asgo.lab.plan.parts import read_parts
-from asgo.lab.plan.placing import memory, place, step_traffic
+from asgo.lab.plan.placing import memory, place, read_parts, traffic
 from worlds import World
 
 
@@ -148,7 +147,7 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(world, mesh, interval):
         del model.scale
     placed = place(read_parts(ASGO(groups_of(model), packed_state=interval > 1), PLAN), mesh, interval)
     step = 500
-    flow = step_traffic(placed, mesh, step % interval, dtype.itemsize)
+    sent, received = traffic(placed, mesh, interval, dtype.itemsize)[step % interval]
     sizes = memory(placed, mesh, dtype.itemsize)
     params = sizes.pop("params")
     del sizes["gradients"]
@@ -161,5 +160,5 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(world, mesh, interval):
         wanted = wanted | sparse.get(mesh, set())
     assert summed == wanted
     found = world(mesh.ranks)(one_step, mesh, dtype, interval, step)
-    said = zip(flow.sent.flat, flow.received.flat, state.flat, params.flat, strict=True)
+    said = zip(sent.flat, received.flat, state.flat, params.flat, strict=True)
     assert found == [tuple(int(value) for value in rank) for rank in said]

@@ -5,10 +5,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from asgo import ASGO, SPAM, View, report
 from asgo.diagnostics.step_memory import LiveBytes, step_bytes
-from asgo.lab.bench.timing import peak_bytes
 from asgo.linalg.inverse_root import ROOTS
 from asgo.linalg.polynomial import schedule
 from asgo.optimizer.bucket import BUCKET_BYTES
+from benchmarks.speed.timing import peak_bytes
 from family import PRESETS
 
 SHAPES = [(20, 30), (20, 30), (65, 75), (75, 65), (32,), (8, 3, 3, 3), (20, 30)]

@@ -1,7 +1,8 @@
-"""The command ``asgo``: train, compare, demo, inspect, optimizers, plan, bench."""
+"""The command ``asgo``: train, compare, demo, inspect, optimizers, plan."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -11,13 +12,10 @@ import tyro
 from rich.console import Console
 
 from asgo.lab import terminal
-from asgo.lab.bench.config import DistributedConfig, RootConfig, StepConfig
-from asgo.lab.bench.distributed import bench_distributed
-from asgo.lab.bench.root import bench_root
-from asgo.lab.bench.step import bench_step
 from asgo.lab.compare.compare import compare
 from asgo.lab.config.codec import from_json
 from asgo.lab.config.runs import DEMO, CompareConfig, TrainConfig
+from asgo.lab.errors import LabError
 from asgo.lab.files import read_json
 from asgo.lab.inspection.advice import AdviceConfig, inspect_advise
 from asgo.lab.inspection.gradients import MARKER, GradientsConfig, inspect_gradients
@@ -28,14 +26,13 @@ from asgo.lab.plan.plan import plan
 from asgo.lab.terminal import exit_code, is_first_process
 from asgo.lab.training.train import train
 
-DESCRIPTION = "Train language models with ASGO and its peers, compare them, time them, and look at what they do."
+DESCRIPTION = "Train language models with ASGO and its peers, compare them, and look at what they do."
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
-BENCH_HELP = "Measure speed: of whole optimizer steps, on several processes, or of the inverse roots inside them."
 INSPECT_HELP = "Look at a model as an optimizer sees it."
 
 Resumable = TrainConfig | CompareConfig | GradientsConfig
 Tables = RoutingConfig | AdviceConfig | OptimizersConfig | PlanConfig
-Command = Resumable | Tables | StepConfig | RootConfig | DistributedConfig
+Command = Resumable | Tables
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
@@ -51,9 +48,6 @@ COMMANDS: dict[type[Any], Callable[[Any, Console], Any]] = {
     CompareConfig: compare,
     GradientsConfig: inspect_gradients,
     AdviceConfig: inspect_advise,
-    StepConfig: bench_step,
-    RootConfig: bench_root,
-    DistributedConfig: bench_distributed,
     PlanConfig: plan,
 }
 """Commands that show their progress and leave a folder of results."""
@@ -94,11 +88,18 @@ def parse(args: Sequence[str]) -> Command | None:
     Raises:
         LabError: for flags that do not exist or do not fit.
     """
+    if args[:1] == ["bench"]:
+        raise LabError(f"benchmarks are programs of the repository: in a clone of it run {_benchmark(args[1:])}.")
     config = _parse(args, {})
     if not isinstance(config, Resumable) or not config.resume:
         return config
     kind, path = type(config), config.out / SAVED[type(config)]
     return _parse(args, {kind: from_json(kind, read_json(path))}) if path.exists() else config
+
+
+def _benchmark(words: Sequence[str]) -> str:
+    name, *flags = words or ["NAME"]
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *flags])
 
 
 def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | None:
@@ -118,14 +119,6 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         ],
         _subcommand("optimizers", OptimizersConfig, saved),
         _subcommand("plan", PlanConfig, saved),
-        Annotated[
-            Union[  # noqa: UP007
-                _subcommand("step", StepConfig, saved),
-                _subcommand("root", RootConfig, saved),
-                _subcommand("distributed", DistributedConfig, saved),
-            ],
-            tyro.conf.subcommand("bench", description=BENCH_HELP),
-        ],
     ]
     return terminal.parse(kinds, args, "asgo", DESCRIPTION)
 

@@ -202,7 +202,7 @@ def minimax_tf32(A: Square, eps: float) -> Result:
 
 
 def auto(A: Square, eps: float) -> Result:
-    """The fastest by measurement (``asgo bench root``): on a CPU `eigh` for matrices larger than 128 and for
+    """The fastest by measurement (``benchmarks.root``): on a CPU `eigh` for matrices larger than 128 and for
     float64, else `minimax`. How many matrices stand in the stack makes no difference to their roots."""
     return ROOTS[_fastest(A.device.type, A.shape[-1], A.dtype)](A, eps)
 

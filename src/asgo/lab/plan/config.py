@@ -43,18 +43,9 @@ class PlanConfig:
     state_share: Annotated[float, Range(1e-3, 1, "a share")] = 0.8
     out: Path | None = None
 
-    @property
-    def room(self) -> float:
-        """Bytes that parameters, gradients and state of a rank may take."""
-        return self.memory_gb * 1e9 * self.state_share
-
 
 def check(config: PlanConfig) -> None:
-    """Refuse values out of range, an interval given twice or never, and an output folder that is in use.
-
-    Raises:
-        LabError: naming the flag, the value and what would fit.
-    """
+    """Raise `LabError` for values out of range, entries given twice, and an output folder that is in use."""
     check_ranges(config)
     check_distinct("mesh", config.mesh, empty=True)
     check_distinct("intervals", config.intervals)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from asgo.lab.errors import LabError
 
@@ -13,15 +13,11 @@ NODE, POD = 8, 64
 """Sizes of shard groups that are compared when no mesh is given: a node, and eight of them."""
 
 
-@dataclass(frozen=True)
-class Mesh:
-    """An arrangement of ``replicate x fsdp x tp`` ranks.
-
-    Parameters are cut over ``fsdp x tp`` ranks, the shard group; `replicate` groups hold the same. With nothing cut
-    all ranks are copies: plain data parallel.
+class Mesh(NamedTuple):
+    """``replicate x fsdp x tp`` ranks. Without shards all hold whole parameters: plain data parallel.
 
     Args:
-        replicate: copies of the shard group.
+        replicate: copies of the shard group of ``fsdp x tp`` ranks.
         fsdp: ranks over which rows are cut (``fully_shard``).
         tp: ranks over which the rows or columns of a Linear are cut before (tensor parallel).
         zero1: of plain data parallel: the owner alone keeps momentum, statistic and root.
@@ -35,7 +31,7 @@ class Mesh:
     @property
     def ranks(self) -> int:
         """All of them."""
-        return self.replicate * self.fsdp * self.tp
+        return math.prod(self.shape)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -44,14 +40,18 @@ class Mesh:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every rank holds whole parameters: plain data parallel."""
+        """Whether every rank holds whole parameters."""
         return self.fsdp * self.tp == 1
 
     def __str__(self) -> str:
         if self.is_whole:
             return "zero1" if self.zero1 else "ddp"
-        sizes = [(name, getattr(self, name)) for name in SIZES if getattr(self, name) > 1]
-        return sizes[0][0] if len(sizes) == 1 else ",".join(f"{name}={size}" for name, size in sizes)
+        sizes = [(name, size) for name, size in zip(SIZES, self.shape, strict=True) if size > 1]
+        return sizes[0][0] if len(sizes) == 1 else _text(dict(sizes))
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return ",".join(f"{name}={sizes[name]}" for name in SIZES if name in sizes)
 
 
 def parse(text: str, gpus: int) -> Mesh:
@@ -61,9 +61,9 @@ def parse(text: str, gpus: int) -> Mesh:
         LabError: for what is not a mesh, or one that does not multiply to `gpus`.
     """
     if text in ("ddp", "zero1"):
-        return Mesh(replicate=gpus, zero1=text == "zero1")
+        return Mesh(gpus, zero1=text == "zero1")
     if text in SIZES:
-        return _made({text: gpus})
+        return Mesh(**{text: gpus})
     sizes: dict[str, int] = {}
     for entry in text.split(","):
         name, _, size = entry.partition("=")
@@ -73,32 +73,18 @@ def parse(text: str, gpus: int) -> Mesh:
                 "replicate=16,fsdp=64 or fsdp=8,tp=8."
             )
         sizes[name] = int(size)
-    if math.prod(sizes.values()) != gpus:
-        raise LabError(f"--mesh {text} has {math.prod(sizes.values())} ranks, --gpus {gpus}: {_fitting(sizes, gpus)}.")
-    return _made(sizes)
-
-
-def _made(sizes: Mapping[str, int]) -> Mesh:
-    return Mesh(sizes.get("replicate", 1), sizes.get("fsdp", 1), sizes.get("tp", 1))
-
-
-def _fitting(sizes: dict[str, int], gpus: int) -> str:
-    product = math.prod(sizes.values())
-    free = next((name for name in SIZES if name not in sizes), None)
-    if free is None or gpus % product:
-        return f"pass sizes that multiply to {gpus}"
-    both = {name: {**sizes, free: gpus // product}.get(name) for name in SIZES}
-    fits = ",".join(f"{name}={size}" for name, size in both.items() if size)
-    return f"pass --gpus {product} or --mesh {fits}"
+    ranks = math.prod(sizes.values())
+    if ranks != gpus:
+        free = next((name for name in SIZES if name not in sizes), None)
+        fits = f"pass sizes that multiply to {gpus}"
+        if free and gpus % ranks == 0:
+            fits = f"pass --gpus {ranks} or --mesh {_text({**sizes, free: gpus // ranks})}"
+        raise LabError(f"--mesh {text} has {ranks} ranks, --gpus {gpus}: {fits}.")
+    return Mesh(**sizes)
 
 
 def sensible(gpus: int, tp: Sequence[int]) -> list[Mesh]:
-    """What is worth comparing for a number of GPUs.
-
-    Args:
-        gpus: how many.
-        tp: sizes of tensor parallel that fit the model.
-    """
+    """What is worth comparing for a number of GPUs, where tensor parallel may have the sizes `tp`."""
     if gpus == 1:
         return [Mesh()]
     found = [Mesh(gpus), Mesh(gpus, zero1=True), Mesh(fsdp=gpus)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,8 +15,7 @@ from asgo.lab.packages import need
 KNOWN = {name: Published(shape, GPT2_VOCABULARY, GPT2_BLOCK) for name, shape in PRESETS.items()} | PUBLISHED
 
 
-@dataclass(frozen=True)
-class PlannedModel:
+class PlannedModel(NamedTuple):
     """A model on the meta device.
 
     Args:
@@ -37,9 +35,8 @@ class PlannedModel:
     @property
     def tp_sizes(self) -> list[int]:
         """The numbers of ranks over which tensor parallel can cut it."""
-        if not self.tp_plan or not self.heads:
-            return [1]
-        return [t for t in range(1, self.kv_heads + 1) if self.heads % t == 0 and self.kv_heads % t == 0]
+        most = self.kv_heads if self.tp_plan and self.heads else 1
+        return [t for t in range(1, most + 1) if t == 1 or self.heads % t == self.kv_heads % t == 0]
 
 
 def load(name: str) -> PlannedModel:
@@ -51,14 +48,13 @@ def load(name: str) -> PlannedModel:
     Raises:
         LabError: for a model that does not exist or cannot be read.
     """
-    if name in KNOWN:
-        with torch.device("meta"):
-            module = build(KNOWN[name].shape, KNOWN[name].vocab_size, KNOWN[name].block_size)
-    else:
-        module = _of_config(name, _read(name))
-    config: Any = module.config
-    heads = getattr(config, "num_attention_heads", None) or 0
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    config = None if name in KNOWN else _read(name)
+    with torch.device("meta"):
+        known = KNOWN.get(name)
+        module = build(known.shape, known.vocab_size, known.block_size) if known else _of_config(name, config)
+    found: Any = module.config
+    heads = getattr(found, "num_attention_heads", None) or 0
+    kv_heads = getattr(found, "num_key_value_heads", None) or heads
     plan = getattr(module, "tp_plan", None) or getattr(module, "_tp_plan", None) or {}
     return PlannedModel(name, module, heads, kv_heads, {str(where): str(kind) for where, kind in plan.items()})
 
@@ -84,13 +80,11 @@ def _read(name: str) -> Any:
 
 
 def _of_config(name: str, config: Any) -> nn.Module:
-    """The model of a configuration on the meta device: a causal language model, or else the bare model."""
-    transformers = _transformers()
-    error: Exception | None = None
+    """A causal language model, or else the bare model."""
+    transformers, error = _transformers(), None
     for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
         try:
-            with torch.device("meta"):
-                return kind.from_config(config)
+            return kind.from_config(config)
         except (ValueError, TypeError, ImportError) as failure:
             error = failure
     raise LabError(f"model {name!r} ({type(config).__name__}) cannot be built: {error}. Pass another.") from error

@@ -1,36 +1,128 @@
-"""Which ranks of a mesh hold a part, who keeps its state and what is sent for it, by the optimizer's own planner.
+"""What every rank of a mesh holds, keeps and sends for each part of a model, by the optimizer's own planner.
 
-Arrays have a number for each rank, ``(replicate, fsdp, tp)``. The rules are those of `asgo.distributed`; here they are
-asked for all ranks at once, with no process group and no memory.
+Which entries a rank holds, what it owns and when a root is due is asked of the functions of `asgo.distributed` that the
+optimizer asks, with shapes alone: no process group, no memory. Arrays have a number for each rank, ``(replicate, fsdp,
+tp)``; those of traffic have two, bytes sent and bytes received.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.distributed.tensor import Shard
-from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from asgo.distributed.ownership import Unit, cost, owners, turns
 from asgo.distributed.placement import Box, Kind, _aligned, _boxes, overlap, part_boxes, sizes
-from asgo.distributed.summing import most_shards
+from asgo.distributed.summing import most_shards, sent
 from asgo.lab.plan.mesh import Mesh
-from asgo.lab.plan.parts import Part
+from asgo.optimizer.bucket import part_key
+from asgo.optimizer.param_groups import names_of, with_views
+from asgo.optimizer.step import StructuredOptimizer
+from asgo.structures import OneSided, Packed, Structure
+from asgo.views import View
 
-Ranks: TypeAlias = NDArray[np.int64]
-
-HAVE_ROOT_OWNERS = ("shared", "summed")
-"""Kinds whose roots are refreshed by one rank."""
-
+Ranks: TypeAlias = NDArray[Any]
+STATE = 4
+"""Bytes of a number of the state, of roots, and of updates on their way."""
 FAILURE_COUNT = 8
 """Bytes of the count of failures that goes with each root."""
+KEPT = ("params", "gradients", "momentum", "statistics", "roots", "adamw", "rest")
+"""What `memory` tells apart."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stack of matrices of a parameter, or with `view` None a parameter on AdamW.
+
+    Args:
+        name: of the parameter.
+        shape: of the parameter.
+        view: how it is read.
+        structure: how its statistic is kept; None without a view.
+        index: its number among the parts of a split.
+        stack: ``(b, m, n)``.
+        tp_dim: the axis that tensor parallel cuts; None: every rank has all of it.
+        sizes: bytes of its state: momentum, statistics, roots, sharded, failures; or adamw.
+        counter: bytes of what every rank has for the parameter: its count of steps.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    view: View | None
+    structure: Structure | None
+    index: int
+    stack: tuple[int, int, int]
+    tp_dim: int | None
+    sizes: Mapping[str, int]
+    counter: int
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.stack)
+
+    def norms(self, interval: int) -> int:
+        """Norms that shards of a matrix tell each other: two, with old roots one of each row, else of the update."""
+        structure = self.structure.inner if isinstance(self.structure, Packed) else self.structure
+        if isinstance(structure, OneSided) and interval > 1:
+            return 2 + self.stack[1 if structure.left(*self.stack[1:]) else 2]
+        return 3 if self.sizes["sharded"] else 2
+
+
+def read_parts(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Part]:
+    """Every part of every parameter of an optimizer (on the meta device), in its order.
+
+    Args:
+        optimizer: any.
+        tp_plan: how tensor parallel cuts modules, as transformers tells.
+    """
+    found: list[Part] = []
+    names = names_of(optimizer)
+    for group in optimizer.param_groups:
+        structure = optimizer.structure(group)
+        for param, view in with_views(group):
+            state, shape, name = optimizer.state[param], tuple(param.shape), names[param]
+            tp_dim = tensor_parallel_dim(name, param, tp_plan)
+            if view is None:
+                moments = sum(tensor.nbytes for key, tensor in state.items() if key.startswith("exp_avg"))
+                counter = sum(tensor.nbytes for tensor in state.values()) - moments
+                found.append(
+                    Part(name, shape, None, None, 0, (1, 1, param.numel()), tp_dim, {"adamw": moments}, counter)
+                )
+            for i, stack in enumerate(() if view is None else view.shapes(param.shape)):
+                counter = state["step"].nbytes if i == 0 else 0
+                found.append(Part(name, shape, view, structure, i, stack, tp_dim, _sizes(structure, state, i), counter))
+    return found
+
+
+def _sizes(structure: Structure, state: Mapping[str, Tensor], index: int) -> dict[str, int]:
+    momentum = state[part_key("exp_avg", index)]
+    found = {"momentum": momentum.nbytes, "failures": state[part_key("failures", index)].nbytes}
+    found |= {"statistics": 0, "roots": 0, "sharded": 0}
+    for key in structure.init(momentum):
+        kind = "roots" if key in structure.derived else "sharded" if key in structure.spread else "statistics"
+        found[kind] += state[part_key(key, index)].nbytes
+    return found
+
+
+def tensor_parallel_dim(name: str, param: Tensor, plan: Mapping[str, str]) -> int | None:
+    """The axis along which a plan of transformers, as ``{"layers.*.mlp.up_proj": "colwise"}``, cuts a parameter."""
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    kind = plan.get(pattern) or plan.get(pattern.rpartition(".")[0]) or ""
+    if kind == "embedding_rowwise" or ("colwise" in kind and param.ndim == 1):
+        return 0
+    if "colwise" in kind:
+        return param.ndim - 2
+    return param.ndim - 1 if "rowwise" in kind and param.ndim > 1 else None
 
 
 @dataclass(frozen=True)
@@ -65,13 +157,12 @@ class Placed:
     @property
     def has_owner(self) -> bool:
         """Whether one rank keeps the part's state, or refreshes its roots for all."""
-        return self.kind == "owned" or (self.kind in HAVE_ROOT_OWNERS and bool(self.part.root_keys))
+        return self.kind == "owned" or (self.kind in ("shared", "summed") and bool(self.part.sizes["roots"]))
 
     @property
     def on_ranks(self) -> Ranks:
         """How many of its numbers each rank of the team holds."""
-        one = np.array(self.held, dtype=np.int64).reshape(1, self.mesh.fsdp, self.across)
-        return np.broadcast_to(one, self.team)
+        return np.broadcast_to(np.array(self.held).reshape(1, self.mesh.fsdp, self.across), self.team)
 
     @property
     def is_owner(self) -> Ranks:
@@ -85,9 +176,13 @@ class Placed:
         """How many whole matrices each rank of a shard group holds, if it holds whole ones."""
         return tuple(held * self.part.stack[0] // self.part.numel for held in self.held)
 
-    def everywhere(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The same numbers in every team."""
-        return np.broadcast_to(values, self.mesh.shape)
+    @property
+    def updated(self) -> Ranks:
+        """How many numbers of a parameter on AdamW each rank of the team updates and keeps the moments of."""
+        if not (self.kind == "entries" and self.mesh.is_whole):
+            return self.on_ranks
+        (boxes, width) = _boxes((self.part.shape[0],), (self.mesh.ranks,), (Shard(0),)), self.part.shape[1:]
+        return np.array([math.prod((*sizes(box), *width)) for box in boxes]).reshape(self.team)
 
 
 def place(parts: Sequence[Part], mesh: Mesh, interval: int) -> list[Placed]:
@@ -99,42 +194,33 @@ def place(parts: Sequence[Part], mesh: Mesh, interval: int) -> list[Placed]:
         interval: steps between refreshes of a root.
     """
     found = [_place(part, mesh) for part in parts]
-    stacks = [i for i, placed in enumerate(found) if placed.part.structure is not None]
-    costs = [b * s.cost(m, n) for i in stacks if (s := parts[i].structure) for b, m, n in [parts[i].stack]]
-    for i, phase in zip(stacks, turns(costs, interval), strict=True):
-        found[i] = replace(found[i], phase=phase, interval=interval)
-    owned = [i for i in stacks if found[i].has_owner]
-    units = [_unit(found[i], interval) for i in owned]
-    for i, owner in zip(owned, owners(units), strict=True):
+    stacks = [(i, s, part.stack) for i, part in enumerate(parts) if (s := part.structure) is not None]
+    phases = turns([stack[0] * s.cost(*stack[1:]) for _, s, stack in stacks], interval)
+    units: dict[int, Unit] = {}
+    for (i, structure, stack), phase in zip(stacks, phases, strict=True):
+        found[i] = placed = replace(found[i], phase=phase, interval=interval)
+        if placed.has_owner:
+            price = cost(structure, placed.kind, stack)
+            units[i] = Unit(price, tuple(range(math.prod(placed.team))), (interval, phase))
+    for i, owner in zip(units, owners(list(units.values())), strict=True):
         found[i] = replace(found[i], owner=owner)
     return found
-
-
-def _unit(placed: Placed, interval: int) -> Unit:
-    structure = placed.part.structure
-    price = 0.0 if structure is None else cost(structure, placed.kind, placed.part.stack)
-    return Unit(price, tuple(range(math.prod(placed.team))), (interval, placed.phase))
 
 
 def _place(part: Part, mesh: Mesh) -> Placed:
     across = mesh.tp if part.tp_dim is not None else 1
     if mesh.is_whole or not part.shape:
-        kind = _kind_of_copies(part, mesh)
+        if part.view is None:
+            kind = "entries" if mesh.zero1 and part.shape else "alone"
+        else:
+            kind = "alone" if mesh.ranks == 1 else "owned" if mesh.zero1 else "shared"
         return Placed(part, mesh, kind, (part.numel,) * mesh.fsdp * across, across)
-    boxes = _boxes(part.shape, *_cuts(mesh.fsdp, across, part.tp_dim))
-    return Placed(part, mesh, _kind_of_shards(part, mesh, across, boxes), _held(boxes, _region(part)), across)
-
-
-def _cuts(fsdp: int, across: int, tp_dim: int | None) -> tuple[tuple[int, int], tuple[TorchPlacement, TorchPlacement]]:
-    """Tensor parallel cuts first, then `fully_shard` cuts the rows of each piece."""
-    rows = _StridedShard(0, split_factor=across) if tp_dim == 0 and across > 1 else Shard(0)
-    return (fsdp, across), (rows, Shard(tp_dim or 0))
-
-
-def _kind_of_copies(part: Part, mesh: Mesh) -> Kind:
-    if part.view is None:
-        return "entries" if mesh.zero1 and part.shape else "alone"
-    return "alone" if mesh.ranks == 1 else "owned" if mesh.zero1 else "shared"
+    # Tensor parallel cuts first, then `fully_shard` cuts the rows of each piece.
+    rows = _StridedShard(0, split_factor=across) if part.tp_dim == 0 and across > 1 else Shard(0)
+    boxes = _boxes(part.shape, (mesh.fsdp, across), (rows, Shard(part.tp_dim or 0)))
+    whole = tuple((0, length) for length in part.shape)
+    region = whole if part.view is None else part_boxes(part.view, part.shape)[part.index]
+    return Placed(part, mesh, _kind_of_shards(part, mesh, across, boxes), _held(boxes, region), across)
 
 
 def _kind_of_shards(part: Part, mesh: Mesh, across: int, boxes: tuple[Box, ...]) -> Kind:
@@ -150,159 +236,110 @@ def _kind_of_shards(part: Part, mesh: Mesh, across: int, boxes: tuple[Box, ...])
     return "summed" if len(boxes) <= most_shards(part.view, part.shape, dim, part.structure) else "owned"
 
 
-def _region(part: Part) -> Box:
-    """What of the parameter belongs to the part."""
-    return (
-        tuple((0, length) for length in part.shape)
-        if part.view is None
-        else part_boxes(part.view, part.shape)[part.index]
-    )
-
-
 @lru_cache(maxsize=4096)
 def _held(boxes: tuple[Box, ...], region: Box) -> tuple[int, ...]:
     both = (overlap(box, region) for box in boxes)
     return tuple(0 if found is None else math.prod(sizes(found)) for found in both)
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-MEMORY = ("params", "gradients", "momentum", "statistics", "roots", "adamw", "rest")
-
-
 def memory(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> dict[str, Ranks]:
-    """Bytes that every rank keeps, by the names of `MEMORY`; activations and temporaries are not among them.
+    """Bytes that every rank keeps, by the names of `KEPT`; activations and temporaries are not among them.
 
     Args:
         placed: all parts.
         mesh: the ranks.
         itemsize: bytes of a number of a parameter and of its gradient.
     """
-    found = {name: np.zeros(mesh.shape) for name in MEMORY}
+    found = {name: np.zeros(mesh.shape) for name in KEPT}
     for p in placed:
         for name in ("params", "gradients"):
-            found[name] += p.everywhere(p.on_ranks) * itemsize
+            found[name] += p.on_ranks * itemsize
         found["rest"] += p.part.counter
-        if p.part.structure is None:
-            found["adamw"] += p.everywhere(updated_entries(p)) / max(p.part.numel, 1) * sum(p.part.sizes.values())
-            continue
-        share = _share(p)
-        kept = (
-            p.is_owner if p.kind == "summed" and p.part.root_keys else np.ones(p.team) if p.kind == "summed" else share
-        )
-        roots = np.ones(p.team) if p.kind == "summed" else share
-        found["momentum"] += p.everywhere(share) * p.part.sizes["exp_avg"]
-        found["statistics"] += p.everywhere(kept) * p.part.bytes_of(p.part.statistic_keys)
-        found["roots"] += p.everywhere(roots) * p.part.bytes_of(p.part.root_keys)
-        found["rest"] += p.everywhere(share) * p.part.bytes_of(p.part.sharded_keys)
-        found["rest"] += p.everywhere(kept) * p.part.sizes["failures"]
+        where = _keepers(p)
+        for name, size in p.part.sizes.items():
+            found[name if name in KEPT else "rest"] += where[name] * size
     return {name: ranks.round().astype(np.int64) for name, ranks in found.items()}
 
 
-def _share(placed: Placed) -> NDArray[np.float64]:
-    """The share of a part's momentum that each rank of its team keeps."""
-    if placed.kind in ("alone", "shared"):
-        return np.ones(placed.team)
-    if placed.kind == "owned":
-        return placed.is_owner.astype(np.float64)
-    return placed.on_ranks / placed.part.numel
+def _keepers(p: Placed) -> dict[str, Ranks]:
+    """The share of each kind of state that the ranks of the team keep."""
+    if p.part.structure is None:
+        return {"adamw": p.updated / max(p.part.numel, 1)}
+    everywhere = np.ones(p.team)
+    share = everywhere if p.kind in ("alone", "shared") else p.on_ranks / p.part.numel
+    share = p.is_owner if p.kind == "owned" else share
+    statistics = roots = share
+    if p.kind == "summed":
+        statistics, roots = (p.is_owner if p.has_owner else everywhere), everywhere
+    return {"momentum": share, "sharded": share, "statistics": statistics, "failures": statistics, "roots": roots}
 
 
-def updated_entries(placed: Placed) -> Ranks:
-    """How many numbers of a parameter on AdamW each rank of the team updates and keeps the moments of."""
-    if not (placed.kind == "entries" and placed.mesh.is_whole):
-        return placed.on_ranks
-    (boxes, width) = _boxes((placed.part.shape[0],), (placed.mesh.ranks,), (Shard(0),)), placed.part.shape[1:]
-    return np.array([math.prod((*sizes(box), *width)) for box in boxes], dtype=np.int64).reshape(placed.team)
+# ---- what is sent --------------------------------------------------------------------------------------------------
 
 
-# ---- links ---------------------------------------------------------------------------------------
+def traffic(placed: Sequence[Placed], mesh: Mesh, interval: int, itemsize: int) -> list[Ranks]:
+    """Bytes that every rank sends and receives in each step of an interval, ``(2, replicate, fsdp, tp)``.
 
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that every rank sends to others and receives from others in one step, once each."""
-
-    sent: Ranks
-    received: Ranks
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent + other.sent, self.received + other.received)
-
-
-def step_traffic(placed: Sequence[Placed], mesh: Mesh, phase: int, itemsize: int) -> Traffic:
-    """What the optimizer sends in the step of an interval at which the roots of that phase are refreshed.
-
-    What gradients cost on the way to their ranks is the same for every optimizer, and not in it.
+    Not in it is what gradients cost on the way to their ranks, which is the same for every optimizer.
 
     Args:
         placed: all parts.
         mesh: the ranks.
-        phase: the step of the interval.
+        interval: steps between refreshes of a root.
         itemsize: bytes of a number of a parameter and of its gradient.
     """
-    found = fixed_traffic(placed, mesh, itemsize)
-    return sum((root_traffic(p) for p in placed if p.phase == phase), found)
+    flows = [sum((sent_always(p, itemsize) for p in placed), np.zeros((2, *mesh.shape), np.int64))] * interval
+    for p in placed:
+        flows[p.phase] = flows[p.phase] + sent_roots(p)
+    return flows
 
 
-def fixed_traffic(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> Traffic:
-    """What every step sends, whichever roots are refreshed; arguments as of `step_traffic`."""
-    nothing = Traffic(np.zeros(mesh.shape, np.int64), np.zeros(mesh.shape, np.int64))
-    return sum((_sent_always(p, itemsize) for p in placed if p.kind in SENDERS), nothing)
-
-
-SENDERS = ("owned", "aligned", "summed", "entries")
-STATE = 4
-"""Bytes of a number of the state, of roots, and of updates on their way."""
-
-
-def root_traffic(placed: Placed) -> Traffic:
+def sent_roots(p: Placed) -> Ranks:
     """The owner of a part sends its refreshed roots to all others that apply them.
 
     ``b (k^2 itemsize + 8)`` bytes to each of ``N - 1`` ranks; where statistics are summed over shards, without the
     count of failures. Packed, ``k (k + 1) / 2`` in place of ``k^2``.
     """
-    size = placed.part.bytes_of(placed.part.root_keys) if placed.kind in HAVE_ROOT_OWNERS else 0
-    if placed.kind == "shared" and size:
-        size += placed.part.stack[0] * FAILURE_COUNT
-    return _broadcast(placed, np.full(placed.team, size, dtype=np.int64))
+    size = p.part.sizes["roots"] if p.kind in ("shared", "summed") else 0
+    return _broadcast(p, np.full(p.team, size + p.part.stack[0] * FAILURE_COUNT * (p.kind == "shared" and size > 0)))
 
 
-def _sent_always(placed: Placed, itemsize: int) -> Traffic:
-    part, others = placed.part, len(placed.held) - 1
-    if placed.kind == "owned":
-        return _to_owner(placed, placed.on_ranks * itemsize) + _broadcast(placed, placed.on_ranks * STATE)
-    if placed.kind == "aligned":
-        return _all_gathered(placed, max(placed.matrices) * STATE * others)
-    if placed.kind == "summed":
-        norms = part.stack[0] * (2 + part.lengths(placed.interval))
-        statistics = np.full(placed.team, part.sent_statistic * STATE, dtype=np.int64)
-        return _to_owner(placed, statistics) + _all_gathered(placed, norms * STATE * others)
-    own = updated_entries(placed) * itemsize if placed.mesh.is_whole else np.zeros(placed.team, np.int64)
-    return Traffic(placed.everywhere(own * (placed.mesh.ranks - 1)), placed.everywhere(own.sum() - own))
+def sent_always(p: Placed, itemsize: int) -> Ranks:
+    """What every step sends for a part, whichever roots are refreshed."""
+    part, others = p.part, len(p.held) - 1
+    if p.kind == "owned":
+        return _to_owner(p, p.on_ranks * itemsize) + _broadcast(p, p.on_ranks * STATE)
+    if p.kind == "aligned":
+        return np.full((2, *p.mesh.shape), max(p.matrices) * STATE * others)
+    if p.kind == "summed" and part.structure is not None:
+        b, m, n = part.stack
+        statistics = np.full(p.team, b * sent(part.structure, m, n)[0] * STATE)
+        return _to_owner(p, statistics) + b * part.norms(p.interval) * STATE * others
+    if p.kind == "entries" and p.mesh.is_whole:
+        own = p.updated * itemsize
+        return np.stack([own * (p.mesh.ranks - 1), own.sum() - own])
+    return np.zeros((2, *p.mesh.shape), np.int64)
 
 
-def _to_owner(placed: Placed, own: Ranks) -> Traffic:
+def _to_owner(p: Placed, own: Ranks) -> Ranks:
     """The ranks of the owner's replica send theirs to it; those of the first replica if the owner holds nothing."""
-    owner = np.unravel_index(placed.owner or 0, placed.team)
-    replica = owner[0] if placed.on_ranks[owner] or placed.kind == "summed" else 0
-    sent, received = np.zeros(placed.team, np.int64), np.zeros(placed.team, np.int64)
-    sent[replica] = own[replica]
-    sent[owner] = 0
-    received[owner] = sent.sum()
-    return Traffic(placed.everywhere(sent), placed.everywhere(received))
+    owner = np.unravel_index(p.owner or 0, p.team)
+    replica = owner[0] if p.on_ranks[owner] or p.kind == "summed" else 0
+    both = np.zeros((2, *p.team), np.int64)
+    both[0, replica] = own[replica]
+    both[(slice(None), *owner)] = 0, both[0].sum() - both[0][owner]
+    return _everywhere(p, both)
 
 
-def _broadcast(placed: Placed, each: Ranks) -> Traffic:
+def _broadcast(p: Placed, each: Ranks) -> Ranks:
     """The owner sends every other rank of the team its own number of bytes."""
-    received = each * (1 - placed.is_owner)
-    return Traffic(placed.everywhere(placed.is_owner * received.sum()), placed.everywhere(received))
+    received = each * (1 - p.is_owner)
+    return _everywhere(p, np.stack([p.is_owner * received.sum(), received]))
 
 
-def _all_gathered(placed: Placed, size: int) -> Traffic:
-    """Every rank sends and receives as much."""
-    every = np.full(placed.mesh.shape, size, dtype=np.int64)
-    return Traffic(every, every)
+def _everywhere(p: Placed, both: Ranks) -> Ranks:
+    """The same in every team."""
+    return np.broadcast_to(both, (2, *p.mesh.shape))
 
 
 def gradient_bytes(numbers: int, mesh: Mesh, itemsize: int) -> float:

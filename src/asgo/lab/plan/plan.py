@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from asgo.lab.plan import placing
 from asgo.lab.plan.config import PlanConfig, check
 from asgo.lab.plan.mesh import Mesh, parse, sensible
 from asgo.lab.plan.model import PlannedModel, load
-from asgo.lab.plan.parts import Part, read_parts
-from asgo.lab.training.progress import LiveLine
 from asgo.presets import ASGO
 from asgo.views.routing import route
 
@@ -90,63 +87,58 @@ def plan(config: PlanConfig, console: Console | None = None) -> Plan:
 
     Args:
         config: what is asked.
-        console: where progress, tables and the verdict are shown; None: nowhere.
+        console: where tables and the verdict are shown; None: nowhere.
 
     Raises:
         LabError: for a model, a mesh or a number that does not fit; nothing has been written then.
     """
-    console = console or Console(quiet=True)
     check(config)
     given = [parse(text, config.gpus) for text in config.mesh]
     model = load(config.model)
     meshes = given or sensible(config.gpus, model.tp_sizes)
     _check_meshes(meshes, model)
-    with LiveLine(console, "asgo plan", len(meshes) * len(config.intervals) + 1) as progress:
-        progress.begin(0)
-        parts = parts_of(model, config.per_head, config.packed_state)
-        rows: list[Row] = []
-        for done, (mesh, interval) in enumerate(product(meshes, config.intervals), 1):
-            progress.show(done, f"{mesh} every {interval}")
-            rows.append(plan_mesh(parts, mesh, interval, config))
-        progress.show(progress.total, "done")
-    found = Plan(_about(config, model, parts), tuple(rows), verdict(rows, config))
+    parts = parts_of(model, config.per_head, config.packed_state)
+    rows = tuple(plan_mesh(parts, mesh, interval, config) for mesh in meshes for interval in config.intervals)
+    found = Plan(_about(config, parts), rows, verdict(rows, config))
     if config.out is not None:
         _save(config, config.out, found)
-    _show(config, found, console)
+    _show(config, found, console or Console(quiet=True))
     return found
 
 
-def parts_of(model: PlannedModel, per_head: bool = False, packed: bool = False) -> list[Part]:
+def parts_of(model: PlannedModel, per_head: bool = False, packed: bool = False) -> list[placing.Part]:
     """What ASGO keeps for every parameter of a model."""
     with torch.device("meta"):
-        return read_parts(ASGO(route(model.module, per_head=per_head), packed_state=packed), model.tp_plan)
+        return placing.read_parts(ASGO(route(model.module, per_head=per_head), packed_state=packed), model.tp_plan)
 
 
-def plan_mesh(parts: Sequence[Part], mesh: Mesh, interval: int, config: PlanConfig) -> Row:
+def plan_mesh(parts: Sequence[placing.Part], mesh: Mesh, interval: int, config: PlanConfig) -> Row:
     """The row of a mesh and an interval."""
     itemsize = getattr(torch, config.param_dtype).itemsize
     placed = placing.place(parts, mesh, interval)
     kept = placing.memory(placed, mesh, itemsize)
     fullest = int(np.sum(list(kept.values()), axis=0).argmax())
     memory = Memory(**{name: int(ranks.flat[fullest]) for name, ranks in kept.items()})
-    always, roots, due = placing.fixed_traffic(placed, mesh, itemsize), [0] * interval, [0] * interval
-    flows = [always] * interval
+    roots = [0] * interval
     for p in placed:
-        if p.part.root_keys:
-            roots[p.phase] += p.part.stack[0]
-        flows[p.phase] = flows[p.phase] + placing.root_traffic(p)
-    due = [int(np.maximum(flow.sent, flow.received).max()) for flow in flows]
+        roots[p.phase] += p.part.stack[0] if p.part.sizes.get("roots") else 0
+    flows = placing.traffic(placed, mesh, interval, itemsize)
     return Row(
         mesh,
         interval,
         memory,
-        fits=memory.total <= config.room,
+        fits=memory.total <= _room(config),
         roots_mean=sum(roots) / interval,
         roots_worst=max(roots),
-        bytes_mean=float(np.mean([flow.sent for flow in flows], axis=0).max()),
-        bytes_worst=max(due),
+        bytes_mean=float(np.mean([sent for sent, _ in flows], axis=0).max()),
+        bytes_worst=max(int(flow.max()) for flow in flows),
         gradient_bytes=placing.gradient_bytes(sum(part.numel for part in parts), mesh, itemsize),
     )
+
+
+def _room(config: PlanConfig) -> float:
+    """Bytes that parameters, gradients and state of a rank may take."""
+    return config.memory_gb * 1e9 * config.state_share
 
 
 def _check_meshes(meshes: Sequence[Mesh], model: PlannedModel) -> None:
@@ -168,10 +160,8 @@ def _check_meshes(meshes: Sequence[Mesh], model: PlannedModel) -> None:
 
 def verdict(rows: Sequence[Row], config: PlanConfig) -> str:
     """Which meshes fit, which of them keeps least and which sends least, in one sentence."""
-    fitting = [row for row in rows if row.fits]
-    if not fitting:
-        text = "nothing here fits"
-    else:
+    text = "nothing here fits"
+    if fitting := [row for row in rows if row.fits]:
         small = min(fitting, key=lambda row: (row.memory.total, row.bytes_mean))
         quiet = min(fitting, key=lambda row: (row.bytes_mean, row.memory.total))
         text = f"{small.mesh} keeps the least ({number(small.memory.total / 1e9)} GB)"
@@ -181,7 +171,7 @@ def verdict(rows: Sequence[Row], config: PlanConfig) -> str:
         return text + "; all of these meshes fit."
     names = ", ".join(f"{name} ({number(size)} GB)" for name, size in large.items())
     verb = "does" if len(large) == 1 else "do"
-    return f"{text}; {names} {verb} not fit into {number(config.room / 1e9)} GB."
+    return f"{text}; {names} {verb} not fit into {number(_room(config) / 1e9)} GB."
 
 
 # ---- what is shown and saved ---------------------------------------------------------------------
@@ -225,7 +215,7 @@ def _traffic_cells(rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
-def _about(config: PlanConfig, model: PlannedModel, parts: Sequence[Part]) -> str:
+def _about(config: PlanConfig, parts: Sequence[placing.Part]) -> str:
     stacked = [part for part in parts if part.view is not None]
     matrices, inside = sum(part.stack[0] for part in stacked), sum(part.numel for part in stacked)
     return (
@@ -249,17 +239,13 @@ def _record(row: Row) -> dict[str, Any]:
 
 def _save(config: PlanConfig, out: Path, found: Plan) -> None:
     words = command(f"asgo plan {config.model}", replace(config, model=PlanConfig().model))
-    text = (
-        f"`{words}`",
-        found.about + ".",
-        NOTE,
+    shown = (
         tables.markdown(MEMORY_COLUMNS, _memory_cells(found.rows, config)),
         tables.markdown(TRAFFIC_COLUMNS, _traffic_cells(found.rows)),
-        found.verdict,
     )
     rows = [_record(row) for row in found.rows]
     make_folder(out)
-    write_text(out / "table.md", "\n\n".join(text) + "\n")
+    write_text(out / "table.md", "\n\n".join((f"`{words}`", found.about + ".", NOTE, *shown, found.verdict)) + "\n")
     write_text(out / "table.csv", tables.csv_text(rows, list(rows[0])))
     results = {"rows": rows, "says": found.verdict, "about": found.about, "command": words, "config": to_json(config)}
     write_json(out / "results.json", finite(results))

@@ -1,7 +1,8 @@
-"""``asgo bench step``: seconds and bytes of one optimizer step on the shapes of real models."""
+"""``python -m benchmarks.step``: seconds and bytes of one optimizer step on the shapes of real models."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from asgo.lab.bench.config import StepConfig, check
-from asgo.lab.bench.draw import Bar, draw_steps
-from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS, HB, compilation
-from asgo.lab.bench.race import Entry, Sweep, TimedOptimizer, make_entries, sweeps, work
-from asgo.lab.bench.tables import Table, machine, show, write_tables
-from asgo.lab.bench.timing import Spread, WorkProgress, free_bytes, pick_device, place, ratio
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.files import make_folder, write_bytes, write_text
-from asgo.lab.models.workloads import Workload, make_workload
 from asgo.lab.tables import csv_text
+from benchmarks.speed.command import program, run_command
+from benchmarks.speed.config import StepConfig, check
+from benchmarks.speed.draw import Bar, draw_steps
+from benchmarks.speed.optimizers import BENCH_OPTIMIZERS, HB, compilation
+from benchmarks.speed.race import Entry, Sweep, TimedOptimizer, make_entries, sweeps, work
+from benchmarks.speed.tables import Table, machine, show, write_tables
+from benchmarks.speed.timing import Spread, WorkProgress, free_bytes, pick_device, place, ratio
+from benchmarks.speed.workloads import Workload, make_workload
 
 Timed = tuple[TimedOptimizer, dict[str, TimedOptimizer]]
 """An optimizer, and those of its sweep by name."""
@@ -122,7 +124,7 @@ def bench_step(config: StepConfig, console: Console) -> list[StepRow]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     make_folder(config.out)
-    verb = command("asgo bench step", config)
+    verb = command(program("step"), config)
     record: dict[str, Any] = {"command": verb, "config": to_json(config), "machine": machine(device)}
     record |= {"workloads": {}, "rows": [], "turns": {}}
     rows: list[StepRow] = []
@@ -227,3 +229,12 @@ def _bars(rows: Sequence[StepRow]) -> list[Bar]:
             family = family if family in ("asgo", "torch") else "other packages"
             bars.append(Bar(row.label, family, middle, low, high, note))
     return bars
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the words are those of the process if None."""
+    return run_command("step", StepConfig, bench_step, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,8 +10,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from asgo.lab.bench.matrices import Problem
 from asgo.linalg.inverse_root import ROOTS
+from benchmarks.speed.matrices import Problem
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``asgo bench``: what is timed, how, and what is written. No test depends on how long anything takes."""
+"""The benchmarks of speed: what is timed, how, and what is written. No test depends on how long anything takes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ import torch
 from rich.console import Console
 
 from asgo import ASGO
-from asgo.lab.bench import race, root, step
-from asgo.lab.bench.accuracy import exact_steps, measure, outside
-from asgo.lab.bench.config import RootConfig, StepConfig
-from asgo.lab.bench.matrices import KINDS, Problem, cases
-from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS, COLD_STEPS, BenchSpec, compilation
-from asgo.lab.bench.race import Entry, Sweep, make_entries, sweeps
-from asgo.lab.bench.timing import Spread, WorkProgress, held_bytes, peak_bytes, pick_device, ratio, seconds
-from asgo.lab.cli import main, parse
+from asgo.lab import cli
 from asgo.lab.config.codec import command
 from asgo.lab.errors import LabError
-from asgo.lab.models.workloads import make_workload
 from asgo.linalg.inverse_root import ROOTS
 from asgo.optimizer.param_groups import with_views
+from benchmarks import distributed, root, step
+from benchmarks.speed import race
+from benchmarks.speed.accuracy import exact_steps, measure, outside
+from benchmarks.speed.command import parse, program
+from benchmarks.speed.config import RootConfig, StepConfig
+from benchmarks.speed.matrices import KINDS, Problem, cases
+from benchmarks.speed.optimizers import BENCH_OPTIMIZERS, COLD_STEPS, BenchSpec, compilation
+from benchmarks.speed.race import Entry, Sweep, make_entries, sweeps
+from benchmarks.speed.timing import Spread, WorkProgress, held_bytes, peak_bytes, pick_device, ratio, seconds
+from benchmarks.speed.workloads import make_workload
 from oracle import damped_root
 
 CPU = torch.device("cpu")
 TINY = ("tiny-gpt2", "tiny-llama", "tiny-resnet", "tiny-olmoe")
 PNG = b"\x89PNG"
+MODULES = {"step": step, "root": root, "distributed": distributed}
 
 
 def workload(name="tiny-gpt2", matrices_only=False, layers=None):
@@ -358,7 +361,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         pick_device("cuda")
 
 
-# ---- asgo bench step -----------------------------------------------------------------------------------------
+# ---- benchmarks.step ------------------------------------------------------------------------------------------
 
 
 def read_csv(path):
@@ -369,8 +372,8 @@ def read_csv(path):
 def test_bench_step(tmp_path, capsys, monkeypatch):
     add(monkeypatch, "bad", Raises)
     names = ("asgo", "asgo-heads", "asgo-reference", "adamw", "adamw-fused", "muon", "bad")
-    words = f"bench step --shapes tiny-gpt2 tiny-olmoe --optimizers {' '.join(names)} --repeats 2 --device cpu"
-    assert main([*words.split(), "--threads", "1", "--out", str(tmp_path / "out")]) == 0
+    words = f"--shapes tiny-gpt2 tiny-olmoe --optimizers {' '.join(names)} --repeats 2 --device cpu"
+    assert step.main([*words.split(), "--threads", "1", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "bad: RuntimeError: no luck" in shown
     assert "tiny-olmoe: a layer of 4 experts" in shown
@@ -382,7 +385,7 @@ def test_bench_step(tmp_path, capsys, monkeypatch):
     for row in rows:
         assert bool(row["failure"]) == (row["optimizer"] == "bad") == (not row["seconds"])
     record = json.loads((out / "results.json").read_text())
-    assert record["command"].startswith("asgo bench step --shapes tiny-gpt2 tiny-olmoe --optimizers asgo asgo-heads")
+    assert record["command"].startswith("python -m benchmarks.step --shapes tiny-gpt2 tiny-olmoe --optimizers asgo ")
     assert record["config"]["repeats"] == 2
     assert record["machine"]["threads"] == 1
     assert record["machine"]["packages"]["torch"] == torch.__version__
@@ -443,17 +446,15 @@ def test_bfloat16_parameters(tmp_path):
         ("root --sizes 0", "--sizes 0 is out of range"),
         ("root --eps 2", "--eps 2.0 is out of range"),
         ("root --out {full}", "is not empty, and nothing is overwritten"),
-        ("", "Expected one of"),
-        ("speed", "speed"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, words, message):
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
-    words = words.format(file=tmp_path / "file", full=tmp_path / "full").split()
-    given = [] if "--out" in words or len(words) < 2 else ["--out", str(tmp_path / "out")]
-    assert main(["bench", *words, *given]) == 2
+    name, *words = words.format(file=tmp_path / "file", full=tmp_path / "full").split()
+    given = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+    assert MODULES[name].main([*words, *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("asgo: error: ")
     assert message in line
@@ -461,26 +462,34 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, tmp_path, words, messa
 
 
 @pytest.mark.parametrize(
-    ("verb", "config"),
+    ("name", "config"),
     [
-        ("bench step", StepConfig()),
-        ("bench step", StepConfig(("olmoe",), ("asgo", "muon"), (1, 4), 2, True, compile_peers=False, memory=3.5)),
-        ("bench root", RootConfig()),
-        ("bench root", RootConfig(("eigh", "auto"), (16,), (2, 3), ("real",), 1e-5, threads=2)),
+        ("step", StepConfig()),
+        ("step", StepConfig(("olmoe",), ("asgo", "muon"), (1, 4), 2, True, compile_peers=False, memory=3.5)),
+        ("root", RootConfig()),
+        ("root", RootConfig(("eigh", "auto"), (16,), (2, 3), ("real",), 1e-5, threads=2)),
     ],
 )
-def test_a_config_and_its_command_say_the_same(verb, config):
-    words = command(f"asgo {verb}", config).split()
-    assert parse(words[1:]) == config
+def test_a_config_and_its_command_say_the_same(name, config):
+    words = command(program(name), config).split()
+    assert words[:3] == ["python", "-m", f"benchmarks.{name}"]
+    assert parse(name, type(config), words[3:]) == config
 
 
 def test_help(capsys):
-    for words in (["bench", "--help"], ["bench", "step", "--help"], ["bench", "root", "--help"]):
-        assert main(words) == 0
-        assert "usage: asgo bench" in capsys.readouterr().out
+    for name, module in MODULES.items():
+        assert module.main(["--help"]) == 0
+        assert f"usage: python -m benchmarks.{name}" in capsys.readouterr().out
 
 
-# ---- asgo bench root -----------------------------------------------------------------------------------------
+def test_the_former_command_says_the_present_one(capsys):
+    for words, run in (("step --shapes gpt2-124m", "step --shapes gpt2-124m"), ("root", "root"), ("", "NAME")):
+        assert cli.main(["bench", *words.split()]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"in a clone of it run python -m benchmarks.{run}.")
+
+
+# ---- benchmarks.root ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -555,8 +564,8 @@ def test_cases_find_what_is_wrong():
 
 @pytest.mark.slow
 def test_bench_root(tmp_path, capsys):
-    words = "bench root --sizes 8 16 --batches 1 3 --repeats 2 --real-steps 1 --device cpu --threads 1"
-    assert main([*words.split(), "--out", str(tmp_path / "out")]) == 0
+    words = "--sizes 8 16 --batches 1 3 --repeats 2 --real-steps 1 --device cpu --threads 1"
+    assert root.main([*words.split(), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     for title in ("signal, 3 at once, 1 CPU thread", "Robustness"):
         assert title in shown
@@ -575,7 +584,7 @@ def test_bench_root(tmp_path, capsys):
     small = [float(row["max_error"]) for row in rows if row["root"] == "eigh64"]
     assert max(small) < 1e-3
     record = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
-    assert record["command"].startswith("asgo bench root --sizes 8 16 --batches 1 3")
+    assert record["command"].startswith("python -m benchmarks.root --sizes 8 16 --batches 1 3")
     assert len(record["table"]) == len(rows)
     assert len(record["robustness"]) == 12 * len(taken)
 

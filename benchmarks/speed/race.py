@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from asgo.lab.bench.config import StepConfig
-from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS, COLD_STEPS, BenchSpec
-from asgo.lab.bench.timing import WorkProgress, held_bytes, peak_bytes, seconds
-from asgo.lab.models.workloads import Workload
+from benchmarks.speed.config import StepConfig
+from benchmarks.speed.optimizers import BENCH_OPTIMIZERS, COLD_STEPS, BenchSpec
+from benchmarks.speed.timing import WorkProgress, held_bytes, peak_bytes, seconds
+from benchmarks.speed.workloads import Workload
 
 ANCHORS = ("muon", "adamw", "adamw-fused")
 """What the others are compared with; they take part in every sweep."""

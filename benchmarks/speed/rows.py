@@ -1,4 +1,4 @@
-"""What ``asgo bench root`` measures, a dataclass per kind of row."""
+"""What ``benchmarks.root`` measures, a dataclass per kind of row."""
 
 from __future__ import annotations
 

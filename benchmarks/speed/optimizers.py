@@ -1,4 +1,4 @@
-"""The optimizers of ``asgo bench step`` and how each is built on a `Workload`.
+"""The optimizers of ``benchmarks.step`` and how each is built on a `Workload`.
 
 All get the same matrices and keep their packages' defaults, except that those which can refresh less often than
 every step refresh every `interval` steps. An optimizer that is not for embeddings and vectors leaves them to
@@ -19,10 +19,10 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from asgo.lab.models.workloads import Workload
 from asgo.lab.optimizers.composite import Composite
 from asgo.optimizer.param_groups import with_views
 from asgo.presets import ASGO
+from benchmarks.speed.workloads import Workload
 
 LR, DECAY, BETAS = 1e-3, 0.1, (0.9, 0.95)
 COLD_STEPS = 3

@@ -1,4 +1,4 @@
-"""The flags of ``asgo bench step`` and ``asgo bench root``, and their ranges."""
+"""The flags of the benchmarks, and their ranges."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from asgo.lab.bench.matrices import KINDS
-from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS
 from asgo.lab.config.ranges import SEED, THREADS, Range, check_distinct, check_known, check_ranges
 from asgo.lab.files import check_new
-from asgo.lab.models.workloads import WORKLOADS
 from asgo.linalg.inverse_root import ROOTS
+from benchmarks.speed.matrices import KINDS
+from benchmarks.speed.optimizers import BENCH_OPTIMIZERS
+from benchmarks.speed.workloads import WORKLOADS
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -25,18 +26,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from asgo.lab.bench.config import DistributedConfig, check
-from asgo.lab.bench.tables import Table, machine, show, write_tables
-from asgo.lab.bench.timing import WorkProgress
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.figures import STYLES, png
 from asgo.lab.files import make_folder, write_bytes, write_text
-from asgo.lab.models.workloads import make_workload
 from asgo.lab.optimizers.registry import state_bytes
 from asgo.lab.tables import csv_text
 from asgo.optimizer.param_groups import with_views
 from asgo.presets import ASGO
+from benchmarks.speed.command import program, run_command
+from benchmarks.speed.config import DistributedConfig, check
+from benchmarks.speed.tables import Table, machine, show, write_tables
+from benchmarks.speed.timing import WorkProgress
+from benchmarks.speed.workloads import make_workload
 
 SENDING = ("all_to_all_single", "all_gather", "all_reduce")
 """The collectives of a step; their second, second and first argument is what a rank sends."""
@@ -91,7 +93,7 @@ def bench_distributed(config: DistributedConfig, console: Console) -> list[Distr
     title = f"{config.shapes[0]}: one step of ASGO, roots every {config.interval}"
     table = Table(title, COLUMNS, tuple(map(_cells, rows)))
     console.print(table.rich())
-    verb = command("asgo bench distributed", config)
+    verb = command(program("distributed"), config)
     record = {"command": verb, "config": to_json(config), "machine": machine(torch.device("cpu"))}
     write_tables(config.out, f"`{verb}`", [table], record | {"rows": [vars(row) for row in rows]})
     write_text(config.out / "table.csv", csv_text([vars(row) for row in rows]))
@@ -259,3 +261,12 @@ def _draw(rows: list[DistributedRow]) -> bytes:
         if layouts:
             axes.legend(frameon=False)
     return png(figure)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the words are those of the process if None."""
+    return run_command("distributed", DistributedConfig, bench_distributed, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

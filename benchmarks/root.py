@@ -1,9 +1,10 @@
-"""``asgo bench root``: time and error of the inverse roots, in units of one product of the same matrices."""
+"""``python -m benchmarks.root``: time and error of the inverse roots, in units of one product of the same matrices."""
 
 from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,18 +13,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from asgo.lab.bench.accuracy import TARGETS, Accuracy, exact_steps, inside, measure
-from asgo.lab.bench.config import RootConfig, check
-from asgo.lab.bench.draw import Line, draw_roots
-from asgo.lab.bench.matrices import KINDS, Problem, cases
-from asgo.lab.bench.rows import CaseRow, RootRow
-from asgo.lab.bench.tables import Table, machine, show, write_tables
-from asgo.lab.bench.timing import Spread, WorkProgress, pick_device, place, ratio, seconds
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.tables import csv_text
 from asgo.linalg.inverse_root import ROOTS, check_eps
+from benchmarks.speed.accuracy import TARGETS, Accuracy, exact_steps, inside, measure
+from benchmarks.speed.command import program, run_command
+from benchmarks.speed.config import RootConfig, check
+from benchmarks.speed.draw import Line, draw_roots
+from benchmarks.speed.matrices import KINDS, Problem, cases
+from benchmarks.speed.rows import CaseRow, RootRow
+from benchmarks.speed.tables import Table, machine, show, write_tables
+from benchmarks.speed.timing import Spread, WorkProgress, pick_device, place, ratio, seconds
 
 BASELINE = "reference"
 """The released iteration: the others are so many times faster than it."""
@@ -39,7 +41,7 @@ def bench_root(config: RootConfig, console: Console) -> list[RootRow]:
         LabError: for a name that does not exist, a value out of range, or a folder in use.
     """
     check(config)
-    verb, refused = command("asgo bench root", config), _refused(config)
+    verb, refused = command(program("root"), config), _refused(config)
     config = replace(config, roots=tuple(name for name in config.roots if name not in refused))
     device = pick_device(config.device)
     if config.threads is not None:
@@ -211,3 +213,12 @@ def _parts(rows: Sequence[RootRow], breaks: Sequence[CaseRow]) -> dict[str, Sequ
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row for JSON, which has no infinity."""
     return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the benchmark; the words are those of the process if None."""
+    return run_command("root", RootConfig, bench_root, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

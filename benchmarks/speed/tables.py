@@ -11,9 +11,9 @@ import torch
 from rich.table import Table as RichTable
 
 from asgo.lab import tables
-from asgo.lab.bench.optimizers import BENCH_OPTIMIZERS
 from asgo.lab.files import write_json, write_text
 from asgo.lab.training.environment import describe
+from benchmarks.speed.optimizers import BENCH_OPTIMIZERS
 
 
 @dataclass(frozen=True)
