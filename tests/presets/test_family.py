@@ -1,5 +1,7 @@
 """Every method against its paper in float64, the identities between them, and what they refuse."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -579,6 +581,35 @@ def test_an_error_of_the_closure_leaves_lr_alone():
         optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["spam_step"] == 0
+
+
+def test_spam_runs_within_the_step_of_the_optimizer_and_follows_its_groups():
+    nets = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    wrappers = [SPAM(ASGO(net.named_parameters()), 5.0, 25, 5) for net in nets]
+    steps = [wrappers[0].step, wrappers[1].optimizer.step]
+    for net, step, grow in zip(nets, steps, (wrappers[0], wrappers[1].optimizer), strict=True):
+        torch.manual_seed(0)
+        for t in range(60):
+            if t == 7:
+                net.gain = nn.Parameter(torch.ones(2, 3))
+                grow.add_param_group({"params": [("gain", net.gain)]})
+            grads = [torch.randn_like(p) * (300 if t in (22, 57) else 1) for p in net.parameters()]
+            for param, grad in zip(net.parameters(), grads, strict=True):
+                param.grad = grad
+            step()
+    for param, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(param, other)
+    assert [group["spam_step"] for group in wrappers[1].param_groups] == [60, 60]
+
+
+def test_spam_copies_whole_and_takes_a_step_without_groups():
+    param = nn.Parameter(torch.ones(3, 2))
+    optimizer = SPAM(ASGO([param]), 5.0, 25, 5)
+    twin = copy.deepcopy(optimizer)
+    assert (twin.hook, twin.optimizer.step_hooks) == (optimizer.hook, (twin.hook,))
+    optimizer.param_groups.clear()
+    assert optimizer.step(lambda: 3.0) == 3.0
 
 
 # ---- any model, any shape, and refusals ----------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 from asgo.lab.config.runs import OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.optimizers.factories import Factory, adam_mini, adamw, beside_adamw, by_route, spam, spam_adamw
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo.optimizer.step import structured
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 
 ASGO_PAPER = "ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)"
 BAG_PAPER = "Blockwise Adaptivity: Faster Training and Better Generalization in Deep Learning (Zheng, Kwok)"
@@ -334,7 +334,8 @@ def _value(text: str) -> Any:
 
 def failed_roots(optimizer: Optimizer) -> int:
     """How many inverse roots have failed so far (each keeps the last good one); 0 for optimizers without."""
-    return sum(optimizer.failures().values()) if isinstance(optimizer, (StructuredOptimizer, SPAM)) else 0
+    own = structured(optimizer)
+    return 0 if own is None else sum(own.failures().values())
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
