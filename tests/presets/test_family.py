@@ -1,6 +1,7 @@
 """Every method against its paper in float64, the identities between them, and what they refuse."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -610,6 +611,33 @@ def test_spam_copies_whole_and_takes_a_step_without_groups():
     assert (twin.hook, twin.optimizer.step_hooks) == (optimizer.hook, (twin.hook,))
     optimizer.param_groups.clear()
     assert optimizer.step(lambda: 3.0) == 3.0
+
+
+# ---- facts and names -----------------------------------------------------------------------------------------------
+
+
+def test_every_preset_says_where_it_is_from_and_what_its_hyperparameters_may_be():
+    for cls in (AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo):
+        assert cls.info.year >= 2018
+        assert cls.info.lr > 0
+        assert all((cls.info.paper, cls.info.memory, cls.info.cost))
+        own = set(inspect.signature(cls.__init__).parameters) - {"self", "params", "optimizer", "adamw", "adjust_lr_fn"}
+        assert own <= set(cls.constraints), cls
+
+
+@pytest.mark.parametrize("make", [ASGO, DASGO, OneSidedShampoo, Shampoo])
+def test_the_name_that_torch_gives_the_size_of_an_update_is_known(make):
+    def build(**options):
+        return make([nn.Parameter(torch.ones(2, 3))], lr=0.1, **options)
+
+    torchs = build(adjust_lr=None, adjust_lr_fn="match_rms_adamw")
+    assert torchs.param_groups[0].keys() == build().param_groups[0].keys()
+    assert torchs.param_groups[0]["adjust_lr"] == "rms"
+    assert build(adjust_lr="slice_rms").param_groups[0]["adjust_lr"] == "slice_rms"
+    with pytest.raises(
+        ValueError, match=f"^{make.__name__}: adjust_lr_fn must be None or one of 'match_rms_adamw'; got"
+    ):
+        build(adjust_lr_fn="original")
 
 
 # ---- any model, any shape, and refusals ----------------------------------------------------------------------------

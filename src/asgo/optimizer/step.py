@@ -19,7 +19,7 @@ from asgo.distributed.placement import Placement, entries_of, gradient, local
 from asgo.distributed.strategies import KINDS, interleave, pause
 from asgo.linalg.masked import blend, choose
 from asgo.linalg.matmul import exact_matmul
-from asgo.optimizer import adamw, hyperparameters, param_groups
+from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, Member, make_buckets
 from asgo.optimizer.hyperparameters import adamw_of, learning_rate
@@ -79,7 +79,7 @@ class StructuredOptimizer(GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hyperparameters.refuse_sparse(self)
+        group_checks.refuse_sparse(self)
         plans = self._current_plans()
         groups = self.param_groups
         for hook in self.step_hooks:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from asgo.distributed.collectives import agree
 from asgo.distributed.placement import find, gradient, local
-from asgo.optimizer import hyperparameters
+from asgo.optimizer.hyperparameters import Constraint, check, positive, whole
 from asgo.optimizer.state import state_dtype
 from asgo.optimizer.step import StepHook, StructuredOptimizer
+from asgo.presets.info import OptimInfo
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -136,6 +137,19 @@ class SPAM(Optimizer):
         TypeError: an optimizer of another library.
     """
 
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        "threshold": positive("5000"),
+        "interval": whole("a whole number of steps"),
+        "warmup": whole("a whole number of steps", low=0),
+    }
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper="SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training (Huang, Zhu, Jin, Liu, Wang, Liu)",
+        year=2025,
+        memory="3 d",
+        cost="8 d",
+        lr=5.7e-3,
+    )
+
     optimizer: StructuredOptimizer
     hook: SpikeClipping
 
@@ -149,7 +163,7 @@ class SPAM(Optimizer):
         if any("spike_sq" in state for state in optimizer.state.values()):
             raise ValueError("SPAM: the optimizer is wrapped already; wrap it once.")
         own = {"threshold": threshold, "interval": interval, "warmup": warmup}
-        hyperparameters.check("SPAM", own, hyperparameters.SPAM_CHECKS)
+        check("SPAM", own, self.constraints)
         self.__setstate__({"optimizer": optimizer, **own})
         for group in optimizer.param_groups:
             self.hook.on_group(optimizer, group)

@@ -211,7 +211,7 @@ def head_rows(view: View) -> View:
 
     ``"(h d) n -> h d n"`` becomes ``"(h d) n -> 1 h (d n)"``, in each part of a split; others stay.
     """
-    merge = {heads(1).pattern: "(h d) n -> 1 h (d n)", heads(1, True).pattern: "n (h d) -> 1 h (d n)"}
+    merge = {heads(1).pattern: "(h d) n -> 1 h (d n)", heads(1, transposed=True).pattern: "n (h d) -> 1 h (d n)"}
     if isinstance(view.pattern, str):
         return View(merge.get(view.pattern, view.pattern), view.sizes, view.split, view.split_dim)
     return View(tuple(merge.get(part, part) for part in view.pattern), view.sizes, view.split, view.split_dim)
@@ -239,7 +239,7 @@ KINDS: dict[object, str] = {
     TRANSPOSED.pattern: "transposed matrix",
     STACK.pattern: "stack",
     heads(2).pattern: "heads",
-    heads(2, True).pattern: "transposed heads",
+    heads(2, transposed=True).pattern: "transposed heads",
     per_expert(heads(2)).pattern: "stack of heads",
     head_columns(2).pattern: "head columns",
     blocks(2, 2).pattern: "blocks",
