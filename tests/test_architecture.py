@@ -1,7 +1,6 @@
 """The house rules: imports without cycles, one step loop, size budgets, everything typed and documented."""
 
 import ast
-import re
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -171,12 +170,11 @@ def test_no_assert_and_only_the_laboratory_prints():
 
 
 def test_one_step_loop():
-    """SPAM wraps an optimizer, so it has a step; it leaves parameters to the one inside."""
-    loops = {module.path.stem: module for module in CORE for f in module.functions if f.name == "step"}
-    wrapper = loops.pop("spam").text
-    assert len(loops) == 1
-    assert wrapper.count("self.optimizer.step()") == 1
-    assert not re.search(r"param\.\w+_\(|_foreach", wrapper)
+    """SPAM wraps an optimizer, so it has the method; it is a call of the step of the one inside."""
+    loops = {module.path.stem: f for module in CORE for f in module.functions if f.name == "step"}
+    wrapper = loops.pop("spam")
+    assert list(loops) == ["step"]
+    assert ast.unparse(wrapper.body[1:]) == "return self.optimizer.step(closure)"
 
 
 def test_constructors_are_short():

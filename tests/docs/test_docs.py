@@ -310,7 +310,7 @@ def test_options_per_group():
     table = rows(section(page("choosing-rules.md"), "Options per group"))[2:]
     own, relatives, adamw = (set(re.findall(r"`(\w+)`", row[1])) for row in table)
     assert own == set(ASGO([torch.zeros(2, 3)]).defaults)
-    assert own | relatives == {*hyperparameters.CHECKS, "adamw"}
+    assert own | relatives == {*hyperparameters.KNOWN, "adamw"}
     assert adamw == {"lr", *hyperparameters.ADAMW_DEFAULTS}
 
 

@@ -112,8 +112,15 @@ def test_report_says_it_with_no_parameter_on_a_device():
     assert here.step_bytes == nowhere.step_bytes
     megabytes = f"{here.step_bytes / 1e6:.2g}"
     assert str(here).endswith(f"\na step takes up to {megabytes} MB above parameters, gradients and state")
-    spam = SPAM(ASGO(parameters(torch.float32)))
-    assert step_bytes(spam) > here.step_bytes
+
+
+def test_what_spam_takes_is_counted_before_the_update():
+    """It is given back by then: more only where the update takes less, as that of AdamW, which takes nothing."""
+    plain, spam = (ASGO([{"params": parameters(torch.float32), "view": None}]) for _ in range(2))
+    largest = max(p.numel() * 4 for p in parameters(torch.float32))
+    assert step_bytes(SPAM(spam)) >= step_bytes(plain) + 2 * largest
+    matrices, spam = ASGO(parameters(torch.float32)), SPAM(ASGO(parameters(torch.float32)))
+    assert step_bytes(spam) >= step_bytes(matrices)
 
 
 def test_frozen_parameters_and_groups_of_vectors_alone_take_nothing():

@@ -1,5 +1,8 @@
 """Every method against its paper in float64, the identities between them, and what they refuse."""
 
+import copy
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -579,6 +582,62 @@ def test_an_error_of_the_closure_leaves_lr_alone():
         optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["spam_step"] == 0
+
+
+def test_spam_runs_within_the_step_of_the_optimizer_and_follows_its_groups():
+    nets = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    wrappers = [SPAM(ASGO(net.named_parameters()), 5.0, 25, 5) for net in nets]
+    steps = [wrappers[0].step, wrappers[1].optimizer.step]
+    for net, step, grow in zip(nets, steps, (wrappers[0], wrappers[1].optimizer), strict=True):
+        torch.manual_seed(0)
+        for t in range(60):
+            if t == 7:
+                net.gain = nn.Parameter(torch.ones(2, 3))
+                grow.add_param_group({"params": [("gain", net.gain)]})
+            grads = [torch.randn_like(p) * (300 if t in (22, 57) else 1) for p in net.parameters()]
+            for param, grad in zip(net.parameters(), grads, strict=True):
+                param.grad = grad
+            step()
+    for param, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(param, other)
+    assert [group["spam_step"] for group in wrappers[1].param_groups] == [60, 60]
+
+
+def test_spam_copies_whole_and_takes_a_step_without_groups():
+    param = nn.Parameter(torch.ones(3, 2))
+    optimizer = SPAM(ASGO([param]), 5.0, 25, 5)
+    twin = copy.deepcopy(optimizer)
+    assert (twin.hook, twin.optimizer.step_hooks) == (optimizer.hook, (twin.hook,))
+    optimizer.param_groups.clear()
+    assert optimizer.step(lambda: 3.0) == 3.0
+
+
+# ---- facts and names -----------------------------------------------------------------------------------------------
+
+
+def test_every_preset_says_where_it_is_from_and_what_its_hyperparameters_may_be():
+    for cls in (AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo):
+        assert cls.info.year >= 2018
+        assert cls.info.lr > 0
+        assert all((cls.info.paper, cls.info.memory, cls.info.cost))
+        own = set(inspect.signature(cls.__init__).parameters) - {"self", "params", "optimizer", "adamw", "adjust_lr_fn"}
+        assert own <= set(cls.constraints), cls
+
+
+@pytest.mark.parametrize("make", [ASGO, DASGO, OneSidedShampoo, Shampoo])
+def test_the_name_that_torch_gives_the_size_of_an_update_is_known(make):
+    def build(**options):
+        return make([nn.Parameter(torch.ones(2, 3))], lr=0.1, **options)
+
+    torchs = build(adjust_lr=None, adjust_lr_fn="match_rms_adamw")
+    assert torchs.param_groups[0].keys() == build().param_groups[0].keys()
+    assert torchs.param_groups[0]["adjust_lr"] == "rms"
+    assert build(adjust_lr="slice_rms").param_groups[0]["adjust_lr"] == "slice_rms"
+    with pytest.raises(
+        ValueError, match=f"^{make.__name__}: adjust_lr_fn must be None or one of 'match_rms_adamw'; got"
+    ):
+        build(adjust_lr_fn="original")
 
 
 # ---- any model, any shape, and refusals ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from asgo._types import State
 from asgo.diagnostics.step_memory import step_bytes
 from asgo.linalg.inverse_root import products
-from asgo.optimizer.hyperparameters import fits_within
+from asgo.optimizer.group_checks import fits_within
 from asgo.optimizer.param_groups import names_of, views_of
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.asgo import ASGO

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 from asgo._types import State
 from asgo.distributed.ownership import Division
 from asgo.linalg.inverse_root import ROOTS
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets.spam import SPAM
+from asgo.optimizer.step import StructuredOptimizer, structured
 
 
 class LiveBytes(TorchDispatchMode):
@@ -107,17 +106,17 @@ def step_bytes(optimizer: Optimizer) -> int | None:
     Returns:
         None for parameters that several ranks share, and where torch cannot run the step without data.
     """
-    inner = optimizer.optimizer if isinstance(optimizer, SPAM) else optimizer
-    if not isinstance(inner, StructuredOptimizer) or not inner.is_alone():
+    inner = structured(optimizer)
+    if inner is None or not inner.is_alone():
         return None
     _fill_caches(inner.param_groups)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # other threads would allocate unseen
         with FakeTensorMode(allow_non_fake_inputs=True):
-            twin = _twin(optimizer)
+            twin = _twin(inner)
             with _Usual():
-                _prepare(twin.optimizer if isinstance(twin, SPAM) else twin)
+                _prepare(twin)
             with _Usual() as live:
                 twin.step()
     except RuntimeError:
@@ -140,16 +139,13 @@ def _fill_caches(groups: Sequence[Mapping[str, Any]]) -> None:
                 ROOTS[name](torch.ones(1, 1, 1, dtype=dtype), eps)
 
 
-def _twin(optimizer: Optimizer) -> Optimizer:
+def _twin(optimizer: StructuredOptimizer) -> StructuredOptimizer:
     """An optimizer with the same groups, of parameters, gradients and state without data."""
     twin = object.__new__(type(optimizer))
-    if isinstance(optimizer, SPAM):
-        inner = _twin(optimizer.optimizer)
-        for group in inner.param_groups:
-            group["spam_step"] = max(0, optimizer.interval - 2)  # the last before a reset, when spikes are clipped
-        twin.__setstate__({**optimizer.__getstate__(), "optimizer": inner})
-    else:
-        twin.__setstate__({"defaults": dict(optimizer.defaults), "_division": Division(), **_contents(optimizer)})
+    twin.__setstate__({"defaults": dict(optimizer.defaults), "_division": Division(), **_contents(optimizer)})
+    twin.step_hooks = optimizer.step_hooks
+    for hook in twin.step_hooks:
+        hook.before_peak(twin.param_groups)
     twin.step = torch.no_grad()(partial(unwrap(type(twin).step), twin))  # without hooks, which are others' code
     return twin
 

@@ -14,10 +14,9 @@ from itertools import accumulate, combinations, product
 from typing import Literal, TypeAlias
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
 from asgo.distributed.collectives import know
+from asgo.distributed.dtensor import is_dtensor
 from asgo.views import View, axes_of, lengths
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
@@ -76,13 +75,13 @@ class Placement:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of a plain one. It shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def gradient(param: Tensor) -> Tensor:
     """What this rank holds of a parameter's gradient, placed as the parameter is."""
     grad = param.grad
-    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+    if is_dtensor(grad) and is_dtensor(param) and grad.placements != param.placements:
         grad = param.grad = grad.redistribute(param.device_mesh, param.placements)
     return local(grad)  # pyright: ignore[reportArgumentType]
 
@@ -98,10 +97,10 @@ def find(param: Tensor, view: View | None, who: str) -> Placement:
     Raises:
         TypeError: a placement with which its entries are on no rank, such as Partial.
     """
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return Placement("alone", view)
     mesh, placements = param.device_mesh, param.placements
-    sharded = [i for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     if not all(placement.is_replicate() or placement.is_shard() or _strided(placement) for placement in placements):
         raise TypeError(
             f"{who} has the placements {placements}: it is a sum over ranks that nobody holds. Redistribute it to "
@@ -144,6 +143,8 @@ def on_all(param: Tensor, view: View | None, ranks: tuple[int, ...], me: int, sh
         return Placement("owned" if sharded else "shared", view, ranks, me, (whole(param),) * len(ranks))
     if not sharded or param.ndim == 0 or not param.is_contiguous():
         return Placement("alone", None)
+    from torch.distributed.tensor import Shard
+
     return Placement("entries", None, ranks, me, _boxes(tuple(param.shape), (len(ranks),), (Shard(0),)), rows=True)
 
 
@@ -190,6 +191,8 @@ def sizes(box: Box) -> tuple[int, ...]:
 @lru_cache(maxsize=4096)
 def _boxes(shape: tuple[int, ...], mesh: tuple[int, ...], placements: tuple[object, ...]) -> tuple[Box, ...]:
     """The box that every rank of a mesh holds, in the order of the ranks."""
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
     boxes = []
     for coordinate in product(*map(range, mesh)):
         held, begin = _compute_local_shape_and_global_offset(shape, mesh, list(coordinate), placements)  # pyright: ignore[reportArgumentType]

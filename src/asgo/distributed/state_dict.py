@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 from asgo._types import State
+from asgo.distributed.dtensor import is_dtensor
 from asgo.distributed.placement import Cut, Placement
 from asgo.state_keys import is_own
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 
 def export(state: State, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> State:
@@ -43,10 +46,12 @@ def _exported(key: str, tensor: Tensor, param: Tensor, placement: Placement, own
         return _entries(key, tensor, param, placement)
     if key == "step" or placement.kind in ("alone", "shared", "entries"):
         return tensor
-    if placement.kind == "aligned" and isinstance(param, DTensor):
+    if placement.kind == "aligned" and is_dtensor(param):
         share = [math.prod(hi - lo for lo, hi in box) for box in placement.boxes]
         matrices = len(tensor) * sum(share) // share[placement.me]
         return _world(tensor, param.device_mesh, _along(0, param), (matrices, *tensor.shape[1:]))
+    from torch.distributed.tensor import Replicate
+
     number = int(part or 0)
     stack = placement.view.shapes(param.shape)[number]  # pyright: ignore[reportOptionalMemberAccess]
     if placement.cut is not None and name not in placement.cut.owned:
@@ -57,16 +62,18 @@ def _exported(key: str, tensor: Tensor, param: Tensor, placement: Placement, own
 
 def _entries(key: str, tensor: Tensor, param: Tensor, placement: Placement) -> Tensor:
     """A tensor with an entry for each of the parameter's, held as those are."""
-    if isinstance(param, DTensor):
+    if is_dtensor(param):
         return _world(tensor, param.device_mesh, param.placements, param.shape)
     if placement.rows and key != "spike_sq":
+        from torch.distributed.tensor import Shard
+
         return _world(tensor, _mesh(param.device.type, placement.ranks), (Shard(0),), param.shape)
     return tensor
 
 
 def _shard(name: str, tensor: Tensor, param: Tensor, cut: Cut, stack: tuple[int, int, int]) -> Tensor:
     """A tensor of a matrix of which ranks have rows or columns, cut as those are or whole on every rank."""
-    if not isinstance(param, DTensor) or (name != "exp_avg" and name not in cut.spread):
+    if not is_dtensor(param) or (name != "exp_avg" and name not in cut.spread):
         return tensor
     shape = [*tensor.shape[: cut.axis], stack[cut.axis], *tensor.shape[cut.axis + 1 :]]
     return _world(tensor, param.device_mesh, _along(cut.axis, param), shape)
@@ -74,10 +81,14 @@ def _shard(name: str, tensor: Tensor, param: Tensor, cut: Cut, stack: tuple[int,
 
 def _along(axis: int, param: DTensor) -> tuple[TorchPlacement, ...]:
     """Shards of an axis of a stack, by the ranks that have shards of the parameter."""
+    from torch.distributed.tensor import Replicate, Shard
+
     return tuple(Shard(axis) if placed.is_shard() else Replicate() for placed in param.placements)
 
 
 def _world(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[TorchPlacement], shape: Sequence[int]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(tensor, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
@@ -85,6 +96,8 @@ def _world(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[TorchPlacement
 @lru_cache(maxsize=4096)
 def _mesh(device: str, ranks: tuple[int, ...]) -> DeviceMesh:
     """A mesh that says where entries are; nothing travels along it, so it needs no process group."""
+    from torch.distributed.device_mesh import DeviceMesh
+
     return DeviceMesh(device, list(ranks), _init_backend=False)
 
 
@@ -100,18 +113,22 @@ def assign(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         if key not in saved or not is_own(key):
             continue
         source = saved[key]
-        held = target.to_local() if isinstance(target, DTensor) else target
-        if isinstance(source, DTensor):
+        held = target.to_local() if is_dtensor(target) else target
+        if is_dtensor(source):
             held.copy_(source.to_local())
-        elif isinstance(target, DTensor):
+        elif is_dtensor(target):
             if held.numel():
-                lengths, begin = compute_local_shape_and_global_offset(
-                    target.shape, target.device_mesh, target.placements
-                )
-                box = tuple(slice(start, start + length) for start, length in zip(begin, lengths, strict=True))
-                held.copy_(source[box])
+                held.copy_(source[_box(target)])
         else:
             held.copy_(source)
+
+
+def _box(target: DTensor) -> tuple[slice, ...]:
+    """The indices of the entries that this rank holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    lengths, begin = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return tuple(slice(start, start + length) for start, length in zip(begin, lengths, strict=True))
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -119,9 +136,9 @@ def compact(tensor: Tensor) -> Tensor:
 
     `torch.distributed.checkpoint` cannot stage a `DTensor` that begins within its memory.
     """
-    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    held = tensor.to_local() if is_dtensor(tensor) else tensor
     if held.untyped_storage().nbytes() == held.numel() * held.element_size():
         return tensor
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return held.clone()
     return _world(held.clone(), tensor.device_mesh, tensor.placements, tensor.shape)

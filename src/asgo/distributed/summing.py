@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from asgo.distributed.collectives import know
+from asgo.distributed.dtensor import is_dtensor
 from asgo.distributed.placement import Cut, Placement
 from asgo.structures import Structure
 from asgo.structures.base import Axis
@@ -39,14 +39,15 @@ def summed(found: Placement, param: Tensor, view: View, structure: Structure) ->
         view: through which it is read as a whole.
         structure: of its group.
     """
-    if found.kind != "owned" or not isinstance(param, DTensor):
+    if found.kind != "owned" or not is_dtensor(param):
         return found
     cuts = [(i, placed) for i, placed in enumerate(param.placements) if not placed.is_replicate()]
     shape, mesh, (along, placed) = tuple(param.shape), param.device_mesh, cuts[0]
-    if len(cuts) > 1 or type(placed) is not Shard or mesh.size(along) == 1:
+    if len(cuts) > 1 or type(placed).__name__ != "Shard" or mesh.size(along) == 1:
         return found
-    axis, piece = _cut(view, shape, placed.dim)
-    if axis is None or mesh.size(along) > most_shards(view, shape, placed.dim, structure):
+    dim: int = placed.dim  # pyright: ignore[reportAttributeAccessIssue]
+    axis, piece = _cut(view, shape, dim)
+    if axis is None or mesh.size(along) > most_shards(view, shape, dim, structure):
         return found
     keys = {*structure.init(torch.empty(1, 1, 1, device="meta")), "failures"}
     owned = keys - {*structure.derived, *structure.spread} if structure.derived else set()

@@ -127,17 +127,36 @@ def _interval(low: float, steps: tuple[Odd, ...]) -> tuple[float, float]:
     return float(x.min()), float(x.max())
 
 
-PLANS = {
-    "bf16": plan(torch.bfloat16, 4e-3, (5,) * 5, gram=2),
-    "bf16_fast": plan(torch.bfloat16, 8e-3, (5, 5, 5, 9), gram=2),
-    "fp16": plan(torch.float16, 4e-3, (5,) * 5, gram=2),
-    "fp16_fast": plan(torch.float16, 8e-3, (5, 5, 5, 9), gram=2),
-    "fp32": plan(torch.float32, 2e-3, (5,) * 6),
-    "fp64": plan(torch.float64, 1e-4, (5,) * 11),
-}
-"""The plans by name. `low` of a half precision is what 5 quintics (or 3 and one of degree 9) reach with a tolerance of
-about the rounding of bfloat16. Of the Gram steps a simulation with the worst rounding (`benchmarks/square_root`) allows
-two: the largest error is 3e-2 in bfloat16 and 6e-3 in float16 then; with three 7e-1 and 5e-2."""
+_PLANS: dict[str, Plan] = {}
+
+
+def plans() -> dict[str, Plan]:
+    """The plans by name, computed when first asked for.
+
+    `low` of a half precision is what 5 quintics (or 3 and one of degree 9) reach with a tolerance of about the rounding
+    of bfloat16. Of the Gram steps a simulation with the worst rounding (`benchmarks/square_root`) allows two: the
+    largest error is 3e-2 in bfloat16 and 6e-3 in float16 then; with three 7e-1 and 5e-2.
+    """
+    if not _PLANS:  # a dict and no `functools.cache`, which `torch.compile` would trace through
+        _PLANS.update(_plans())
+    return _PLANS
+
+
+def _plans() -> dict[str, Plan]:
+    return {
+        "bf16": plan(torch.bfloat16, 4e-3, (5,) * 5, gram=2),
+        "bf16_fast": plan(torch.bfloat16, 8e-3, (5, 5, 5, 9), gram=2),
+        "fp16": plan(torch.float16, 4e-3, (5,) * 5, gram=2),
+        "fp16_fast": plan(torch.float16, 8e-3, (5, 5, 5, 9), gram=2),
+        "fp32": plan(torch.float32, 2e-3, (5,) * 6),
+        "fp64": plan(torch.float64, 1e-4, (5,) * 11),
+    }
+
+
+def __getattr__(name: str) -> dict[str, Plan]:
+    if name == "PLANS":
+        return plans()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -150,15 +169,15 @@ def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
         ValueError: there is no plan of that name.
     """
     if precision != "auto":
-        if precision not in PLANS:
-            known = ", ".join(map(repr, ["auto", *PLANS]))
+        if precision not in plans():
+            known = ", ".join(map(repr, ["auto", *plans()]))
             raise ValueError(f"square root got precision={precision!r}: choose one of {known}")
-        return PLANS[precision]
+        return plans()[precision]
     if dtype == torch.float64:
-        return PLANS["fp64"]
+        return plans()["fp64"]
     if device.type == "cuda":
-        return PLANS["fp16"]
-    return PLANS["bf16" if has_units(device, torch.bfloat16) else "fp32"]
+        return plans()["fp16"]
+    return plans()["bf16" if has_units(device, torch.bfloat16) else "fp32"]
 
 
 def has_units(device: torch.device, dtype: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ from asgo._types import State
 from asgo.distributed.ownership import Division
 from asgo.distributed.placement import Placement
 from asgo.distributed.state_dict import assign, export
-from asgo.optimizer import hyperparameters, loading, param_groups
+from asgo.optimizer import group_checks, hyperparameters, loading, param_groups
 from asgo.optimizer.membership import Membership
 from asgo.optimizer.state import init_state, is_made
 from asgo.structures import Structure
@@ -38,9 +38,15 @@ class GroupedOptimizer(Optimizer, ABC):
     loop: ClassVar[Mapping[str, Any]] = hyperparameters.LOOP
     """Values of the options of the step that a preset has no hyperparameter for."""
 
+    constraints: ClassVar[Mapping[str, hyperparameters.Constraint]] = hyperparameters.SHARED
+    """What values hyperparameters may have, by name; those without a constraint are not checked."""
+
+    def __init_subclass__(cls) -> None:
+        hyperparameters.KNOWN.update(cls.constraints)
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], adamw: Mapping[str, Any] | None = None) -> None:
         param_groups.check_ordered(params)
-        hyperparameters.check(type(self).__name__, defaults)
+        hyperparameters.check(type(self).__name__, defaults, self.constraints)
         hyperparameters.check_adamw(type(self).__name__, adamw or {})
         self._forget_plans()
         self._division, self._members, self._warned = Division(), Membership(), False
@@ -79,7 +85,7 @@ class GroupedOptimizer(Optimizer, ABC):
                 f"{type(self).__name__}: parameters without names are read by their number of axes, so embeddings and "
                 "output heads are trained as matrices. Pass asgo.route(model), or model.named_parameters(); to a "
                 "framework that builds the optimizer itself, what its module of asgo.hosts has, such as a factory.",
-                stacklevel=hyperparameters.frames_to_the_caller(),
+                stacklevel=group_checks.frames_to_the_caller(),
             )
 
     def read(self, view: View, group: Mapping[str, Any]) -> View:
@@ -159,11 +165,11 @@ class GroupedOptimizer(Optimizer, ABC):
         given = param_groups.given_views(who, param_group, len(members))
         views = self.default_views(members, param_group) if given is None else given
         views = [view if view is None or given is None else self.read(view, param_group) for view in views]
-        hyperparameters.check_given(who, param_group, self.defaults)
-        views = hyperparameters.bounded(who, members, views, self.largest_side({**self.defaults, **param_group}))
+        group_checks.check_given(who, param_group, self.defaults, self.constraints)
+        views = group_checks.bounded(who, members, views, self.largest_side({**self.defaults, **param_group}))
         # While it is constructed nobody else changes the groups, so that their names need not be read again each time.
         taken = param_groups.names_of(self) if self._taken is None else self._taken
-        hyperparameters.check_group(who, param_group, members, views, self.defaults, taken)
+        group_checks.check_group(who, param_group, members, views, self.defaults, taken)
         self.check_members({**self.defaults, **param_group}, views, [param for _, param in members])
         own = hyperparameters.with_adamw(who, param_group, views, self.defaults)
 

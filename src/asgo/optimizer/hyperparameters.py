@@ -1,22 +1,19 @@
-"""Checks of hyperparameters and groups, before anything changes."""
+"""Hyperparameters: their constraints, the neutral values of the step's options, and those of AdamW in a group.
+
+A preset states the constraints of its own hyperparameters in its class attribute ``constraints``.
+"""
 
 from __future__ import annotations
 
-import difflib
 import math
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from asgo.distributed.placement import find
-from asgo.linalg.inverse_root import ROOTS, check_eps
+from asgo.linalg.inverse_root import ROOTS
 from asgo.optimizer.adamw import DEFAULTS as ADAMW_DEFAULTS
-from asgo.optimizer.param_groups import names_of
 from asgo.optimizer.update_size import SCALINGS
 from asgo.views import View
 
@@ -35,228 +32,126 @@ LOOP: dict[str, Any] = {
 }
 """Neutral values of the options of the step, for presets that have no hyperparameter for them."""
 
-OF_EVERY_GROUP = frozenset({"params", "param_names", "view", "views", "name", "adamw"})
-"""Keys that a group may have whatever the optimizer."""
 
-LIKE = 0.84
-"""Similarity (`difflib`) from which an unknown key is taken for a misspelling of a known one."""
+def must_be(name: str, expected: str, got: object) -> str:
+    """The message about a value that is out of range: ``lr must be a number >= 0; got -1.``"""
+    return f"{name} must be {expected}; got {got!r}."
 
 
-def _number(value: Any, low: float, high: float = math.inf) -> bool:
+@dataclass(frozen=True)
+class Constraint:
+    """The values that a hyperparameter may have.
+
+    Args:
+        fits: whether a value is one of them.
+        expected: what they are, to stand after "must be" in a message.
+    """
+
+    fits: Callable[[Any], bool]
+    expected: str
+
+    def check(self, name: str, value: object) -> None:
+        """Raise `ValueError` for a value that does not fit.
+
+        Args:
+            name: of the hyperparameter, after the optimizer's: ``"ASGO: lr"``.
+            value: as given by the user.
+        """
+        if not self.fits(value):
+            raise ValueError(must_be(name, self.expected, value))
+
+
+def check(who: str, values: Mapping[str, Any], constraints: Mapping[str, Constraint]) -> None:
+    """Raise `ValueError` for the first value that does not fit; those without a constraint are not checked."""
+    for key, value in values.items():
+        if key in constraints:
+            constraints[key].check(f"{who}: {key}", value)
+
+
+def is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    """Whether a value is a number, not a bool, in ``[low, high)``."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
+
+
+def is_whole(value: Any, low: int = 1) -> bool:
+    """Whether a value is an int, not a bool, of at least `low`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def positive(example: str) -> Constraint:
+    """A finite number above 0."""
+    return Constraint(lambda value: is_number(value, 0) and value > 0, f"a number > 0, e.g. {example}")
+
+
+def whole(what: str = "a whole number", low: int = 1) -> Constraint:
+    """An int of at least `low`."""
+    return Constraint(lambda value: is_whole(value, low), f"{what} >= {low}")
+
+
+def one_of(*values: Any) -> Constraint:
+    """One of these, of the same type."""
+    return Constraint(
+        lambda value: any(value is v or (value == v and type(value) is type(v)) for v in values),
+        "one of " + ", ".join(map(repr, values)),
+    )
+
+
+def or_none(constraint: Constraint) -> Constraint:
+    """None, or what the constraint allows."""
+    return Constraint(lambda value: value is None or constraint.fits(value), f"None or {constraint.expected}")
 
 
 def _is_lr(value: Any) -> bool:
     if isinstance(value, Tensor):
         # A lr on a device is not read: that would wait for the device.
         return value.numel() == 1 and (value.device.type != "cpu" or 0 <= float(value) < math.inf)
-    return _number(value, 0)
+    return is_number(value, 0)
 
 
 def _are_betas(value: Any) -> bool:
     pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return pair and _number(value[0], 0, 1) and (_number(value[1], 0, 1) or value[1] == 1)
+    return pair and is_number(value[0], 0, 1) and (is_number(value[1], 0, 1) or value[1] == 1)
 
 
-def _one_of(*values: Any) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: any(value is v or (value == v and type(value) is type(v)) for v in values)), (
-        "one of " + ", ".join(map(repr, values))
-    )
+FLAG = Constraint(lambda value: isinstance(value, bool), "one of True, False")
 
-
-def _interval(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _are_blocks(value: Any) -> bool:
-    return _interval(value) or value in ("tensor", "row", "kernel", "column") or isinstance(value, Mapping)
-
-
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (_is_lr, "a finite number >= 0 or a one-element tensor"),
-    "betas": (_are_betas, "two numbers in [0, 1); a second one of 1 adds gradients up instead of averaging"),
-    "eps": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-6"),
-    "weight_decay": (lambda value: _number(value, 0), "a finite number >= 0"),
-    "precondition_frequency": (_interval, "a whole number of steps >= 1"),
-    "statistic": _one_of("gradient", "momentum"),
-    "nesterov": _one_of(True, False),
-    "cross_normalize": _one_of(True, False, "element"),
-    "side": _one_of("auto", "left", "right"),
-    "adjust_lr": _one_of(*SCALINGS),
-    "root": _one_of(*ROOTS, "square_root"),
-    "precision": _one_of("auto", "bf16", "fp16", "fp32"),
-    "maximize": _one_of(True, False),
-    "capturable": _one_of(True, False),
-    "packed_state": _one_of(True, False),
-    "rounding": _one_of("nearest", "stochastic", "compensated"),
-    "axis": _one_of("column", "row", "auto"),
-    "max_size": (lambda value: value is None or _interval(value), "None or a whole number >= 1"),
-    "rank": (lambda value: value in (None, "auto") or _interval(value), "'auto', None or a whole number >= 1"),
-    "direction": _one_of("factor", "symmetric"),
-    "integrator": _one_of(None, "psi", "bug", "eig"),
-    "compensate": _one_of(True, False),
-    "block_size": (_interval, "a whole number >= 1"),
-    "stale": _one_of("root", "diagonal"),
-    "clip": (lambda value: value is None or (_number(value, 0) and value > 0), "None or a number > 0"),
-    "gamma": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-3"),
-    "delta": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 1e-5"),
-    "blocks": (_are_blocks, "'tensor', 'row', 'kernel', 'column', a number of blocks >= 1 or an asgo.View"),
+SHARED: dict[str, Constraint] = {
+    "lr": Constraint(_is_lr, "a finite number >= 0 or a one-element tensor"),
+    "betas": Constraint(_are_betas, "two numbers in [0, 1); a second one of 1 adds gradients up instead of averaging"),
+    "eps": positive("1e-6"),
+    "weight_decay": Constraint(lambda value: is_number(value, 0), "a finite number >= 0"),
+    "precondition_frequency": whole("a whole number of steps"),
+    "statistic": one_of("gradient", "momentum"),
+    "nesterov": FLAG,
+    "side": one_of("auto", "left", "right"),
+    "adjust_lr": one_of(*SCALINGS),
+    "root": one_of(*ROOTS, "square_root"),
+    "maximize": FLAG,
+    "capturable": FLAG,
+    "packed_state": FLAG,
+    "rounding": one_of("nearest", "stochastic", "compensated"),
+    "max_size": or_none(whole()),
 }
+"""Constraints of the options of the step, and of hyperparameters that several presets have."""
+
+KNOWN: set[str] = set(SHARED)
+"""Names of all hyperparameters of this library, to refuse those of one optimizer in a group of another."""
 
 
-SPAM_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "threshold": (lambda value: _number(value, 0) and value > 0, "a number > 0, e.g. 5000"),
-    "interval": (_interval, "a whole number of steps >= 1"),
-    "warmup": (lambda value: value == 0 or _interval(value), "a whole number of steps >= 0"),
-}
+def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters among the arguments of a preset's constructor: ``from_arguments(locals())``."""
+    others = ("self", "__class__", "params", "adamw", "adjust_lr_fn")
+    return {name: value for name, value in arguments.items() if name not in others}
 
 
-def check(
-    who: str, values: Mapping[str, Any], checks: Mapping[str, tuple[Callable[[Any], bool], str]] = CHECKS
-) -> None:
-    """Raise `ValueError` for the first hyperparameter that is out of range."""
-    for key, value in values.items():
-        fits, expected = checks.get(key, (None, ""))
-        if fits is not None and not fits(value):
-            raise ValueError(f"{who}: {key} must be {expected}; got {value!r}.")
+def adjust_lr_of(who: str, adjust_lr: str | None, adjust_lr_fn: str | None) -> str | None:
+    """``adjust_lr``, or what `torch.optim.Muon` calls so: its ``adjust_lr_fn="match_rms_adamw"`` is ``"rms"``.
 
-
-def bounded(
-    who: str, members: Sequence[tuple[str | None, Tensor]], views: Sequence[View | None], limit: int | None
-) -> list[View | None]:
-    """The views, with None where a matrix has a shorter side above `limit`; one warning names these parameters."""
-    if limit is None:
-        return list(views)
-    fits = [
-        view is None or fits_within(view, param.shape, limit) for (_, param), view in zip(members, views, strict=True)
-    ]
-    found = [member for member, fit in zip(members, fits, strict=True) if not fit]
-    if found:
-        shown = ", ".join(f"{name or 'a parameter'} {tuple(param.shape)}" for name, param in found)
-        warnings.warn(
-            f"{who}: AdamW takes {shown}: the shorter side is above max_size={limit}. Pass a larger max_size, or a "
-            "view that cuts it into blocks.",
-            stacklevel=frames_to_the_caller(),
-        )
-    return [view if fit else None for view, fit in zip(views, fits, strict=True)]
-
-
-def fits_within(view: View, shape: Sequence[int], limit: int) -> bool:
-    """Whether no matrix has a shorter side above `limit`; True for a view that does not fit, which is refused later."""
-    try:
-        return all(min(m, n) <= limit for _, m, n in view.shapes(shape))
-    except ValueError:
-        return True
-
-
-def frames_to_the_caller() -> int:
-    """Number of frames up to the first one outside this library and torch: the ``stacklevel`` of a warning."""
-    frame, depth = sys._getframe(1), 1
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("asgo", "torch"):
-        frame, depth = frame.f_back, depth + 1
-    return depth
-
-
-def check_group(
-    who: str,
-    group: Mapping[str, Any],
-    members: Sequence[tuple[str | None, Tensor]],
-    views: Sequence[View | None],
-    defaults: Mapping[str, Any],
-    taken: Mapping[Tensor, str],
-) -> None:
-    """Refuse hyperparameters that do not go together, views that do not fit, parameters that cannot be optimized.
-
-    Args:
-        who: the optimizer, for messages.
-        group: as given by the user.
-        members: pairs of name and parameter.
-        views: one for each member.
-        defaults: the optimizer's hyperparameters.
-        taken: the parameters of the other groups, and their names.
+    Raises:
+        ValueError: another value of `adjust_lr_fn`.
     """
-    if any(view is not None for view in views):
-        _check_together(who, {**LOOP, **defaults, **group})
-    names = {name for name in taken.values() if name}
-    seen = {id(param) for param in taken}
-    for i, ((name, param), view) in enumerate(zip(members, views, strict=True)):
-        shown = name if name is not None else f"parameter {len(taken) + i}"
-        what = f"{who}: {shown!r} {tuple(param.shape)}"
-        _check_param(what, param)
-        if id(param) in seen:
-            raise ValueError(f"{what} is given twice; pass every parameter once.")
-        if name is not None and name in names:
-            raise ValueError(
-                f"{what} has the name of another parameter. Parameters of several models need names of their own: "
-                "asgo.route(model, prefix='generator.') or model.named_parameters(prefix='generator')."
-            )
-        seen.add(id(param))
-        names.add(name or "")
-        if view is not None:
-            view.check(shown, param.shape)
-        find(param, view, what)
-
-
-def check_given(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse keys of a group that are misspelt or another optimizer's, and values that are out of range."""
-    check_keys(f"{who}: the key", group, {*defaults, *OF_EVERY_GROUP})
-    _check_known(who, group, defaults)
-    check(who, group)
-
-
-def _check_known(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a hyperparameter of another optimizer of this library, unless it has a neutral value."""
-    for key in CHECKS.keys() & group.keys() - defaults.keys():
-        if group[key] != LOOP.get(key):
-            raise ValueError(f"{who}: the key {key!r} of a group is not known; choose from {sorted(defaults)}.")
-
-
-def check_keys(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `ValueError` for a key that looks like a misspelling of a known one; other unknown keys are allowed."""
-    known = set(known)
-    for key in given:
-        close = difflib.get_close_matches(str(key), known, 1, LIKE) if key not in known else ()
-        if close:
-            raise ValueError(f"{what} {key!r} is not known; did you mean {close[0]!r}?")
-
-
-def _check_flat(what: str, param: Tensor) -> None:
-    if getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            f"{what} is flattened by FullyShardedDataParallel, so its matrices cannot be seen. Shard the model with "
-            "torch.distributed.fsdp.fully_shard instead."
-        )
-
-
-def _check_together(who: str, values: Mapping[str, Any]) -> None:
-    try:
-        check_eps(values["root"], values["eps"])
-    except ValueError as error:
-        raise ValueError(f"{who}: {error}.") from None
-    if values["root"] == "square_root" and values["precondition_frequency"] != 1:
-        raise ValueError(
-            f"{who}: root 'square_root' got precondition_frequency={values['precondition_frequency']}; its root is "
-            "part of every update. Pass precondition_frequency=1, or another root."
-        )
-    if values["capturable"] and values["precondition_frequency"] != 1:
-        raise ValueError(
-            f"{who}: capturable got precondition_frequency={values['precondition_frequency']}; a captured graph does "
-            "the same work at every step. Pass precondition_frequency=1 or capturable=False."
-        )
-
-
-def _check_param(what: str, param: Tensor) -> None:
-    _check_flat(what, param)
-    if not param.is_floating_point():
-        raise TypeError(
-            f"{what} is {param.dtype}; parameters must be real floating point. Optimize the real and imaginary "
-            "parts (torch.view_as_real) or leave it out."
-        )
-    if not (param.is_leaf or param.retains_grad):
-        raise ValueError(
-            f"{what} is computed from other tensors, so it gets no gradient of its own. Pass the parameters it is "
-            "computed from, or param.detach().requires_grad_()."
-        )
+    or_none(one_of("match_rms_adamw")).check(f"{who}: adjust_lr_fn", adjust_lr_fn)
+    return adjust_lr if adjust_lr_fn is None else "rms"
 
 
 def adamw_of(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,8 +173,7 @@ def with_adamw(
 
     In order of precedence: ``adamw`` of the group, hyperparameters of the group (which hold for all its parameters),
     the argument ``adamw`` of the optimizer, `asgo.optimizer.adamw.DEFAULTS`. A group in which no parameter has a view
-    stores
-    them under the usual keys; any other stores them under ``adamw``, with the learning rate as a ratio to the
+    stores them under the usual keys; any other stores them under ``adamw``, with the learning rate as a ratio to the
     group's, so that a schedule changes both by the same factor.
 
     Raises:
@@ -316,16 +210,4 @@ def check_adamw(who: str, given: Mapping[str, Any]) -> None:
     for key in given:
         if key not in (*known, "lr_ratio"):
             raise ValueError(f"{who}: adamw has no {key!r}; choose from {', '.join(known)}.")
-    check(f"{who}: adamw", given)
-
-
-def refuse_sparse(optimizer: Optimizer) -> None:
-    """Raise `TypeError` naming the first parameter whose gradient is not dense."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise TypeError(
-                    f"{type(optimizer).__name__}: the gradient of {names_of(optimizer)[param]!r} {tuple(param.shape)} "
-                    f"is sparse ({param.grad.layout}); it must be dense. Build the embedding with sparse=False, or "
-                    "give it to torch.optim.SparseAdam."
-                )
+    check(f"{who}: adamw", given, SHARED)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from asgo._types import State
+from asgo.distributed.dtensor import is_dtensor
 from asgo.linalg.packed_symmetric import rectangle
 from asgo.optimizer.param_groups import names_of, names_of_group
 from asgo.state_keys import base_key, is_own
@@ -137,7 +137,7 @@ def check_tensors(
 
 def converted(saved: Mapping[str, Any], structure: Structure, eps: float) -> Mapping[str, Any]:
     """A saved state in the form that a structure keeps, part by part; a sharded one stays as it is."""
-    if any(isinstance(value, DTensor) for value in saved.values()):
+    if any(is_dtensor(value) for value in saved.values()):
         return saved
     parts: dict[str, State] = {}
     rest: dict[str, Any] = {}

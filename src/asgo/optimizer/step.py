@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from asgo._types import Stack
 from asgo.distributed.collectives import Wait, agree
@@ -18,7 +20,7 @@ from asgo.distributed.strategies import KINDS, interleave, pause
 from asgo.linalg.masked import blend, choose
 from asgo.linalg.matmul import exact_matmul
 from asgo.metrics import Recorder
-from asgo.optimizer import adamw, hyperparameters, param_groups
+from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, Member, make_buckets
 from asgo.optimizer.hyperparameters import adamw_of, learning_rate
@@ -56,6 +58,8 @@ class StructuredOptimizer(GroupedOptimizer):
 
     _recorder: Recorder | None = None
     _recorded: Recorder | None = None
+    step_hooks: tuple[StepHook, ...] = ()
+    """Run in this order in every step, see `StepHook`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -78,13 +82,16 @@ class StructuredOptimizer(GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hyperparameters.refuse_sparse(self)
+        group_checks.refuse_sparse(self)
         plans = self._current_plans()
         if self._recorder is not None:
             self._recorder.start()
+        groups = self.param_groups
+        for hook in self.step_hooks:
+            groups = hook.before_update(self, groups)
         waits: list[Wait] = []
         tasks: list[Iterator[None]] = []
-        for group, plan in zip(self.param_groups, plans, strict=True):
+        for group, plan in zip(groups, plans, strict=True):
             waits += self._update_entries(plan, group)
             if plan.viewed:
                 torch._foreach_add_([self.state[p]["step"] for p in plan.viewed], 1)
@@ -232,6 +239,12 @@ class StructuredOptimizer(GroupedOptimizer):
         step = int(self.state[member.param]["step"])
         return step <= WARM_STEPS or step % interval == member.turn
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, checked before anything changes. The dict is kept; defaults and ``views`` are added to it."""
+        super().add_param_group(param_group)
+        for hook in self.step_hooks:
+            hook.on_group(self, param_group)
+
     # ---- plans ------------------------------------------------------------------------------------------------
 
     def _forget_plans(self) -> None:
@@ -295,6 +308,38 @@ class StructuredOptimizer(GroupedOptimizer):
             buckets = make_buckets(members, structure, self.state, KINDS)
         where = [self._where(param, group)[0] for param in entries]
         return Plan(signature, entries, where, [places[param] for param in entries], viewed, buckets)
+
+
+def structured(optimizer: Optimizer) -> StructuredOptimizer | None:
+    """The optimizer of this library that this one is, or wraps as `asgo.SPAM` does; None for any other."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, StructuredOptimizer) else None
+
+
+class StepHook(ABC):
+    """What a wrapper adds to the step, without a step of its own; `asgo.SPAM` is one."""
+
+    @abstractmethod
+    def before_update(self, optimizer: StructuredOptimizer, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Called after the closure and all checks, before state and parameters change.
+
+        It may change gradients and state in place, not the parameters.
+
+        Args:
+            optimizer: that takes the step.
+            groups: its groups, or copies of them that the hook before this one has returned.
+
+        Returns:
+            The groups whose hyperparameters this step uses, in the same order.
+        """
+
+    @abstractmethod
+    def on_group(self, optimizer: StructuredOptimizer, group: dict[str, Any]) -> None:
+        """Called when a group has been added."""
+
+    @abstractmethod
+    def before_peak(self, groups: list[dict[str, Any]]) -> None:
+        """Set counters in the groups so that the next step allocates as much memory as any does."""
 
 
 @dataclass(frozen=True)

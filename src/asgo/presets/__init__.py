@@ -2,10 +2,12 @@
 
 from asgo.presets.adablock import AdaBlock
 from asgo.presets.adagram import AdaGram
+from asgo.presets.adam_mini import AdamMini
 from asgo.presets.agd import AGD
 from asgo.presets.asgo import ASGO
-from asgo.presets.blockwise import BAG, BAGM, AdamMini
+from asgo.presets.bag import BAG, BAGM
 from asgo.presets.dasgo import DASGO
+from asgo.presets.info import OptimInfo
 from asgo.presets.shampoo import OneSidedShampoo, Shampoo
 from asgo.presets.spam import SPAM
 
@@ -20,5 +22,6 @@ __all__ = [
     "AdaGram",
     "AdamMini",
     "OneSidedShampoo",
+    "OptimInfo",
     "Shampoo",
 ]

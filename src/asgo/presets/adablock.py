@@ -8,9 +8,20 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer.hyperparameters import LOOP
+from asgo.optimizer.hyperparameters import (
+    LOOP,
+    SHARED,
+    Constraint,
+    from_arguments,
+    is_number,
+    one_of,
+    or_none,
+    positive,
+    whole,
+)
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
+from asgo.presets.info import OptimInfo
 from asgo.structures import DenseBlocks, Structure, limit_of, packed_if
 from asgo.views import View
 
@@ -59,6 +70,20 @@ class AdaBlock(StructuredOptimizer):
         TypeError: complex or integer parameters.
     """
 
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        **SHARED,
+        "block_size": whole(),
+        "stale": one_of("root", "diagonal"),
+        "clip": or_none(Constraint(lambda value: is_number(value, 0) and value > 0, "a number > 0")),
+        "gamma": positive("1e-3"),
+    }
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper="AdaBlock: SGD with Practical Block Diagonal Matrix Adaptation for Deep Learning (Yun, Lozano, Yang)",
+        year=2019,
+        memory="d (1 + 2 s)",
+        cost="4 d s + root d s^2",
+        lr=1e-2,
+    )
     loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
 
     def __init__(
@@ -79,21 +104,7 @@ class AdaBlock(StructuredOptimizer):
         adamw: Mapping[str, Any] | None = None,
         packed_state: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "block_size": block_size,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "stale": stale,
-            "clip": clip,
-            "gamma": gamma,
-            "maximize": maximize,
-            "rounding": rounding,
-            "packed_state": packed_state,
-        }
-        super().__init__(params, defaults, adamw)
+        super().__init__(params, from_arguments(locals()), adamw)
 
     def default_views(
         self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]

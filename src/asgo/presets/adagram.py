@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from asgo.optimizer.hyperparameters import FLAG, SHARED, Constraint, from_arguments, is_whole, one_of
 from asgo.optimizer.param_groups import views_of
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
+from asgo.presets.info import OptimInfo
 from asgo.structures import LowRankFactor, LowRankSymmetric, Structure
 from asgo.views import View
 from asgo.views import patterns as partition
@@ -64,6 +66,26 @@ class AdaGram(StructuredOptimizer):
         TypeError: complex or integer parameters.
     """
 
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        **SHARED,
+        "rank": Constraint(
+            lambda value: value in (None, "auto") or is_whole(value), "'auto', None or a whole number >= 1"
+        ),
+        "direction": one_of("factor", "symmetric"),
+        "integrator": one_of(None, "psi", "bug", "eig"),
+        "compensate": FLAG,
+    }
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper=(
+            "Dynamic Low-rank Approximation of Full-Matrix Preconditioner for Training Generalized Linear Models"
+            " (Matveeva, Katrutsa, Frolov)"
+        ),
+        year=2025,
+        memory="d (2 r + 2)",
+        cost="16 d r^2",
+        lr=3e-1,
+    )
+
     def __init__(
         self,
         params: ParamsT,
@@ -78,17 +100,7 @@ class AdaGram(StructuredOptimizer):
         rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "rank": rank,
-            "direction": direction,
-            "integrator": integrator,
-            "compensate": compensate,
-            "maximize": maximize,
-            "rounding": rounding,
-        }
-        super().__init__(params, defaults, adamw)
+        super().__init__(params, from_arguments(locals()), adamw)
         views = [view for group in self.param_groups for view in views_of(group)]
         _check_rank(rank, views, [param for group in self.param_groups for param in group["params"]])
 

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer.hyperparameters import LOOP
+from asgo.optimizer.hyperparameters import LOOP, SHARED, Constraint, from_arguments, positive
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
+from asgo.presets.info import OptimInfo
 from asgo.structures import Difference
 from asgo.views import View
 from asgo.views import patterns as partition
@@ -50,6 +51,17 @@ class AGD(StructuredOptimizer):
         TypeError: complex or integer parameters.
     """
 
+    constraints: ClassVar[Mapping[str, Constraint]] = {**SHARED, "delta": positive("1e-5")}
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper=(
+            "AGD: an Auto-switchable Optimizer using Stepwise Gradient Difference for Preconditioning Matrix"
+            " (Yue, Ye, Jiang, Liu, Zhang)"
+        ),
+        year=2023,
+        memory="3 d",
+        cost="8 d",
+        lr=6e-4,
+    )
     loop: ClassVar[Mapping[str, Any]] = {**LOOP, "statistic": "momentum"}
 
     def __init__(
@@ -64,15 +76,7 @@ class AGD(StructuredOptimizer):
         rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "delta": delta,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "rounding": rounding,
-        }
-        super().__init__(params, defaults, adamw)
+        super().__init__(params, from_arguments(locals()), adamw)
 
     def default_views(
         self, members: Sequence[tuple[str | None, Tensor]], group: Mapping[str, Any]

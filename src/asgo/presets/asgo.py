@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from asgo.optimizer.hyperparameters import SHARED, Constraint, adjust_lr_of, from_arguments, one_of
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
+from asgo.presets.info import OptimInfo
 from asgo.structures import OneSided, SquareRoot, Structure, limit_of, packed_if
+from asgo.structures.one_sided import Cross
 
 
 class ASGO(StructuredOptimizer):
@@ -56,6 +59,7 @@ class ASGO(StructuredOptimizer):
             numbers of state. The paper does neither.
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
+        adjust_lr_fn: as in `torch.optim.Muon`: ``"match_rms_adamw"`` is another name of ``adjust_lr="rms"``.
         root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
         elsewhere.
             ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less, and in half
@@ -71,7 +75,6 @@ class ASGO(StructuredOptimizer):
         max_size: a parameter that has a matrix whose shorter side is above this is AdamW's, with a warning and a line
             of `asgo.report`: its statistic and root would take ``8 k^2`` bytes and ``k^3`` work. None: no limit. No
             layer of published models up to 405B parameters has a shorter side above 16,384.
-
         precision: of the products of root ``"square_root"``; ``"auto"`` is float16 on CUDA, bfloat16 on CPUs with units
             for it, else float32, which the gradient statistic takes on every CPU; float32 takes eigendecompositions.
 
@@ -82,6 +85,19 @@ class ASGO(StructuredOptimizer):
     Example:
         >>> optimizer = ASGO(asgo.route(model), lr=1e-2)   # doctest: +SKIP
     """
+
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        **SHARED,
+        "cross_normalize": one_of(*get_args(Cross)),
+        "precision": one_of("auto", "bf16", "fp16", "fp32"),
+    }
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper="ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)",
+        year=2025,
+        memory="d + 2 k^2 + 2 o",
+        cost="4 d k + root k^3",
+        lr=1.4e-2,
+    )
 
     def __init__(
         self,
@@ -104,27 +120,11 @@ class ASGO(StructuredOptimizer):
         packed_state: bool = False,
         max_size: int | None = 16384,
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+        adjust_lr_fn: Literal["match_rms_adamw"] | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "statistic": statistic,
-            "nesterov": nesterov,
-            "cross_normalize": cross_normalize,
-            "adjust_lr": adjust_lr,
-            "side": "auto",
-            "root": root,
-            "maximize": maximize,
-            "rounding": rounding,
-            "capturable": capturable,
-            "packed_state": packed_state,
-            "max_size": max_size,
-            "precision": precision,
-        }
-        super().__init__(params, defaults, adamw)
+        given = {**from_arguments(locals()), "side": "auto"}
+        given["adjust_lr"] = adjust_lr_of(type(self).__name__, adjust_lr, adjust_lr_fn)
+        super().__init__(params, given, adamw)
 
     @classmethod
     def paper(
@@ -140,7 +140,17 @@ class ASGO(StructuredOptimizer):
 
         Only the damping is ours: the released ``eps`` never enters the root (see `reference`).
         """
-        return cls(params, lr, betas, eps, weight_decay, precondition_frequency, "gradient", False, False)
+        return cls(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            precondition_frequency=precondition_frequency,
+            statistic="gradient",
+            nesterov=False,
+            cross_normalize=False,
+        )
 
     @classmethod
     def theory(cls, params: ParamsT, lr: float | Tensor, eps: float = 1e-8) -> ASGO:
@@ -149,7 +159,18 @@ class ASGO(StructuredOptimizer):
         No momentum, no decay, no rescaling; ``eps`` is absolute and outside the root, and never below what the
         precision of V can resolve. Set ``side="left"`` in the groups to follow the paper's text to the letter.
         """
-        return cls(params, lr, (0.0, 1.0), eps, 0.0, 1, "gradient", False, False, None, root="outside")
+        return cls(
+            params,
+            lr=lr,
+            betas=(0.0, 1.0),
+            eps=eps,
+            weight_decay=0.0,
+            statistic="gradient",
+            nesterov=False,
+            cross_normalize=False,
+            adjust_lr=None,
+            root="outside",
+        )
 
     @classmethod
     def reference(
@@ -165,7 +186,17 @@ class ASGO(StructuredOptimizer):
         For comparison only: on rank-deficient statistics its root is noise (the effective damping lies below
         the rounding error of float32).
         """
-        return cls(params, lr, betas, eps, weight_decay, 1, "gradient", False, False, root="reference")
+        return cls(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            statistic="gradient",
+            nesterov=False,
+            cross_normalize=False,
+            root="reference",
+        )
 
     def largest_side(self, group: Mapping[str, Any]) -> int | None:
         """`max_size`, for the shorter side."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from asgo.optimizer.hyperparameters import SHARED, Constraint, adjust_lr_of, from_arguments, one_of
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
+from asgo.presets.asgo import ASGO
+from asgo.presets.info import OptimInfo
 from asgo.structures import Blockwise
 
 
@@ -47,11 +51,15 @@ class DASGO(StructuredOptimizer):
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adjust_lr_fn: another name of `adjust_lr`, see `ASGO`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
         TypeError: complex or integer parameters.
     """
+
+    constraints: ClassVar[Mapping[str, Constraint]] = {**SHARED, "axis": one_of("column", "row", "auto")}
+    info: ClassVar[OptimInfo] = replace(ASGO.info, memory="d + n", cost="4 d", lr=5e-3)
 
     def __init__(
         self,
@@ -66,18 +74,10 @@ class DASGO(StructuredOptimizer):
         maximize: bool = False,
         rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
+        adjust_lr_fn: Literal["match_rms_adamw"] | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "axis": axis,
-            "adjust_lr": adjust_lr,
-            "maximize": maximize,
-            "rounding": rounding,
-        }
-        super().__init__(params, defaults, adamw)
+        given = from_arguments(locals()) | {"adjust_lr": adjust_lr_of(type(self).__name__, adjust_lr, adjust_lr_fn)}
+        super().__init__(params, given, adamw)
 
     def structure(self, group: dict[str, Any]) -> Blockwise:
         """The sum of squares of each column or row."""

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer.hyperparameters import LOOP
+from asgo.optimizer.hyperparameters import LOOP, adjust_lr_of, from_arguments
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
+from asgo.presets.info import OptimInfo
 from asgo.structures import Kronecker, OneSided, Structure, limit_of, packed_if
 
 
@@ -32,7 +33,7 @@ class OneSidedShampoo(StructuredOptimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
         lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
         eps: absolute, inside the root; never below what the statistic's precision can resolve, see
-        `asgo.linalg.spectral`.
+            `asgo.linalg.spectral`.
         betas: decay of the momentum and of the statistic. 0 and 1, the paper's: no momentum, a sum. With a second one
             below 1 the statistic is a running average, not corrected.
         weight_decay: decoupled, multiplied by ``lr``.
@@ -46,12 +47,20 @@ class OneSidedShampoo(StructuredOptimizer):
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
+        adjust_lr_fn: another name of `adjust_lr`, see `ASGO`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
         TypeError: complex or integer parameters.
     """
 
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper="Structured Preconditioners in Adaptive Optimization: A Unified Analysis (Xie, Wang, Reddi, Kumar, Li)",
+        year=2025,
+        memory="d + 2 k^2",
+        cost="4 d k + root k^3",
+        lr=5e-2,
+    )
     loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "inside"}
 
     def __init__(
@@ -68,21 +77,11 @@ class OneSidedShampoo(StructuredOptimizer):
         maximize: bool = False,
         rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
+        adjust_lr_fn: Literal["match_rms_adamw"] | None = None,
         packed_state: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "side": side,
-            "precondition_frequency": precondition_frequency,
-            "adjust_lr": adjust_lr,
-            "maximize": maximize,
-            "rounding": rounding,
-            "packed_state": packed_state,
-        }
-        super().__init__(params, defaults, adamw)
+        given = from_arguments(locals()) | {"adjust_lr": adjust_lr_of(type(self).__name__, adjust_lr, adjust_lr_fn)}
+        super().__init__(params, given, adamw)
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The mean gram matrix of the group's side."""
@@ -123,12 +122,20 @@ class Shampoo(StructuredOptimizer):
         adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
             others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
+        adjust_lr_fn: another name of `adjust_lr`, see `ASGO`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
         TypeError: complex or integer parameters.
     """
 
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper="Shampoo: Preconditioned Stochastic Tensor Optimization (Gupta, Koren, Singer)",
+        year=2018,
+        memory="d + 2 m^2 + 2 n^2",
+        cost="4 d (m + n) + root m^3 + n^3",
+        lr=1.0,
+    )
     loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
 
     def __init__(
@@ -145,21 +152,11 @@ class Shampoo(StructuredOptimizer):
         maximize: bool = False,
         rounding: Rounding = "nearest",
         adamw: Mapping[str, Any] | None = None,
+        adjust_lr_fn: Literal["match_rms_adamw"] | None = None,
         packed_state: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "max_size": max_size,
-            "adjust_lr": adjust_lr,
-            "maximize": maximize,
-            "rounding": rounding,
-            "packed_state": packed_state,
-        }
-        super().__init__(params, defaults, adamw)
+        given = from_arguments(locals()) | {"adjust_lr": adjust_lr_of(type(self).__name__, adjust_lr, adjust_lr_fn)}
+        super().__init__(params, given, adamw)
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrices of both sides."""

@@ -1,28 +1,110 @@
-"""SPAM: a wrapper that clips spikes of the gradient and starts the memory anew from time to time."""
+"""SPAM: a wrapper that clips spikes of the gradient and resets the state from time to time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from asgo.distributed.collectives import agree
 from asgo.distributed.placement import find, gradient, local
-from asgo.optimizer import hyperparameters
+from asgo.optimizer.hyperparameters import Constraint, check, positive, whole
 from asgo.optimizer.state import state_dtype
-from asgo.optimizer.step import StructuredOptimizer
+from asgo.optimizer.step import StepHook, StructuredOptimizer
+from asgo.presets.info import OptimInfo
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DECAY = 0.999
-"""Of the mean square that tells a spike: Adam's second moment."""
+"""Decay of the mean square that spikes are compared with: that of Adam's second moment."""
 ARMED = 20
-"""Steps after each start before spikes are clipped, as released: the mean square must have seen something."""
+"""Steps after each reset before spikes are clipped, as released: the mean square must have seen some gradients."""
 FAINT = 0.99
-"""The share of lr that is missing at the first step after a reset, as released."""
+"""By how much of itself lr is reduced at the first step after a reset, as released."""
+
+
+@dataclass
+class SpikeClipping(StepHook):
+    """The part of `SPAM` that runs in every step: reset, clip, and the lr of the step. See there for the arguments."""
+
+    threshold: float
+    interval: int
+    warmup: int
+
+    def before_update(self, optimizer: StructuredOptimizer, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Reset when it is time to, clip the gradients in place, and return the groups with the lr of this step."""
+        t = steps_of(optimizer.param_groups) + 1
+        since = t % self.interval
+        if since == 0:
+            self._reset(optimizer)
+        params = [param for group in groups for param in group["params"] if param.grad is not None]
+        for param, nonzero in zip(params, _nonzero_on_any_rank(params), strict=True):
+            self._clip(param, _mean_square(optimizer, param), nonzero, since >= ARMED)
+        for group in optimizer.param_groups:
+            group["spam_step"] = t
+        if t < self.interval or since >= self.warmup:
+            return groups
+        factor = 1 - FAINT * (1 + math.cos(math.pi * since / (self.warmup + 1))) / 2
+        return [{**group, "lr": group["lr"] * factor} for group in groups]
+
+    def on_group(self, optimizer: StructuredOptimizer, group: dict[str, Any]) -> None:
+        """Start the count and the mean squares of a group."""
+        group["spam_step"] = steps_of(optimizer.param_groups)
+        for param in group["params"]:
+            find(param, None, "SPAM")  # all ranks create its process group now
+            _mean_square(optimizer, param)
+
+    def before_peak(self, groups: list[dict[str, Any]]) -> None:
+        """Let the next step be the last one before a reset, when spikes are clipped."""
+        for group in groups:
+            group["spam_step"] = max(0, self.interval - 2)
+
+    def _reset(self, optimizer: StructuredOptimizer) -> None:
+        optimizer.reset()
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                _mean_square(optimizer, param).zero_()
+
+    def _clip(self, param: Tensor, v: Tensor, nonzero: Tensor, armed: bool) -> None:
+        """Clip the spikes of a gradient; a zero gradient, and entries that are not finite, do not change v."""
+        grad = gradient(param)
+        seen = grad.to(v.dtype)
+        finite = seen.isfinite()
+        if armed:
+            limit = (self.threshold * v).sqrt()
+            seen = torch.where(finite, seen.clamp(-limit, limit), seen)
+            grad.copy_(seen)
+        weight = (finite & nonzero).to(v.dtype) * (1 - DECAY)
+        v.lerp_(torch.where(finite, seen, 0).square(), weight)
+
+
+def steps_of(groups: Sequence[dict[str, Any]]) -> int:
+    """The steps taken so far."""
+    return max((group.get("spam_step", 0) for group in groups), default=0)
+
+
+def _nonzero_on_any_rank(params: list[Tensor]) -> Sequence[Tensor]:
+    """Whether each gradient has a nonzero entry, on any rank."""
+    if not params:
+        return ()
+    zero = torch.stack([~(gradient(param) != 0).any() for param in params])
+    return (~agree(zero, [find(param, None, "SPAM").ranks for param in params])).unbind()
+
+
+def _mean_square(optimizer: Optimizer, param: Tensor) -> Tensor:
+    """The mean square of a parameter's gradients, on the parameter's device; zero at first."""
+    state, held, dtype = optimizer.state[param], local(param.detach()), state_dtype(param)
+    known = state.get("spike_sq")
+    if known is None or known.shape != held.shape:
+        known = torch.zeros_like(held, dtype=dtype)
+    state["spike_sq"] = known.to(param.device, dtype)
+    return state["spike_sq"]
 
 
 class SPAM(Optimizer):
@@ -55,10 +137,21 @@ class SPAM(Optimizer):
         TypeError: an optimizer of another library.
     """
 
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        "threshold": positive("5000"),
+        "interval": whole("a whole number of steps"),
+        "warmup": whole("a whole number of steps", low=0),
+    }
+    info: ClassVar[OptimInfo] = OptimInfo(
+        paper="SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training (Huang, Zhu, Jin, Liu, Wang, Liu)",
+        year=2025,
+        memory="3 d",
+        cost="8 d",
+        lr=5.7e-3,
+    )
+
     optimizer: StructuredOptimizer
-    threshold: float
-    interval: int
-    warmup: int
+    hook: SpikeClipping
 
     def __init__(
         self, optimizer: StructuredOptimizer, threshold: float = 5000.0, interval: int = 500, warmup: int = 150
@@ -70,9 +163,10 @@ class SPAM(Optimizer):
         if any("spike_sq" in state for state in optimizer.state.values()):
             raise ValueError("SPAM: the optimizer is wrapped already; wrap it once.")
         own = {"threshold": threshold, "interval": interval, "warmup": warmup}
-        hyperparameters.check("SPAM", own, hyperparameters.SPAM_CHECKS)
+        check("SPAM", own, self.constraints)
         self.__setstate__({"optimizer": optimizer, **own})
-        self._start(optimizer.param_groups, 0)
+        for group in optimizer.param_groups:
+            self.hook.on_group(optimizer, group)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -89,93 +183,9 @@ class SPAM(Optimizer):
         """The optimizer's own defaults."""
         return self.optimizer.defaults
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of the optimizer, with what stands above around it.
-
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Returns:
-            What the closure returned, else None.
-
-        Raises:
-            TypeError: a sparse gradient; nothing has changed then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        hyperparameters.refuse_sparse(self.optimizer)
-        t = self.param_groups[0].setdefault("spam_step", 0) + 1
-        since = t % self.interval
-        if since == 0:
-            self._reset()
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for param, moved in zip(params, self._moved(params), strict=True):
-            self._clip(param, moved, since >= ARMED)
-        self._step_scaled(self._share(since) if t >= self.interval else 1.0)
-        for group in self.param_groups:
-            group["spam_step"] = t
-        return loss
-
-    def _share(self, since: int) -> float:
-        """The share of lr that a step takes, so many steps after a reset."""
-        return 1.0 if since >= self.warmup else 1 - FAINT * (1 + math.cos(math.pi * since / (self.warmup + 1))) / 2
-
-    def _step_scaled(self, share: float) -> None:
-        rates = [group["lr"] for group in self.param_groups]
-        try:
-            for group, lr in zip(self.param_groups, rates, strict=True):
-                group["lr"] = lr if share == 1 else lr * share
-            self.optimizer.step()
-        finally:
-            for group, lr in zip(self.param_groups, rates, strict=True):
-                group["lr"] = lr
-
-    def _moved(self, params: list[Tensor]) -> Sequence[Tensor]:
-        """Whether each gradient has an entry that is not zero, on any rank."""
-        if not params:
-            return ()
-        zero = torch.stack([~(gradient(param) != 0).any() for param in params])
-        return (~agree(zero, [find(param, None, "SPAM").ranks for param in params])).unbind()
-
-    def _clip(self, param: Tensor, moved: Tensor, armed: bool) -> None:
-        """Clip the spikes of a gradient; a gradient of zeros, and entries that are not finite, leave v as it is."""
-        grad, dtype = gradient(param), state_dtype(param)
-        v = self._mean_square(param)
-        seen = grad.to(dtype)
-        finite = seen.isfinite()
-        if armed:
-            limit = (self.threshold * v).sqrt()
-            seen = torch.where(finite, seen.clamp(-limit, limit), seen)
-            grad.copy_(seen)
-        weight = (finite & moved).to(dtype) * (1 - DECAY)
-        v.lerp_(torch.where(finite, seen, 0).square(), weight)
-
-    def _mean_square(self, param: Tensor) -> Tensor:
-        """The mean square of a parameter's gradients, where the parameter is; zero when it is first met."""
-        state, held, dtype = self.state[param], local(param.detach()), state_dtype(param)
-        known = state.get("spike_sq")
-        if known is None or known.shape != held.shape:
-            known = torch.zeros_like(held, dtype=dtype)
-        state["spike_sq"] = known.to(param.device, dtype)
-        return state["spike_sq"]
-
-    def _reset(self) -> None:
-        self.optimizer.reset()
-        for group in self.param_groups:
-            for param in group["params"]:
-                self._mean_square(param).zero_()
-
-    def _start(self, groups: list[dict[str, Any]], t: int) -> None:
-        for group in groups:
-            group["spam_step"] = t
-            for param in group["params"]:
-                find(param, None, "SPAM")  # all ranks meet its group now
-                self._mean_square(param)
-
-    # ---- the optimizer's own ----------------------------------------------------------------------------------
+        """One step of the optimizer; see `StructuredOptimizer.step`."""
+        return self.optimizer.step(closure)
 
     def failures(self) -> dict[str, int]:
         """The optimizer's own counts."""
@@ -190,21 +200,19 @@ class SPAM(Optimizer):
         return self.optimizer.metrics()
 
     def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
-        """Share the optimizer's work, as `StructuredOptimizer.distribute` does; the mean squares stay whole."""
+        """As `StructuredOptimizer.distribute`; every rank keeps the mean squares of all parameters."""
         self.optimizer.distribute(process_group, shard_state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the optimizer."""
-        known, t = len(self.param_groups), self.param_groups[0]["spam_step"]
         self.optimizer.add_param_group(param_group)
-        self._start(self.param_groups[known:], t)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's own, in which that of the wrapper stands: ``spike_sq``, and ``spam_step`` of every group."""
+        """The optimizer's own, with ``spike_sq`` of every parameter and ``spam_step`` of every group."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` of a wrapper gave.
+        """Load a state dict of a wrapped optimizer.
 
         Raises:
             ValueError: state of another optimizer, model or view, or of one that is not wrapped.
@@ -212,5 +220,10 @@ class SPAM(Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "threshold", "interval", "warmup")
-        return {name: getattr(self, name) for name in names}
+        return {"optimizer": self.optimizer, **asdict(self.hook)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = dict(state)
+        self.hook = SpikeClipping(own.pop("threshold"), own.pop("interval"), own.pop("warmup"))
+        super().__setstate__(own)
+        self.optimizer.step_hooks = (self.hook,)

@@ -77,7 +77,7 @@ class SquareRoot(Sided, OneCall):
 
     Args:
         side: as of `OneSided`.
-        precision: one of `asgo.linalg.polar.PLANS`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs
+        precision: one of `asgo.linalg.polar.plans`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs
         that
             have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
             columns that are carried along do not correct themselves. On a CPU without units for a half precision its
@@ -99,7 +99,7 @@ class SquareRoot(Sided, OneCall):
         """The plan for a stack of this dtype on this device, with a gradient statistic if something is carried."""
         plan = polar.plan_for(self.precision, like.dtype, like.device)
         too_coarse = carried and self.precision == "auto" and plan.dtype == torch.bfloat16
-        return polar.PLANS["fp32"] if too_coarse else plan
+        return polar.plans()["fp32"] if too_coarse else plan
 
     def init(self, like: Stack) -> State:
         """Zeros."""
@@ -233,7 +233,7 @@ class SquareRoot(Sided, OneCall):
     def cost(self, m: int, n: int) -> float:
         """``k^3`` for each product of the iteration."""
         k, long = (m, n) if self.left(m, n) else (n, m)
-        return polar.PLANS["bf16"].products(k, k + long) * float(k) ** 3
+        return polar.plans()["bf16"].products(k, k + long) * float(k) ** 3
 
     def work(self, m: int, n: int) -> float:
         """``k^2 (k + n)``: the product ``X A^T``."""

@@ -199,7 +199,7 @@ def _convolution(site: Site) -> Reading | None:
     groups, transposed, ndim = site.module.groups, site.module.transposed, site.param.ndim
     view = conv(ndim, groups, transposed)
     if groups > 1 and transposed and site.shape[0] == groups:  # depthwise: one matrix, channels x kernel
-        view = View(str(conv(ndim, 1, True).pattern).replace("-> g o (i", "-> 1 (g o) (i"), {"g": groups})
+        view = View(str(conv(ndim, 1, transposed=True).pattern).replace("-> g o (i", "-> 1 (g o) (i"), {"g": groups})
     elif site.shape[1] == 1 or site.shape[0] == groups:
         view = conv(ndim, 1, transposed)
     return Reading(view, view, type(site.module).__name__)

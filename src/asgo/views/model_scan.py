@@ -124,7 +124,8 @@ def _place(modules: Mapping[str, nn.Module], name: str, param: nn.Parameter) -> 
     """The path of the module and the name there; a parametrized weight stands where the weight stood."""
     path, _, leaf = name.rpartition(".")
     owner = modules[path]
-    if isinstance(owner, ParametrizationList) and param.numel() == max(p.numel() for p in owner.parameters(False)):
+    own = owner.parameters(recurse=False) if isinstance(owner, ParametrizationList) else ()
+    if param.numel() == max((p.numel() for p in own), default=None):
         holder, _, leaf = path.rpartition(".")  # path is "<module>.parametrizations.<leaf>"
         path = holder.rpartition(".")[0]
     if isinstance(owner, (nn.ParameterList, nn.ParameterDict)) and path:

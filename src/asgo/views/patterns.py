@@ -220,7 +220,7 @@ def head_rows(view: View) -> View:
     """
     merge = {
         heads(1).pattern: "(h d) n -> 1 h (d n)",
-        heads(1, True).pattern: "n (h d) -> 1 h (d n)",
+        heads(1, transposed=True).pattern: "n (h d) -> 1 h (d n)",
         "g (h d) n -> (g h) d n": "g (h d) n -> 1 (g h) (d n)",
         "n g (h d) -> (g h) d n": "n g (h d) -> 1 (g h) (d n)",
     }
@@ -251,7 +251,7 @@ KINDS: dict[object, str] = {
     TRANSPOSED.pattern: "transposed matrix",
     STACK.pattern: "stack",
     heads(2).pattern: "heads",
-    heads(2, True).pattern: "transposed heads",
+    heads(2, transposed=True).pattern: "transposed heads",
     per_expert(heads(2)).pattern: "stack of heads",
     head_columns(2).pattern: "head columns",
     blocks(2, 2).pattern: "blocks",

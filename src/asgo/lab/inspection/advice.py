@@ -108,7 +108,7 @@ def inspect_advise(config: AdviceConfig, console: Console | None = None) -> Advi
 
 def _prepare(config: AdviceConfig) -> tuple[WarmupTrainer, dict[str, Any]]:
     """What needs no writing, so that all that can be refused is refused first."""
-    run = run_of("asgo inspect advise", config, config.optimizer, config.seed, config.out, False)
+    run = run_of("asgo inspect advise", config, config.optimizer, config.seed, config.out, resume=False)
     if config.after > config.steps:
         raise LabError(f"--after {config.after} is more than --steps {config.steps}: look earlier, or train longer.")
     check_new(config.out)

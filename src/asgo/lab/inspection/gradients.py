@@ -34,8 +34,7 @@ from asgo.lab.training.progress import RunProgress
 from asgo.lab.training.run_folder import RunFolder, check_folder, check_same
 from asgo.lab.training.stopping import Stopped, StopSignal
 from asgo.lab.training.train import Diverged, Trainer
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets import SPAM
+from asgo.optimizer.step import structured
 
 MARKER = "gradients.json"
 
@@ -122,8 +121,8 @@ class Inspector(Trainer):
     def __init__(self, config: GradientsConfig, run: TrainConfig) -> None:
         super().__init__(run)
         self.settings = config
-        inside = self.optimizer.optimizer if isinstance(self.optimizer, SPAM) else self.optimizer
-        if not isinstance(inside, StructuredOptimizer):
+        inside = structured(self.optimizer)
+        if inside is None:
             raise LabError(
                 f"--optimizer.name {run.optimizer.name} is not of this library: it keeps no statistic to look at. Pass "
                 "asgo, or another of the first twelve that asgo optimizers lists."

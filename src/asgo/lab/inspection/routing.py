@@ -16,8 +16,7 @@ from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import build_optimizer, state_bytes
 from asgo.lab.optimizers.rules import read_rules
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets import SPAM
+from asgo.optimizer.step import structured
 from asgo.views.patterns import label
 from asgo.views.routing import Decision, explain
 
@@ -85,8 +84,8 @@ def check_sizes(vocab_size: int, block_size: int) -> None:
 def routing_text(model: nn.Module, optimizer: Optimizer) -> str:
     """Which parameter is stepped how: the library's own report, or for others class, rate and decay."""
     head = f"{type(model).__name__}, {count_parameters(model):,} parameters, {type(optimizer).__name__}"
-    inside = optimizer.optimizer if isinstance(optimizer, SPAM) else optimizer
-    if isinstance(inside, StructuredOptimizer):
+    inside = structured(optimizer)
+    if inside is not None:
         return f"{head}\n\n{report(inside)}"
     parts = optimizer.optimizers if isinstance(optimizer, Composite) else [optimizer]
     rows = [

@@ -49,15 +49,15 @@ class Shape:
 
 
 PRESETS: dict[Preset, Shape] = {
-    "tiny": Shape("gpt2", 2, 2, 2, 32, True),
-    "demo": Shape("gpt2", 4, 4, 4, 128, True),
-    "small": Shape("gpt2", 6, 6, 6, 384, True),
-    "gpt2-124m": Shape("gpt2", 12, 12, 12, 768, True),
-    "llama-tiny": Shape("llama", 2, 4, 2, 32, False),
-    "llama-demo": Shape("llama", 4, 4, 2, 128, False),
-    "llama-124m": Shape("llama", 12, 12, 4, 768, False),
-    "vit": Shape("vit", 3, 4, 4, 64, False),
-    "resnet": Shape("resnet", 3, 1, 1, 64, False),
+    "tiny": Shape("gpt2", 2, 2, 2, 32, tie_embeddings=True),
+    "demo": Shape("gpt2", 4, 4, 4, 128, tie_embeddings=True),
+    "small": Shape("gpt2", 6, 6, 6, 384, tie_embeddings=True),
+    "gpt2-124m": Shape("gpt2", 12, 12, 12, 768, tie_embeddings=True),
+    "llama-tiny": Shape("llama", 2, 4, 2, 32, tie_embeddings=False),
+    "llama-demo": Shape("llama", 4, 4, 2, 128, tie_embeddings=False),
+    "llama-124m": Shape("llama", 12, 12, 4, 768, tie_embeddings=False),
+    "vit": Shape("vit", 3, 4, 4, 64, tie_embeddings=False),
+    "resnet": Shape("resnet", 3, 1, 1, 64, tie_embeddings=False),
 }
 """Shapes that can be trained."""
 
@@ -74,10 +74,10 @@ class Published:
 
 
 PUBLISHED: dict[str, Published] = {
-    "llama-1b": Published(Shape("llama", 16, 32, 8, 2048, True, 8192), 128_256, 131_072),
-    "llama-8b": Published(Shape("llama", 32, 32, 8, 4096, False, 14_336), 128_256, 131_072),
-    "llama-70b": Published(Shape("llama", 80, 64, 8, 8192, False, 28_672), 128_256, 131_072),
-    "olmoe-7b": Published(Shape("olmoe", 16, 16, 16, 2048, False, 1024, experts=64), 50_304, 4096),
+    "llama-1b": Published(Shape("llama", 16, 32, 8, 2048, tie_embeddings=True, inner=8192), 128_256, 131_072),
+    "llama-8b": Published(Shape("llama", 32, 32, 8, 4096, tie_embeddings=False, inner=14_336), 128_256, 131_072),
+    "llama-70b": Published(Shape("llama", 80, 64, 8, 8192, tie_embeddings=False, inner=28_672), 128_256, 131_072),
+    "olmoe-7b": Published(Shape("olmoe", 16, 16, 16, 2048, tie_embeddings=False, inner=1024, experts=64), 50_304, 4096),
 }
 """Shapes as published: "The Llama 3 Herd of Models" (2024), 1B from Llama 3.2; "OLMoE: Open Mixture-of-Experts Language
 Models" (2024)."""

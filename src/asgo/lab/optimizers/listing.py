@@ -16,8 +16,7 @@ from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
 from asgo.lab.optimizers.slices import Sliced
 from asgo.optimizer.param_groups import with_views
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets import SPAM
+from asgo.optimizer.step import StructuredOptimizer, structured
 from asgo.structures import Structure
 from asgo.views import View
 
@@ -72,7 +71,7 @@ def _row(name: str, model: nn.Module) -> tuple[str, ...]:
 
 def held_bytes(optimizer: Optimizer) -> int:
     """Bytes of the state after a step. Those of torch make it in the first step, so one is taken, with no values."""
-    if not isinstance(optimizer, (StructuredOptimizer, SPAM)):
+    if structured(optimizer) is None:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 param.grad = torch.empty_like(param)
@@ -84,10 +83,9 @@ def operations(optimizer: Optimizer) -> float:
     """Operations of one step: two for each multiplication of statistics, roots and directions."""
     if isinstance(optimizer, Composite):
         return sum(operations(part) for part in optimizer.optimizers)
-    if isinstance(optimizer, SPAM):
-        return operations(optimizer.optimizer) + 2 * ENTRYWISE * _entries(optimizer)
-    if isinstance(optimizer, StructuredOptimizer):
-        return _structured(optimizer)
+    own = structured(optimizer)
+    if own is not None:
+        return _structured(own) + 2 * ENTRYWISE * len(own.step_hooks) * _entries(own)
     if isinstance(optimizer, Sliced):
         return operations(optimizer.inner)
     if isinstance(optimizer, Muon):

@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from asgo.lab.config.runs import OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.optimizers.table import OPTIMIZERS
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets import SPAM
+from asgo.optimizer.step import structured
 
 _OWN_FLAGS = {"self", "params", "lr", "betas", "weight_decay"}
 
@@ -90,7 +89,8 @@ def _value(text: str) -> Any:
 
 def failed_roots(optimizer: Optimizer) -> int:
     """How many inverse roots have failed so far (each keeps the last good one); 0 for optimizers without."""
-    return sum(optimizer.failures().values()) if isinstance(optimizer, (StructuredOptimizer, SPAM)) else 0
+    own = structured(optimizer)
+    return 0 if own is None else sum(own.failures().values())
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

@@ -26,8 +26,7 @@ from asgo.lab.files import writing
 from asgo.lab.optimizers.registry import failed_roots
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import StopSignal
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets import SPAM
+from asgo.optimizer.step import structured
 
 LOST = ("gloo", "NCCL", "onnection", "DistBackendError")
 """Words of an error that says that another process can no longer be reached."""
@@ -65,10 +64,11 @@ class Parallel:
 
     def share(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer, whose work or state the processes share where all of them hold the model."""
-        if self.kind == "zero1" and not isinstance(optimizer, (StructuredOptimizer, SPAM)):
+        own = structured(optimizer)
+        if self.kind == "zero1" and own is None:
             raise LabError(f"--parallel zero1 cannot divide {type(optimizer).__name__}: pass --parallel ddp.")
-        if self.kind in ("ddp", "zero1") and isinstance(optimizer, (StructuredOptimizer, SPAM)):
-            optimizer.distribute(shard_state=self.kind == "zero1")
+        if self.kind in ("ddp", "zero1") and own is not None:
+            own.distribute(shard_state=self.kind == "zero1")
         return optimizer
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -141,7 +141,7 @@ def thawed(model: nn.Module) -> dict[str, Tensor]:
 
 def own_failures(optimizer: Optimizer, first: bool) -> int:
     """The failures that this process alone has counted, and on the first one those too that all count alike."""
-    if not isinstance(optimizer, (StructuredOptimizer, SPAM)):
+    if structured(optimizer) is None:
         return 0
     states = optimizer.state_dict()["state"].values()
     counts = [tensor for state in states for key, tensor in state.items() if key.startswith("failures")]
