@@ -63,7 +63,9 @@ class NewtonSchulz(SquareRoot):
     def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
         """The factor of the direction, divided by its second moment."""
         direction = direction.sign() if self.sign else direction
-        O, ok = super().update(state, direction, direction, 0.0)
+        left = self.left(*direction.shape[1:])
+        O, ok = self._by_iteration(state, direction if left else direction.mT, None, 0.0)
+        O = O if left else O.mT
         if self.second_moment == "none":
             return O.mul_(RMS * math.sqrt(max(O.shape[1:]))), ok
         square = O.square() if self.second_moment == "element" else O.square().mean(2, keepdim=True)
