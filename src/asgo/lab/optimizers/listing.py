@@ -112,4 +112,4 @@ def _structured(optimizer: StructuredOptimizer) -> float:
 def _work(structure: Structure, view: View | None, param: Tensor) -> float:
     if view is None:
         return ENTRYWISE * param.numel()
-    return sum(b * structure.work(m, n) for b, m, n in view.shapes(param.shape))
+    return sum(b * structure.step_flops(m, n) for b, m, n in view.shapes(param.shape))
