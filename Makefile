@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 CURVLINOPS ?= "curvlinops-for-pytorch>=3,<4"
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-machines lint docs clean
+.PHONY: demo test test-fast test-machines lint docs package release clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.lab
@@ -31,6 +31,24 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# A source distribution and, from it, a wheel, with the checks that an index makes of them.
+package: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m zipfile -l dist/*.whl | grep -q asgo/py.typed
+
+# make release VERSION=0.2.0: writes the version where it stands, commits, tags v0.2.0 and builds what is uploaded.
+release: $(VENV)/.dev
+	@test -n "$(VERSION)" || { echo "write: make release VERSION=0.2.0" >&2; exit 1; }
+	@git diff --quiet HEAD || { echo "commit or put away what has changed first" >&2; exit 1; }
+	sed -i 's/^__version__ = .*/__version__ = "$(VERSION)"/' src/asgo/__init__.py
+	sed -i 's/^version: .*/version: $(VERSION)/' CITATION.cff
+	sed -i "s/^## Unreleased$$/## Unreleased\n\n## $(VERSION), $$(date +%F)/" CHANGELOG.md
+	git commit --quiet --all --message "Release $(VERSION)"
+	git tag --annotate v$(VERSION) --message "Release $(VERSION)"
+	$(MAKE) package
+
 # torch first and by exact version: a range would take the newest build with all its CUDA packages.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +65,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis

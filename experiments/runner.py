@@ -21,10 +21,11 @@ from asgo.lab import tables
 from asgo.lab.config.codec import command, from_json, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
+from asgo.lab.pool import Ledger, processors
 from asgo.lab.training import environment
 from asgo.lab.training.run_folder import check_folder, check_same
 from asgo.lab.training.stopping import Stopped
-from experiments.jobs import Job, JobPlan, Ledger, Results, processors, run_jobs
+from experiments.jobs import Job, JobPlan, Results, run_jobs
 
 FREE = ("out", "resume", "processes")
 """Fields that may differ when an experiment is resumed: no result depends on them."""

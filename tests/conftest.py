@@ -1,10 +1,13 @@
 import os
+import random
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 
 import pytest
 import torch
+
+from worlds import World
 
 # Tests run side by side, so one thread unless the environment asks for more, as benchmarks/machines.py does.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -47,6 +50,29 @@ def fresh_accelerate():
     yield
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """A world of any size, made on first use."""
+    made = {}
+
+    def world(size):
+        if size not in made:
+            made[size] = World(size)
+        return made[size]
+
+    yield world
+    for each in made.values():
+        each.end()
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """A text of 3,000 words, of which there are five."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(["red", "green", "blue", "yellow", "black"], k=3000)))
+    return path
 
 
 @pytest.fixture

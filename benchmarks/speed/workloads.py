@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asgo.lab.models.architectures import GPT2_BLOCK, GPT2_VOCABULARY, PRESETS, PUBLISHED, Shape, build
-from asgo.lab.packages import need
+from asgo.lab.models.architectures import GPT2_BLOCK, GPT2_VOCABULARY, PRESETS, PUBLISHED, Shape, build, resnet
 from asgo.optimizer.param_groups import with_views
 from asgo.views.routing import route
 
@@ -58,14 +57,7 @@ def _layers_of(shape: Shape) -> Callable[[int], nn.Module]:
 
 
 def _resnet(widths: Sequence[int], depths: Sequence[int], classes: int) -> Callable[[int], nn.Module]:
-    def whole(layers: int) -> nn.Module:
-        transformers = need("transformers", "a ResNet", "pip install 'asgo[lab]'")
-        stem = widths[0] // 4
-        config = transformers.ResNetConfig(embedding_size=stem, hidden_sizes=list(widths), depths=list(depths))
-        config.num_labels = classes
-        return transformers.ResNetForImageClassification(config)
-
-    return whole
+    return lambda layers: resnet(widths, depths, classes, channels=3, layer_type="bottleneck")
 
 
 _LLAMA_1B, _OLMOE = PUBLISHED["llama-1b"].shape, PUBLISHED["olmoe-7b"].shape

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from asgo import checkpoint
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-from asgo.views import View
-from asgo.views.routing import Rule, route
+from asgo.views import View, fused
+from asgo.views.routing import Decision, Rule, explain, route
 
 if TYPE_CHECKING:
     from asgo import diagnostics
@@ -29,6 +29,7 @@ __all__ = [
     "AdaGram",
     "AdamMini",
     "Advice",
+    "Decision",
     "OneSidedShampoo",
     "Report",
     "Rule",
@@ -38,6 +39,8 @@ __all__ = [
     "advise",
     "checkpoint",
     "diagnostics",
+    "explain",
+    "fused",
     "report",
     "route",
     "state_bytes",

@@ -26,24 +26,9 @@ from asgo.distributed.ownership import Unit, cost, owners, turns_of
 from asgo.optimizer.param_groups import views_of
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
 from family import PRESETS
-from worlds import World, on
+from worlds import Counted, World, on
 
 STEPS = 50
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    """A world of any size, made on first use."""
-    made = {}
-
-    def world(size):
-        if size not in made:
-            made[size] = World(size)
-        return made[size]
-
-    yield world
-    for each in made.values():
-        each.end()
 
 
 # ---- the model -----------------------------------------------------------------------------------------------
@@ -239,6 +224,22 @@ def test_every_form_in_every_layout_is_that_of_one_process(worlds, layout, size)
         assert [kept for _, kept in found] == [state] * size
 
 
+def measured(layout):
+    _, wrapped, optimizer, share = build(layout, every_form)
+    optimizer.record_metrics()
+    train(wrapped, optimizer, share=share, steps=3)
+    return optimizer.metrics()
+
+
+@everywhere
+def test_metrics_are_those_of_one_process(worlds, layout, size):
+    expected = measured(None)
+    for found in worlds(size)(measured, layout):
+        assert set(found) == set(expected)
+        for name, row in expected.items():
+            assert found[name] == pytest.approx(row, rel=1e-5, abs=1e-9), name
+
+
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_accumulation_and_clipping(worlds, layout):
     training = {"parts": 2, "clip": 0.05, "steps": 20}
@@ -347,28 +348,11 @@ def traffic(layout, names):
         after(optimizer)
     for _, param in params:
         param.grad = torch.ones_like(param)
-    sent = {"all_to_all_single": 0, "all_gather": 0, "all_reduce": 0}
-    originals = {name: getattr(dist, name) for name in sent}
-
-    def counted(name, find):
-        def call(*args, **options):
-            tensor = find(args)
-            sent[name] += tensor.numel() * tensor.element_size()
-            return originals[name](*args, **options)
-
-        return call
-
-    dist.all_to_all_single = counted("all_to_all_single", lambda args: args[1])
-    dist.all_gather = counted("all_gather", lambda args: args[1])
-    dist.all_reduce = counted("all_reduce", lambda args: args[0])
-    try:
+    with Counted() as counted:
         optimizer.step()
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
     sizes = [(param.to_local() if isinstance(param, DTensor) else param).numel() for _, param in params]
     roots = [state["root"].numel() for state in optimizer.state.values() if "root" in state]
-    return sent, sizes, roots, [optimizer._division._owners.get(param) for _, param in params]
+    return counted.sent, sizes, roots, [optimizer._division._owners.get(param) for _, param in params]
 
 
 @pytest.mark.parametrize("size", [2, 4])

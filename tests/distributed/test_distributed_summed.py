@@ -14,24 +14,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from asgo import ASGO, DASGO, SPAM, View
 from asgo.checkpoint import sharded
-from asgo.views import MATRIX, conv
-from worlds import World, on
+from asgo.views import MATRIX, conv, fused
+from worlds import Counted, on
 
 STEPS = 50
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    made = {}
-
-    def world(size):
-        if size not in made:
-            made[size] = World(size)
-        return made[size]
-
-    yield world
-    for each in made.values():
-        each.end()
 
 
 # ---- the matrices --------------------------------------------------------------------------------------------
@@ -59,6 +45,9 @@ MATRICES = {
     "a rank without columns": Matrix((2, 9), 1),
     "heads along the other axis": Matrix((40, 6), 0, view=View(HEADS, {"h": 3})),
     "a split of the other axis": Matrix((40, 11), 0, view=View((HEADS, HEADS, WHOLE), {"d": 2}, (4, 4, 3), 1)),
+    "a repeated split of the other axis": Matrix(
+        (60, 14), 0, view=fused(q=4, k=2, v=1, order="by group", head_dim=2, transposed=True)
+    ),
     "convolution": Matrix((40, 1, 2, 2), 0, view=conv(4)),
     "right side of a wide one": Matrix((20, 3), 0, form={"side": "right"}),
     "interval": Matrix((50, 3), 0, form={"precondition_frequency": 3, "weight_decay": 0.0}),
@@ -74,6 +63,8 @@ GATHERED = {
     "right side, cut by columns": Matrix((300, 4), 1, ()),
     "square": Matrix((12, 12), 0, ()),
     "a split of the cut axis": Matrix((80, 3), 0, (), View("m n -> 1 m n", (), (40, 40), 0)),
+    "a repeated split of the cut axis": Matrix((27, 3), 0, (), fused(q=4, k=3, v=2, order="by group")),
+    "repeated heads of the cut axis": Matrix((27, 3), 0, (), fused(q=6, k=2, v=1, order="by group", head_dim=2)),
     "heads within the cut axis": Matrix((3, 60), 1, (), View("m (h d) -> h m d", {"h": 3})),
 }
 
@@ -216,6 +207,24 @@ def test_what_is_no_sum_or_would_send_more_is_gathered(worlds, size):
         assert kind == dict.fromkeys(GATHERED, "owned") | {"tall": "summed"}
 
 
+def measured(layout, steps):
+    model, optimizer = build(layout, table=ALL | GATHERED)
+    optimizer.record_metrics()
+    train(model, optimizer, steps)
+    return optimizer.metrics()
+
+
+@pytest.mark.parametrize(("layout", "size"), [("shards", 2), ("shards", 4), ("hybrid", 4), ("across", 4)], ids=str)
+def test_metrics_are_those_of_one_process(worlds, layout, size):
+    """Also the failures of the eighth and the fourteenth step."""
+    expected = measured(None, 16)
+    assert sum(row["failures"] for row in expected.values()) > 2 * len(ALL | GATHERED) - 10
+    for found in worlds(size)(measured, layout, 16):
+        assert set(found) == set(expected)
+        for name, row in expected.items():
+            assert found[name] == pytest.approx(row, rel=1e-5, abs=1e-9), name
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_clipping(worlds, size):
     expected, *_ = alone(names=SOME, clip=0.05, steps=9)
@@ -289,30 +298,13 @@ def sent_by(name, interval):
     ((_, param),) = [pair for pair in model.named if pair[0] == name]
     matrix = MATRICES[name]
     optimizer = ASGO([{"params": [(name, param)], "view": matrix.view}], lr=0.02, precondition_frequency=interval)
-    originals = {each: getattr(dist, each) for each in ("all_to_all_single", "all_gather", "all_reduce")}
     for step in (1, 22):  # the first ten steps refresh every root
-        count = dict.fromkeys(originals, 0)
-
-        def to_others(output, tensor, home, away, count=count, **how):
-            count["all_to_all_single"] += sum(away) * tensor.itemsize
-            return originals["all_to_all_single"](output, tensor, home, away, **how)
-
-        def to_all(outputs, tensor, count=count, **how):
-            count["all_gather"] += tensor.nbytes * (len(outputs) - 1)
-            return originals["all_gather"](outputs, tensor, **how)
-
-        def refused(*args, **how):
-            raise AssertionError("nothing is all-reduced")
-
-        dist.all_to_all_single, dist.all_gather, dist.all_reduce = to_others, to_all, refused
-        try:
-            model.draw(step)
-            optimizer.state[param]["step"].fill_(step - 1)
+        model.draw(step)
+        optimizer.state[param]["step"].fill_(step - 1)
+        with Counted() as counted:
             optimizer.step()
-        finally:
-            for each, original in originals.items():
-                setattr(dist, each, original)
-        found.append(count)
+        assert counted.sent["all_reduce"] == 0
+        found.append(counted.sent)
     return found
 
 

@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from asgo.lab.errors import LabError
+from asgo.lab.pool import Ledger
 from asgo.lab.training.stopping import Stopped
-from experiments.jobs import JobPlan, Ledger, run_jobs
+from experiments.jobs import JobPlan, run_jobs
 from experiments.runner import Report, run_experiment
 
 

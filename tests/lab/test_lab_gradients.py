@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +38,6 @@ NEOX = {
 FILES = {"by-layer.png", "by-step.png", "spectra.png", "gradients.csv", "spectra.npz", "table.md", "gradients.json"}
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices(["red", "green", "blue", "yellow", "black"], k=3000)))
-    return path
-
-
 @pytest.fixture
 def drawn():
     """Asked for by the tests whose pictures are drawn; they cost more than the rest together."""
@@ -59,9 +51,9 @@ def undrawn(request, monkeypatch):
 
 
 @pytest.fixture
-def shared(corpus, tmp_path):
+def shared(colours, tmp_path):
     return {
-        "data": DataConfig(corpus=CorpusConfig(name=str(corpus)), block_size=16, batch_size=4),
+        "data": DataConfig(corpus=CorpusConfig(name=str(colours)), block_size=16, batch_size=4),
         "model": ModelConfig(preset="tiny", dropout=0.1),
         "machine": MachineConfig(device="cpu", threads=1),
         "cadence": CadenceConfig(log_every=2, eval_every=4, eval_blocks=4, checkpoint_every=2),
@@ -257,7 +249,7 @@ def test_advice_is_written_and_can_be_compared(shared, tmp_path, capsys, drawn):
         assert (row["name"], row["view"], row["side"]) == (line.name, line.word, line.side)
         assert float(row["bound_whole_left"]) == line.evidence.bound["whole", "left"]
         assert float(row["noise_share"]) == line.evidence.noise_share
-    with pytest.raises(LabError, match="is not empty: pass another folder"):
+    with pytest.raises(LabError, match="is not empty, and nothing is overwritten"):
         inspect_advise(config)
 
     spec = f"asgo:rules={config.out / 'rules.json'}"
@@ -294,8 +286,8 @@ def test_curvature_of_another_model(shared, tmp_path):
     assert not config.out.exists()
 
 
-def test_the_commands(corpus, tmp_path, capsys):
-    flags = f"--corpus.name {corpus} --model.preset tiny --block-size 16 --batch-size 4 --steps 2 --device cpu"
+def test_the_commands(colours, tmp_path, capsys):
+    flags = f"--corpus.name {colours} --model.preset tiny --block-size 16 --batch-size 4 --steps 2 --device cpu"
     words = [*flags.split(), "--threads", "1", "--out", str(tmp_path / "run")]
     assert main(["inspect", "gradients", *words, "--microbatches", "2"]) == 0
     assert main(["inspect", "gradients", "--out", str(tmp_path / "run"), "--resume"]) == 0  # its own configuration

@@ -26,6 +26,7 @@ from asgo.lab.plan.model import load
 from asgo.lab.plan.placing import gradient_bytes, memory, place, read_parts, sent_always, sent_roots, traffic
 from asgo.lab.plan.plan import parts_of, plan, plan_mesh
 from asgo.optimizer.param_groups import with_views
+from asgo.views import fused
 
 ONE = Mesh()
 TP = {"left": "colwise", "down": "rowwise", "heads": "colwise", "experts": "packed_colwise", "conv": "rowwise"}
@@ -41,6 +42,7 @@ class Odd(nn.Module):
         self.down = nn.Linear(9, 30, bias=False)
         self.heads = nn.Linear(10, 24, bias=False)
         self.fused = nn.Linear(12, 36, bias=False)
+        self.groups = nn.Linear(12, 27, bias=False)
         self.experts = nn.Parameter(torch.zeros(5, 8, 6))
         self.conv = nn.Conv2d(3, 8, 3)
         self.scale = nn.Parameter(torch.zeros(()))
@@ -52,6 +54,7 @@ VIEWS = {
     "down.weight": "m n -> 1 m n",
     "heads.weight": View("(h d) n -> h d n", {"h": 4}),
     "fused.weight": View(("(h d) n -> h d n",) * 2 + ("m n -> 1 m n",), {"d": 3}, (12, 12, 12)),
+    "groups.weight": fused(q=4, k=3, v=2, order="by group"),
     "experts": "e m n -> e m n",
     "conv.weight": "o i kh kw -> 1 o (i kh kw)",
 }

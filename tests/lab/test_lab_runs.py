@@ -97,11 +97,46 @@ def contents(folder):
 # ---- what a run leaves ------------------------------------------------------------------------------
 
 
+def curves(folder):
+    """What TensorBoard shows of a run: the steps and values of every curve."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_shows_the_metrics(config):
+    pytest.importorskip("tensorboard")
+    config = replace(config, cadence=replace(config.cadence, metrics_every=4))
+    train(config)
+    found = curves(config.out)
+    lines = RunFolder(config.out).metrics()
+    assert found["loss"] == pytest.approx({line["step"]: line["loss"] for line in lines if "loss" in line})
+    assert found["val_loss"] == pytest.approx({line["step"]: line["val_loss"] for line in lines if "val_loss" in line})
+    ratios = {tag: points for tag, points in found.items() if tag.startswith("ratio/")}
+    model = Trainer(replace(config, out=config.out / "other")).raw
+    assert set(ratios) == {f"ratio/{name}" for name, _ in model.named_parameters()}
+    assert all(set(points) == {4, 8} for points in ratios.values())
+
+
+def test_an_optimizer_of_torch_has_no_metrics_of_parameters(config):
+    pytest.importorskip("tensorboard")
+    train(replace(config, optimizer=OptimizerConfig("adamw"), cadence=replace(config.cadence, metrics_every=4)))
+    assert not any("/" in tag for tag in curves(config.out))
+
+
+def test_metrics_change_no_run(config):
+    watched = replace(config, cadence=replace(config.cadence, metrics_every=1), out=config.out.parent / "watched")
+    train(config)
+    train(watched)
+    assert_same_run(config.out, watched.out)
+
+
 def test_run_folder_explains_itself(config):
     result = train(config)
     names = {p.name for p in config.out.iterdir()}
     expected = {"config.json", "environment.json", "routing.txt", "metrics.jsonl", "checkpoints", "curve.png"}
-    assert names == expected | {"result.json"}
+    assert names - {"tensorboard"} == expected | {"result.json"}
     assert from_json(TrainConfig, json.loads((config.out / "config.json").read_text())) == replace(
         config, optimizer=resolve(config.optimizer)
     )
@@ -461,9 +496,9 @@ def gradients(model, seed):
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def test_muon_is_torch_muon_beside_adamw():
+def test_fused_torch_muon_is_torch_muon_beside_adamw():
     ours, theirs = (build_model(ModelConfig(preset="tiny"), 50, 8, 0) for _ in range(2))
-    optimizer = build_optimizer(ours, OptimizerConfig(name="muon", lr=0.01, adamw_lr=0.002))
+    optimizer = build_optimizer(ours, OptimizerConfig(name="torch-muon-fused", lr=0.01, adamw_lr=0.002))
     assert isinstance(optimizer, Composite)
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
     matrices, rest = split(theirs)
@@ -484,7 +519,7 @@ def test_muon_is_torch_muon_beside_adamw():
 
 def test_composite_state_survives():
     model, twin = (build_model(ModelConfig(preset="tiny"), 50, 8, 0) for _ in range(2))
-    one, two = (build_optimizer(m, OptimizerConfig(name="muon")) for m in (model, twin))
+    one, two = (build_optimizer(m, OptimizerConfig(name="torch-muon")) for m in (model, twin))
     gradients(model, 0)
     one.step()
     twin.load_state_dict(model.state_dict())
@@ -506,5 +541,6 @@ def test_every_optimizer_routes_alike(name):
         for group in optimizer.param_groups
         for parameter in group.get("param_names", group["params"])
     }
+    rate = {key.partition("#")[0] if isinstance(key, str) else key: lr for key, lr in rate.items()}
     matrices, rest = split(model)
     assert rate == {key: 0.5 for key, _ in matrices} | {key: 0.25 for key, _ in rest}

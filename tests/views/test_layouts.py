@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from asgo import ASGO
 from asgo.views import MATRIX, STACK, TRANSPOSED, View, fused
 from asgo.views.layouts import LAYOUTS
 from asgo.views.routing import Rule, explain, route
@@ -56,155 +58,134 @@ MAMBA2 = {"intermediate_size": 48, "n_groups": 2, "ssm_state_size": 5, "num_head
 DELTA = {"num_k_heads": 2, "num_v_heads": 4, "head_k_dim": 6, "head_v_dim": 6, "key_dim": 12, "value_dim": 24}
 CONFIG = SimpleNamespace(n_head=4, n_query_groups=2, head_size=6)
 
-# name: the module, its fused weight, the parts by the module's own forward, whether each part is one matrix
-APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]], bool]] = {
-    "blocks": (Holder(n_head=4, qkv=(72, D)), "qkv", blocks(24, 24, 24), True),
-    "blocks, heads unknown": (Holder(qkv=(72, D)), "qkv", blocks(24, 24, 24), True),
-    "grouped, by config": (Holder(config=CONFIG, qkv=(48, D)), "qkv", blocks(24, 12, 12), True),
-    "grouped, by the output": (Holder(n_head=4, Wqkv=(36, D), out_proj=(D, 24)), "Wqkv", blocks(24, 6, 6), True),
-    "grouped, by key heads": (Holder(heads=4, kv_heads=1, to_qkv=(36, D)), "to_qkv", blocks(24, 6, 6), True),
+# name: the module, its fused weight, the parts by the module's own forward
+APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]]]] = {
+    "blocks": (Holder(n_head=4, qkv=(72, D)), "qkv", blocks(24, 24, 24)),
+    "blocks, heads unknown": (Holder(qkv=(72, D)), "qkv", blocks(24, 24, 24)),
+    "grouped, by config": (Holder(config=CONFIG, qkv=(48, D)), "qkv", blocks(24, 12, 12)),
+    "grouped, by the output": (Holder(n_head=4, Wqkv=(36, D), out_proj=(D, 24)), "Wqkv", blocks(24, 6, 6)),
+    "grouped, by key heads": (Holder(heads=4, kv_heads=1, to_qkv=(36, D)), "to_qkv", blocks(24, 6, 6)),
     "one key": (
         named("GPTBigCodeAttention", num_heads=4, head_dim=6, multi_query=True, c_attn=(36, D)),
         "c_attn",
         blocks(24, 6, 6),
-        True,
     ),
     "by head": (
         Holder(num_attention_heads=4, head_size=6, query_key_value=(72, D)),
         "query_key_value",
         repeated(4, 6, 6, 6),
-        True,
     ),
     "by head, DeBERTa": (
         named("DisentangledSelfAttention", num_attention_heads=4, in_proj=(72, D)),
         "in_proj",
         repeated(4, 6, 6, 6),
-        True,
     ),
-    "by head, MaxViT": (Holder(num_heads=4, head_first=True, qkv=(72, D)), "qkv", repeated(4, 6, 6, 6), True),
-    "by head, LeViT": (Holder(num_heads=4, key_dim=3, qkv=(48, D)), "qkv", repeated(4, 3, 3, 6), False),
+    "by head, MaxViT": (Holder(num_heads=4, head_first=True, qkv=(72, D)), "qkv", repeated(4, 6, 6, 6)),
+    "by head, LeViT": (Holder(num_heads=4, key_dim=3, qkv=(48, D)), "qkv", repeated(4, 3, 3, 6)),
     "by group": (
         Holder(num_heads=4, num_kv_heads=2, head_dim=6, new_decoder_architecture=True, query_key_value=(48, D)),
         "query_key_value",
         repeated(2, 12, 6, 6),
-        False,
     ),
     "in blocks of a device": (
         named("CodeGenAttention", num_attention_heads=4, qkv_proj=(72, D)),
         "qkv_proj",
         repeated(4, 6, 6, 6),
-        True,
     ),
-    "key and value": (Holder(heads=4, to_q=(24, D), to_kv=(48, D)), "to_kv", blocks(24, 24), True),
+    "key and value": (Holder(heads=4, to_q=(24, D), to_kv=(48, D)), "to_kv", blocks(24, 24)),
     "key and value, global": (
         Holder(num_heads=4, use_global=True, qkv=(48, D), proj=(D, 24)),
         "qkv",
         blocks(24, 24),
-        True,
     ),
     "gated queries": (
         Holder(num_attention_heads=4, head_dim=6, q_proj=(48, D), k_proj=(12, D)),
         "q_proj",
         repeated(4, 6, 6),
-        True,
     ),
-    "latent and rope": (Holder(**MLA, kv_a_proj_with_mqa=(12, D)), "kv_a_proj_with_mqa", blocks(10, 2), True),
-    "latent keys": (Holder(**MLA, q_proj=(32, D), kv_b_proj=(48, 10)), "kv_b_proj", repeated(4, 6, 6), True),
+    "latent and rope": (Holder(**MLA, kv_a_proj_with_mqa=(12, D)), "kv_a_proj_with_mqa", blocks(10, 2)),
+    "latent keys": (Holder(**MLA, q_proj=(32, D), kv_b_proj=(48, 10)), "kv_b_proj", repeated(4, 6, 6)),
     "Mamba": (
         Holder(A_log=nn.Parameter(torch.ones(48, 5)), intermediate_size=48, in_proj=(96, D), x_proj=(13, 48)),
         "in_proj",
         blocks(48, 48),
-        True,
     ),
     "Mamba's selection": (
         Holder(ssm_state_size=5, time_step_rank=3, x_proj=(13, 48), dt_proj=(48, 3)),
         "x_proj",
         blocks(3, 5, 5),
-        True,
     ),
-    "Mamba-2": (Holder(**MAMBA2, in_proj=(122, D)), "in_proj", blocks(48, 48, 10, 10, 6), True),
-    "Zamba": (named("ZambaMambaMixer", intermediate_size=48, in_proj=(96, D)), "in_proj", repeated(48, 1, 1), True),
-    "delta net by key head": (Holder(**DELTA, in_proj_qkvz=(72, D)), "in_proj_qkvz", repeated(2, 6, 6, 12, 12), False),
-    "delta net's scalars": (Holder(**DELTA, in_proj_ba=(8, D)), "in_proj_ba", repeated(2, 2, 2), True),
-    "delta net": (Holder(**DELTA, in_proj_qkv=(48, D)), "in_proj_qkv", blocks(12, 12, 24), True),
+    "Mamba-2": (Holder(**MAMBA2, in_proj=(122, D)), "in_proj", blocks(48, 48, 10, 10, 6)),
+    "Zamba": (named("ZambaMambaMixer", intermediate_size=48, in_proj=(96, D)), "in_proj", repeated(48, 1, 1)),
+    "delta net by key head": (Holder(**DELTA, in_proj_qkvz=(72, D)), "in_proj_qkvz", repeated(2, 6, 6, 12, 12)),
+    "delta net's scalars": (Holder(**DELTA, in_proj_ba=(8, D)), "in_proj_ba", repeated(2, 2, 2)),
+    "delta net": (Holder(**DELTA, in_proj_qkv=(48, D)), "in_proj_qkv", blocks(12, 12, 24)),
     "short convolution": (
         Holder(conv=nn.Conv1d(D, D, 3, groups=D), in_proj=(72, D), out_proj=(D, D)),
         "in_proj",
         blocks(24, 24, 24),
-        True,
     ),
     "modulation": (
         Holder(adaLN_modulation=nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))),
         "adaLN_modulation.1",
         blocks(*[24] * 6),
-        True,
     ),
-    "gates by shape": (Holder(first=(20, D), second=(D, 10)), "first", blocks(10, 10), True),
-    "gates by name, square": (Holder(Wi=(48, D), Wo=(D, 24)), "Wi", blocks(24, 24), True),
+    "gates by shape": (Holder(first=(20, D), second=(D, 10)), "first", blocks(10, 10)),
+    "gates by name, square": (Holder(Wi=(48, D), Wo=(D, 24)), "Wi", blocks(24, 24)),
     "gates of a unit": (
         nn.Sequential(named("GEGLU", proj=(20, D)), nn.Dropout(), nn.Linear(10, D)),
         "0.proj",
         blocks(10, 10),
-        True,
     ),
-    "gates before a GLU": (nn.Sequential(nn.Linear(D, 48), nn.GLU(), nn.Linear(24, D)), "0", blocks(24, 24), True),
+    "gates before a GLU": (nn.Sequential(nn.Linear(D, 48), nn.GLU(), nn.Linear(24, D)), "0", blocks(24, 24)),
     "by head, BigCode": (
         named("GPTBigCodeAttention", num_heads=4, head_dim=6, c_attn=(72, D)),
         "c_attn",
         repeated(4, 6, 6, 6),
-        True,
     ),
-    "cross attention": (Holder(num_heads=4, q_attn=(24, D), c_attn=(48, D)), "c_attn", blocks(24, 24), True),
+    "cross attention": (Holder(num_heads=4, q_attn=(24, D), c_attn=(48, D)), "c_attn", blocks(24, 24)),
     "by head, LeViT's downsampling": (
         Holder(num_heads=4, key_dim=3, queries=(12, D), keys_values=(36, D)),
         "keys_values",
         repeated(4, 3, 6),
-        False,
     ),
     "by head, MiniMax": (
         named("MiniMaxLightningAttention", num_attention_heads=4, qkv_proj=(72, D)),
         "qkv_proj",
         repeated(4, 6, 6, 6),
-        True,
     ),
     "by group, InternLM2": (
         named("InternLM2Attention", num_heads=4, num_key_value_heads=2, head_dim=6, wqkv=(48, D)),
         "wqkv",
         repeated(2, 12, 6, 6),
-        False,
     ),
     "by group, Megatron": (
         Holder(num_heads=4, num_query_groups=2, num_query_groups_per_partition=2, head_dim=6, linear_qkv=(48, D)),
         "linear_qkv",
         repeated(2, 12, 6, 6),
-        False,
     ),
     "one key, Falcon": (
         named("FalconAttention", num_heads=4, head_dim=6, multi_query=True, query_key_value=(36, D)),
         "query_key_value",
         blocks(24, 6, 6),
-        True,
     ),
     "blocks, ChatGLM": (
         Holder(num_heads=4, head_dim=6, multi_query_attention=True, query_key_value=(36, D)),
         "query_key_value",
         blocks(24, 6, 6),
-        True,
     ),
     "with an output gate": (
         Holder(qk_dim=12, v_dim=24, qkv_opreact=(72, D)),
         "qkv_opreact",
         blocks(12, 12, 24, 24),
-        True,
     ),
-    "a hyper-connection": (Holder(hc_mult=3, fn=(15, D)), "fn", blocks(3, 3, 9), True),
-    "one number per query": (Holder(embed_dim=D, qkv_proj=(49, D)), "qkv_proj", blocks(1, 24, 24), True),
-    "focal modulation": (Holder(focal_level=2, projection_in=(51, D)), "projection_in", blocks(24, 24, 3), True),
+    "a hyper-connection": (Holder(hc_mult=3, fn=(15, D)), "fn", blocks(3, 3, 9)),
+    "one number per query": (Holder(embed_dim=D, qkv_proj=(49, D)), "qkv_proj", blocks(1, 24, 24)),
+    "focal modulation": (Holder(focal_level=2, projection_in=(51, D)), "projection_in", blocks(24, 24, 3)),
     "an index": (
         Holder(index_n_heads=4, index_kv_heads=1, index_head_dim=6, index_qk_proj=(30, D)),
         "index_qk_proj",
         blocks(24, 6),
-        True,
     ),
     "gated queries by group": (
         Holder(
@@ -217,44 +198,70 @@ APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]], boo
         ),
         "q_proj",
         repeated(2, 12, 12),
-        True,
     ),
     "queries and a gate of another size": (
         Holder(num_heads=4, qk_head_dim=6, v_head_dim=3, q_gate_proj=(36, D)),
         "q_gate_proj",
         repeated(4, 6, 3),
-        False,
     ),
     "modulation in diffusers": (
         Holder(norm=named("AdaLayerNormZero", linear=(6 * D, D), other=nn.LayerNorm(D))),
         "norm.linear",
         blocks(*[24] * 6),
-        True,
+    ),
+    "query, key and value, as torch names it": (
+        Holder(num_heads=4, in_proj=(48, D), num_key_value_heads=2, out_proj=(D, 24)),
+        "in_proj",
+        blocks(24, 12, 12),
+    ),
+    "latent attention by its authors' names": (
+        Holder(**MLA, wkv_a=(12, D), wkv_b=(48, 10)),
+        "wkv_b",
+        repeated(4, 6, 6),
+    ),
+    "latent keys and values of unequal size": (
+        Holder(**MLA | {"v_head_dim": 3}, q_proj=(32, D), kv_b_proj=(36, 10)),
+        "kv_b_proj",
+        repeated(4, 6, 3),
     ),
     "a wrapper around it": (
         Holder(num_heads=4, qkv=Holder(linear=(72, D), norm=nn.BatchNorm1d(72))),
         "qkv.linear",
         blocks(24, 24, 24),
-        True,
     ),
 }
 
 
-@pytest.mark.parametrize(("model", "slot", "parts", "is_one"), APART.values(), ids=APART)
+@pytest.mark.parametrize(("model", "slot", "parts"), APART.values(), ids=APART)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_no_matrix_holds_rows_of_two_parts(model, slot, parts, is_one, per_head):
+def test_no_matrix_holds_rows_of_two_parts(model, slot, parts, per_head):
     view = views(model, per_head)[f"{slot}.weight"]
     shape = model.get_submodule(slot).weight.shape
     expected = [set(part.flatten().tolist()) for part in parts(torch.arange(shape[0]))]
     held = rows_of(view, shape)
     assert all(any(rows <= part for part in expected) for rows in held)
     assert sorted([row for rows in held for row in rows]) == list(range(shape[0]))
-    if is_one and not per_head:
+    if not per_head:
         assert sorted(held, key=min) == sorted(expected, key=min)
 
 
+@pytest.mark.parametrize(("model", "slot", "parts"), APART.values(), ids=APART)
+def test_a_part_that_alone_has_a_gradient_moves_as_a_matrix_of_its_own(model, slot, parts):
+    model = copy.deepcopy(model)
+    weight, optimizer = model.get_parameter(f"{slot}.weight"), ASGO(route(model), lr=1.0, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for part in parts(torch.arange(len(weight))):
+        optimizer.state.clear()
+        before, weight.grad = weight.detach().clone(), torch.zeros_like(weight)
+        weight.grad[part.flatten()] = torch.randn(part.numel(), *weight.shape[1:], generator=generator)
+        optimizer.step()
+        moved = (weight.detach() - before).square().mean(1)
+        assert moved[part.flatten()].mean().sqrt() == pytest.approx(0.2, rel=1e-3)
+        assert moved.count_nonzero() == part.numel()
+
+
 def test_every_row_of_the_table_has_a_case():
-    used = {each.how.rpartition("(")[2].rstrip(")") for model, _, _, _ in APART.values() for each in explain(model)}
+    used = {each.how.rpartition("(")[2].rstrip(")") for model, _, _ in APART.values() for each in explain(model)}
     used |= {each.how.rpartition("(")[2].rstrip(")") for each in explain(nn.MultiheadAttention(D, 4))}
     assert {row.seen for row in LAYOUTS} <= used
 
@@ -264,6 +271,9 @@ UNKNOWN = {
     "sizes that contradict": Holder(num_heads=4, head_dim=5, qkv=(72, D)),
     "key heads that do not fit": Holder(num_heads=4, head_dim=6, num_kv_heads=3, qkv_proj=(48, D)),
     "twice the output: half heads, or keys and values": Holder(num_heads=4, qkv=(48, D), proj=(D, 24)),
+    "by head, with fewer keys": Holder(num_heads=4, head_dim=6, num_key_value_heads=2, query_key_value=(48, D)),
+    "by head, of another size": Holder(num_heads=4, head_dim=4, query_key_value=(72, D)),
+    "fused by its name": Holder(num_heads=4, fused_attn_ff_proj=(80, D), out=(D, 24)),
     "rows that heads do not divide": Holder(num_heads=5, query_key_value=(72, D)),
     "three widths under an unknown name": Holder(num_heads=4, everything=(72, D), out=(D, 24)),
 }
@@ -364,20 +374,47 @@ def test_expert_counts_of_neighbours_may_differ():
     assert view.shapes((5, 20, 8)) == [(10, 10, 8)]
 
 
-def test_heads_as_an_axis_are_rows_of_one_projection():
-    model = bare(q=(24, 4, 6), k=(24, 4, 6), v=(24, 4, 6), o=(24, 4, 6))
-    model.n_head, model.d_head = 4, 6
-    assert {name: view.shapes((24, 4, 6)) for name, view in views(model).items()} == {
-        name: [(1, 24, 24)] for name in "qkvo"
+EINSUMS = {
+    "in, heads, size": ("n h d", "m h d", (24, 4, 6), (24, 4, 6)),
+    "heads, in, size": ("h n d", "h d m", (4, 24, 6), (4, 6, 24)),
+    "heads, size, in": ("h d n", "h d m", (4, 6, 24), (4, 6, 24)),
+}
+
+
+@pytest.mark.parametrize(("source", "output", "shape", "out"), EINSUMS.values(), ids=EINSUMS)
+def test_heads_as_an_axis_are_rows_of_one_projection(source, output, shape, out):
+    model = bare(q=shape, k=shape, v=shape, o=out)
+    model.config = SimpleNamespace(n_head=4, d_head=6)
+    found, by_head, x, a = views(model), views(model, True), torch.randn(24), torch.randn(4, 6)
+    heads_of = {
+        name: torch.einsum(f"{source.replace(' ', '')},n->hd", model.get_parameter(name), x).detach() for name in "qkv"
     }
-    by_head = {name: view.shapes((24, 4, 6)) for name, view in views(model, True).items()}
-    assert by_head == {"q": [(4, 6, 24)], "k": [(4, 6, 24)], "v": [(1, 24, 24)], "o": [(1, 24, 24)]}
-    x = torch.randn(24)
-    (q,) = views(model, True)["q"].matrices(model.q.detach())
-    torch.testing.assert_close(q @ x, torch.einsum("i,ihd->hd", x, model.q.detach()))
-    (o,) = views(model)["o"].matrices(model.o.detach())
-    a = torch.randn(4, 6)
-    torch.testing.assert_close(o[0] @ a.flatten(), torch.einsum("hd,mhd->m", a, model.o.detach()))
+    for name, each in heads_of.items():
+        (whole,) = found[name].matrices(model.get_parameter(name).detach())
+        torch.testing.assert_close(whole @ x, each.flatten()[None])
+    for name in "qk":
+        (stack,) = by_head[name].matrices(model.get_parameter(name).detach())
+        torch.testing.assert_close(stack @ x, heads_of[name])
+    assert by_head["v"] == found["v"]
+    (o,) = found["o"].matrices(model.o.detach())
+    torch.testing.assert_close(
+        o[0] @ a.flatten(), torch.einsum(f"{output.replace(' ', '')},hd->m", model.o, a).detach()
+    )
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [("rmn,n->rm", (3, 24, 24)), ("rhdn,n->rhd", (3, 4, 6, 24)), ("nrhd,n->rhd", (24, 3, 4, 6))],
+)
+def test_query_key_and_value_along_an_axis(equation, shape):
+    model, x = bare(qkv=shape), torch.randn(24)
+    model.num_heads, model.head_dim = 4, 6
+    expected = torch.einsum(equation, model.qkv, x).detach().reshape(3, 24)
+    (whole,) = views(model)["qkv"].matrices(model.qkv.detach())
+    torch.testing.assert_close(whole @ x, expected)
+    q, k, v = views(model, True)["qkv"].matrices(model.qkv.detach())
+    torch.testing.assert_close(torch.stack([(q @ x).flatten(), (k @ x).flatten(), (v @ x).flatten()]), expected)
+    assert (q.shape, v.shape) == ((4, 6, 24), (1, 24, 24))
 
 
 def test_experts_and_groups_along_the_rows_are_matrices_of_their_own():
@@ -403,6 +440,47 @@ def test_depthwise_kernels_are_rows_of_one_matrix_whatever_their_multiplier():
         (stack,) = views(layer)["weight"].matrices(layer.weight.detach())
         assert stack.shape == (1, rows, 4)
         assert torch.equal(stack[0], layer.weight.detach().reshape(rows, 4))
+
+
+def test_kernels_over_channels_in_a_class_of_its_own():
+    assert views(named("CausalConv1d", weight=nn.Parameter(torch.randn(8, 1, 4))))["weight"].shapes((8, 1, 4)) == [
+        (1, 8, 4)
+    ]
+
+
+def lora(base: nn.Module, rank: int, **attributes: object) -> nn.Module:
+    """A layer of PEFT."""
+    rows, columns = base.weight.shape
+    factors = {"lora_A": (rank, columns), "lora_B": (rows, rank)}
+    inner = {name: nn.ModuleDict({"default": nn.Linear(n, m, bias=False)}) for name, (m, n) in factors.items()}
+    return Holder(base_layer=base.requires_grad_(False), **inner, **attributes)
+
+
+def test_adapters_are_read_as_what_they_adapt():
+    linear = {name: nn.Linear(24, rows, bias=False) for name, rows in (("qkv", 48), ("q_proj", 24), ("gate_up", 40))}
+    model = Holder(
+        num_heads=4,
+        num_kv_heads=2,
+        q_proj=lora(linear["q_proj"], 3),
+        k_proj=(12, D),
+        qkv=lora(linear["qkv"], 3),
+        mlp=Holder(gate_up_proj=lora(linear["gate_up"], 3), down_proj=lora(nn.Linear(20, 24, bias=False), 3)),
+    )
+    found = views(model)
+    assert rows_of(found["qkv.lora_B.default.weight"], (48, 3)) == [set(range(24)), {*range(24, 36)}, {*range(36, 48)}]
+    assert rows_of(found["mlp.gate_up_proj.lora_B.default.weight"], (40, 3)) == [set(range(20)), set(range(20, 40))]
+    assert found["qkv.lora_A.default.weight"] == found["mlp.down_proj.lora_B.default.weight"] == MATRIX
+    assert views(model, True)["q_proj.lora_B.default.weight"].shapes((24, 3)) == [(4, 6, 3)]
+
+
+def test_adapters_of_stacked_experts_are_a_matrix_each():
+    experts = lora(nn.Linear(24, 10, bias=False), 3 * 2, num_experts=3)
+    a, b = experts.lora_A["default"].weight, experts.lora_B["default"].weight
+    found = views(Holder(mlp=Holder(experts=experts)))
+    (A,) = found["mlp.experts.lora_A.default.weight"].matrices(a)
+    (B,) = found["mlp.experts.lora_B.default.weight"].matrices(b)
+    delta = torch.einsum("ore,eri->eoi", b.reshape(10, -1, 3), a.reshape(3, -1, 24))  # as PEFT computes it
+    torch.testing.assert_close(B @ A, delta)
 
 
 def test_projections_of_several_codes_in_one_weight():
@@ -440,9 +518,12 @@ def test_fused_by_hand():
     assert rows_of(fused(q=2, k=2, order="by head"), (8, 3)) == [{0, 1, 4, 5}, {2, 3, 6, 7}]
     assert rows_of(fused(parts={"gate": 1, "up": 1}, order="alternating"), (6, 3)) == [{0, 2, 4}, {1, 3, 5}]
     assert rows_of(fused(q=4, k=2, v=2, order="by group"), (16, 3)) == [
-        {0, 1, 8, 9},
-        {2, 3, 10, 11},
+        {0, 1, 2, 3, 8, 9, 10, 11},
         {4, 5, 12, 13},
+        {6, 7, 14, 15},
+    ]
+    assert rows_of(fused(q=4, k=2, v=2, order="by group", head_dim=2), (16, 3)) == [
+        *({0, 1}, {2, 3}, {8, 9}, {10, 11}, {4, 5}, {12, 13}),
         {6, 7, 14, 15},
     ]
     assert rows_of(fused(q=2, k=2, v=2, transposed=True), (3, 6), 1) == [{0, 1}, {2, 3}, {4, 5}]

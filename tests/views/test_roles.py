@@ -34,6 +34,12 @@ def model(**layers: nn.Module) -> nn.Module:
     return nn.ModuleDict({"embed": nn.Embedding(V, D), "blocks": nn.ModuleList([block(), block()]), **layers})
 
 
+def tied() -> nn.Module:
+    net = model(decoder=nn.Linear(D, V))
+    net["decoder"].weight = net["embed"].weight
+    return net
+
+
 HEADS = {
     "last": (model(head=nn.Linear(D, V)), ["head.weight"]),
     "a value head after it": (model(lm_head=nn.Linear(D, V), value=nn.Linear(D, 1)), ["lm_head.weight"]),
@@ -70,6 +76,36 @@ HEADS = {
         model(lm_head=Holder(original=nn.Linear(D, V), saved=nn.ModuleDict({"default": nn.Linear(D, V)}))),
         ["lm_head.original.weight", "lm_head.saved.default.weight"],
     ),
+    "of a transducer, with a blank": (
+        Holder(
+            encoder=nn.ModuleList([block(), block()]),
+            predictor=nn.ModuleDict({"embed": nn.Embedding(41, 8), "rnn": nn.LSTM(8, D)}),
+            joint=Holder(encoded=(D, D), predicted=(D, D), net=nn.Sequential(nn.Tanh(), nn.Linear(D, 42))),
+        ),
+        ["joint.net.1.weight"],
+    ),
+    **{
+        f"{name}, no vocabulary is told": (
+            Holder(conv=nn.Conv1d(1, D, 3), blocks=nn.ModuleList([block(), block()]), **{name: head}),
+            [f"{name}{'.1' if isinstance(head, nn.Sequential) else ''}.weight"],
+        )
+        for name, head in {
+            "ctc_head": nn.Linear(D, 29),
+            "ctc_proj": nn.Conv1d(D, 29, 1),
+            "head_ctc": nn.Sequential(nn.Linear(D, D), nn.Linear(D, 29)),
+            "lm_head": nn.Linear(D, 29, bias=False),
+            "vocab_proj": nn.Linear(D, 29),
+        }.items()
+    },
+    "and what it reads, one of all tokens": (
+        Holder(tokens=(D, 99), blocks=nn.ModuleList([block(), block()]), lm_head=(99, D)),
+        ["lm_head.weight", "tokens.weight"],
+    ),
+    "beside hidden layers of the same shapes": (
+        Holder(embed=nn.Embedding(V, D), up=(V, D), down=(D, V), lm_head=(V, D)),
+        ["lm_head.weight"],
+    ),
+    "with a bias, tied": (tied(), ["decoder.weight"]),
     "of letters": (
         hf.Wav2Vec2ForCTC(
             hf.Wav2Vec2Config(
@@ -89,7 +125,7 @@ HEADS = {
 @pytest.mark.parametrize(("net", "names"), HEADS.values(), ids=HEADS)
 def test_vocabulary_heads(net, names):
     found = views(net)
-    assert {name for name in names if found[name] is not None} == set()
+    assert {name for name in names if found.get(name) is not None} == set()
     hidden = (".up.weight", ".wide.weight", "project.weight")
     assert all(view is not None for name, view in found.items() if name.endswith(hidden))
 
@@ -128,7 +164,26 @@ class GroupNormalized(nn.Module):
 
 GroupNormalized.__name__ = "HeadwiseRMSNorm"
 
+
+def own(name: str, **attributes: object) -> nn.Module:
+    return type(name, (Holder,), {})(**attributes)
+
+
 TABLES = {
+    "states before the first": bare(
+        h0=(2, 1, 8), init_state=(2, 8), initial_hidden=(2, 8), null_kv=(2, 4, 8), mem_kv=(2, 4, 8, 8)
+    ),
+    "own classes by their names": Holder(
+        a=own("EmbeddingTable", weight=nn.Parameter(torch.randn(9, 8))),
+        b=own("LearnedPositions", weight=nn.Parameter(torch.randn(9, 8))),
+        c=own("Words", num_embeddings=9, weight=nn.Parameter(torch.randn(9, 8))),
+        d=own("PositionalEncoding", weight=nn.Parameter(torch.randn(1, 9, 8))),
+        e=own("RelativePositionBias", heads=nn.Parameter(torch.randn(4, 9))),
+        f=own("QuantEmbedding", weight=nn.Parameter(torch.randn(9, 8)), num=9),
+    ),
+    "positions of every number of axes": bare(
+        pos_y=(1, 14, 1, 8), pos_t=(8, 1, 1, 8), abs_pos=(1, 3, 14, 14, 8), rel_h=(27, 8), pos=(7, 8), pos_xy=(3, 3, 8)
+    ),
     "tables": bare(
         W_E=(48, 24),
         pos_emb=(16, 24),
@@ -180,7 +235,16 @@ def test_tables_and_gains(net):
 
 
 def test_matrices_of_modules_that_are_not_known():
-    found = views(bare(weight=(4, 5), in_weight=(1, 4, 5), proj=(6, 4), expert_kernels=(3, 4, 5), token_proj=(4, 6)))
+    found = views(
+        bare(
+            time_decay_w1=(4, 5),
+            weight=(4, 5),
+            in_weight=(1, 4, 5),
+            proj=(6, 4),
+            expert_kernels=(3, 4, 5),
+            token_proj=(4, 6),
+        )
+    )
     assert all(view is not None for view in found.values())
 
 

@@ -498,7 +498,7 @@ def test_each_slice_is_one_head_of_the_models_own_attention(name):
     before = attention_of(model, inputs)
     hit = []
     for n, _, view in members(route(model)):
-        if label(view).startswith(("heads", "transposed heads", "3 parts", "2 parts (d")):
+        if label(view).startswith(("heads", "transposed heads", "3 parts")):
             hit += heads_hit(model, n, view, before, inputs)
     assert len(hit) == len(set(hit))
     proved = {role for role, _ in hit}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from asgo.distributed.placement import part_boxes, pieces
 from asgo.views import (
     MATRIX,
     STACK,
@@ -38,7 +41,10 @@ def interleaved(draw: st.DrawFn, transposed: bool) -> Fit:
     sizes, times, n = draw(st.lists(some, min_size=1, max_size=4)), draw(length), draw(length)
     order = draw(st.sampled_from(["by head", "by group", "in blocks", "alternating"]))
     rows = times * (len(sizes) if order == "alternating" else sum(sizes))
-    view = fused(parts={f"part {i}": size for i, size in enumerate(sizes)}, order=order, transposed=transposed)
+    parts = {f"part {i}": size for i, size in enumerate(sizes)}
+    d = draw(st.sampled_from([0, math.gcd(*sizes)])) if order != "alternating" else 0
+    some_heads = draw(st.lists(st.sampled_from([*parts]), unique=True))
+    view = fused(parts=parts, order=order, transposed=transposed, head_dim=d, heads=some_heads)
     return view, ((n, rows) if transposed else (rows, n))
 
 
@@ -78,6 +84,14 @@ FITS: dict[str, st.SearchStrategy[Fit]] = {
     "interleaved_transposed": interleaved(True),
     "several": several(2),
     "several_convolutions": several(4),
+    "experts_of_groups": st.builds(
+        lambda e, g, a, b, n: (per_expert(fused(q=a * b, v=b, order="by group", head_dim=b)), (e, g * (a + 1) * b, n)),
+        length,
+        length,
+        some,
+        some,
+        length,
+    ),
     "experts": st.builds(lambda e, a, b, n: (per_expert(fused(q=a, v=b)), (e, a + b, n)), length, some, some, length),
     "conv": convolution(False),
     "conv_transposed": convolution(True),
@@ -193,6 +207,29 @@ def test_fused_qkv_is_separate_q_k_v(d: int, h: int, kv: int, n: int) -> None:
         assert torch.equal(got, want)
 
 
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(some, min_size=2, max_size=4), d=some, times=some, n=some, transposed=st.booleans())
+def test_repeated_parts_are_the_rows_at_their_places_in_every_repetition(sizes, d, times, n, transposed):
+    sizes = {f"part {i}": size * d for i, size in enumerate(sizes)}
+    unit = sum(sizes.values())
+    x = np.random.default_rng(0).normal(size=(times * unit, n))
+    view = fused(parts=sizes, order="by group", head_dim=d, heads=["part 0"], transposed=transposed)
+    held = torch.from_numpy(x.T if transposed else x)
+    place, begin = np.arange(times * unit) % unit, 0
+    boxes = part_boxes(view, tuple(held.shape))
+    for part, (size, stack) in enumerate(zip(sizes.values(), view.matrices(held), strict=True)):
+        rows = (place >= begin) & (place < begin + size)
+        expected = x[rows].reshape(-1, d, n) if part == 0 else x[rows][None]
+        np.testing.assert_array_equal(stack.numpy(), expected)
+        inside = np.zeros(held.shape, bool)
+        for box, piece in zip(boxes[part], pieces(view, view.cut(held)[part]), strict=True):
+            inside[tuple(slice(*sides) for sides in box)] = True
+            assert torch.equal(piece, held[tuple(slice(*sides) for sides in box)])
+            assert piece.data_ptr() == held[tuple(slice(*sides) for sides in box)].data_ptr()
+        np.testing.assert_array_equal(inside, np.broadcast_to(rows[None] if transposed else rows[:, None], held.shape))
+        begin += size
+
+
 @settings(max_examples=30, deadline=None)
 @given(r=some, c=some, a=some, b=some)
 def test_blocks_are_tiles(r: int, c: int, a: int, b: int) -> None:
@@ -291,6 +328,11 @@ MISFITS: list[tuple[View, Shape, str]] = [
     (fused_qkv(4, 2, 2, 2), (9, 3), "split=(4, 2, 2) does not fit 'w' (9, 3): the split adds up to 8, not 9"),
     (fused_qkv(4, 2, 2, 2, True), (3, 9), "on dim 1 does not fit 'w' (3, 9): the split adds up to 8, not 9"),
     (fused_qkv(4, 2, 2, 2, True), (8,), "there is no dim 1"),
+    (
+        fused(q=4, k=1, order="by head"),
+        (9, 3),
+        "split=(4, 1), repeated does not fit 'w' (9, 3): the repeated split adds up to 5, which does not divide 9",
+    ),
     (fused_qkv(4, 3, 2, 2), (9, 3), "3 is not a multiple of 2"),
     (View("m n -> m n"), (2, 3), "it gives 2 axes (2, 3), not three axes b m n"),
     (View("m n -> 1 1 m n"), (2, 3), "it gives 4 axes"),

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 
-def save(obj: Any, path: str | os.PathLike[str]) -> None:
-    """`torch.save` to a temporary file beside `path`, then rename: a reader sees the old file or the whole new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` at the end, whole; if anything is raised, nothing changes.
+
+    It is a temporary file in the same folder, with a name of its own for every process and thread, flushed, then
+    renamed.
 
     Raises:
-        OSError: no space, no permission, no such folder; a previous file at `path` is untouched.
+        OSError: what the disk raises.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write(obj, file, path)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise
     with suppress(OSError):  # some file systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -34,7 +40,17 @@ def save(obj: Any, path: str | os.PathLike[str]) -> None:
             os.close(folder)
 
 
-def _write(obj: Any, file: IO[bytes], path: Path) -> None:
+def save(obj: Any, path: str | os.PathLike[str]) -> None:
+    """`torch.save` to a temporary file beside `path`, then rename: a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: no space, no permission, no such folder; a previous file at `path` is untouched.
+    """
+    with replacing(Path(path)) as file:
+        _write(obj, file, path)
+
+
+def _write(obj: Any, file: IO[bytes], path: str | os.PathLike[str]) -> None:
     try:
         torch.save(obj, file)
         file.flush()
@@ -43,7 +59,6 @@ def _write(obj: Any, file: IO[bytes], path: Path) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-    os.fsync(file.fileno())
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:

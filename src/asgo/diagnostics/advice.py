@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from asgo.diagnostics.evidence import LAGS, SIDES, STATISTICS, Choice, Collector, Evidence, Side
 from asgo.diagnostics.losses import gradients
+from asgo.diagnostics.reports import text_table
 from asgo.optimizer.param_groups import with_views
 from asgo.views import View
 from asgo.views.routing import Rule, route
@@ -38,29 +39,17 @@ EVIDENCE = (
 
 @dataclass(frozen=True)
 class Line:
-    """The advice for one parameter.
+    """The advice for one parameter."""
 
-    Args:
-        name: of the parameter.
-        word: ``whole``, or ``heads`` for one matrix per head; the defaults of `asgo.route` where `note` is set.
-        views: what the words mean for this parameter.
-        side: which side to precondition; ``auto`` is the shorter one.
-        interval: steps between refreshes of the root.
-        statistic: ``momentum`` or ``gradient``.
-        evidence: what was measured.
-        curvature: ``left`` and ``right``, as they were given.
-        note: why it could not be measured; there is no rule for it then.
-    """
-
-    name: str
-    word: str
-    views: Mapping[str, View]
-    side: Side
-    interval: int
-    statistic: str
-    evidence: Evidence
-    curvature: Mapping[str, float]
-    note: str = ""
+    name: str  # of the parameter
+    word: str  # ``whole``, or ``heads`` for one matrix per head; the defaults of `asgo.route` where `note` is set
+    views: Mapping[str, View]  # what the words mean for this parameter
+    side: Side  # which side to precondition; ``auto`` is the shorter one
+    interval: int  # steps between refreshes of the root
+    statistic: str  # ``momentum`` or ``gradient``
+    evidence: Evidence  # what was measured
+    curvature: Mapping[str, float]  # ``left`` and ``right``, as they were given
+    note: str = ""  # why it could not be measured; there is no rule for it then
 
     @property
     def view(self) -> View:
@@ -94,10 +83,7 @@ class Advice:
         return [_worst(line).rule() for line in self.lines if line.evidence.bound]
 
     def __str__(self) -> str:
-        table = [[*COLUMNS, *EVIDENCE], *(_cells(line) for line in self.lines)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        return "\n".join(row.rstrip() for row in rows)
+        return text_table([[*COLUMNS, *EVIDENCE], *(_cells(line) for line in self.lines)])
 
 
 def advise(

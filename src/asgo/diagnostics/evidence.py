@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from asgo._types import Stack, State
+from asgo._types import Stack
 from asgo.diagnostics.noise import Moments
 from asgo.diagnostics.spectra import eigenvalues, singular_values, stable_rank
-from asgo.linalg.inverse_root import ROOTS
 from asgo.linalg.matmul import exact_matmul
+from asgo.optimizer.bucket import part_key
+from asgo.presets.asgo import ASGO
 from asgo.structures import OneSided
 from asgo.views import View
 
@@ -29,6 +30,8 @@ LAGS = {2: 1, 5: 4, 10: 9}
 STATISTICS: dict[str, tuple[float, float]] = {"momentum": (0.95, 0.2), "gradient": (0.9, 0.8)}
 """The two statistics of ASGO with the betas that each is used with: the library's own and the paper's."""
 EPS = 1e-6
+RARELY = 1000
+"""Steps between refreshes where none is wanted; one that comes all the same costs time only."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,39 @@ class Evidence:
     kept: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
 
+class Trial:
+    """ASGO with a learning rate of 0 on a parameter of its own: the real step, on gradients that move nothing.
+
+    Args:
+        like: a gradient.
+        view: through which it is read.
+        statistic: which one, with its betas.
+    """
+
+    def __init__(self, like: Tensor, view: View, statistic: str) -> None:
+        self.param, self.view, self.beta1 = nn.Parameter(torch.zeros_like(like)), view, STATISTICS[statistic][0]
+        group = {"params": [("trial", self.param)], "view": view, "statistic": statistic}
+        self.optimizer = ASGO([group], 0.0, STATISTICS[statistic], EPS, cross_normalize=False)
+        self.old: list[Tensor] = []
+
+    def take(self, gradient: Tensor, refresh: bool) -> None:
+        """One step; without `refresh`, roots may stay as they are."""
+        self.optimizer.param_groups[0]["precondition_frequency"] = 1 if refresh else RARELY
+        self.param.grad = gradient
+        self.optimizer.step()
+
+    def kept(self, key: str) -> list[Tensor]:
+        """A part of the state, for each part of the view."""
+        return [self.optimizer.state[self.param][part_key(key, part)] for part in range(self.view.parts)]
+
+    def directions(self, roots: Sequence[Tensor]) -> Tensor:
+        """What these roots would make of the step's momentum, as one vector."""
+        gradients = self.view.matrices(self.param.grad)  # pyright: ignore[reportArgumentType]
+        stacks = [m.lerp(g, 1 - self.beta1) for m, g in zip(self.kept("exp_avg"), gradients, strict=True)]
+        found = [OneSided().precondition({"root": Z}, stack) for Z, stack in zip(roots, stacks, strict=True)]
+        return torch.cat([direction.flatten().double() for direction in found])
+
+
 class Collector:
     """Takes the gradients of one parameter, a batch at a time, and keeps what `Evidence` is made of.
 
@@ -65,23 +101,25 @@ class Collector:
         self.anchor = max(0, batches - 1 - max(LAGS.values()))
         self.grams: dict[tuple[str, int, bool], Tensor] = {}
         self.moments = [Moments() for _ in range(self.default.parts)]
-        self.momenta: dict[str, Tensor] = {}
-        self.states: dict[tuple[str, int], State] = {}
-        self.stale: dict[tuple[str, int], State] = {}
+        self.shape: tuple[int, ...] = ()
+        self.trials: dict[str, Trial] = {}
         self.cosines: dict[tuple[str, int], float] = {}
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
         """One more gradient, of the parameter's shape."""
         gradient = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+        if not self.seen:
+            self.shape = tuple(gradient.shape)
+            if all(min(stack[1:]) <= LONGEST for stack in self.default.shapes(self.shape)):
+                self.trials = {statistic: Trial(gradient, self.default, statistic) for statistic in STATISTICS}
         with exact_matmul(gradient.device):
             for word, view in self.views.items():
                 for part, stack in enumerate(view.matrices(gradient)):
                     self._fold(word, part, stack)
             for moments, stack in zip(self.moments, self.default.matrices(gradient), strict=True):
                 moments.add(stack)
-            for statistic in STATISTICS:
-                self._simulate(statistic, gradient)
+        self._follow(gradient)
         self.seen += 1
 
     def _fold(self, word: str, part: int, stack: Stack) -> None:
@@ -91,30 +129,16 @@ class Collector:
                 key = word, part, left
                 self.grams[key] = self.grams[key].add_(product) if key in self.grams else product
 
-    def _simulate(self, statistic: str, gradient: Tensor) -> None:
-        """A step of ASGO that moves nothing: are the directions by an old root those by a fresh one?"""
-        beta1, beta2 = STATISTICS[statistic]
-        momentum = self.momenta.setdefault(statistic, torch.zeros_like(gradient))
-        momentum.lerp_(gradient, 1 - beta1)
-        direction = momentum.lerp(gradient, 1 - beta1)
-        lag, pairs = self.seen - self.anchor, []
-        for part, stack in enumerate(self.default.matrices(direction)):
-            if min(stack.shape[1:]) > LONGEST or stack.numel() == 0:
-                continue
-            structure, key = OneSided(), (statistic, part)
-            state = self.states.setdefault(key, structure.init(stack))
-            own = stack if statistic == "momentum" else self.default.matrices(gradient)[part]
-            structure.fold(state, structure.measure(own), beta2)
-            if lag == 0 or lag in LAGS.values():
-                structure.refresh(state, ROOTS["auto"], EPS)
+    def _follow(self, gradient: Tensor) -> None:
+        """Steps of ASGO that move nothing: are the directions by an old root those by a fresh one?"""
+        lag = self.seen - self.anchor
+        for statistic, trial in self.trials.items():
+            trial.take(gradient, lag == 0 or lag in LAGS.values())
             if lag == 0:
-                self.stale[key] = {name: tensor.clone() for name, tensor in state.items()}
-            if lag in LAGS.values():
-                pairs.append((structure.precondition(self.stale[key], stack), structure.precondition(state, stack)))
-        if pairs:
-            old, fresh = (torch.cat([pair[i].flatten().double() for pair in pairs]) for i in (0, 1))
-            interval = next(interval for interval, oldest in LAGS.items() if oldest == lag)
-            self.cosines[statistic, interval] = float(torch.nn.functional.cosine_similarity(old, fresh, dim=0))
+                trial.old = [root.clone() for root in trial.kept("root")]
+            for interval in (interval for interval, oldest in LAGS.items() if oldest == lag):
+                both = trial.directions(trial.old), trial.directions(trial.kept("root"))
+                self.cosines[statistic, interval] = float(torch.nn.functional.cosine_similarity(*both, dim=0))
 
     def evidence(self) -> Evidence:
         """What all gradients together say."""
@@ -133,17 +157,13 @@ class Collector:
         bound: dict[Choice, float] = {}
         cost: dict[Choice, float] = {}
         for word, view in self.views.items():
-            shapes = view.shapes(self._shape)
+            shapes = view.shapes(self.shape)
             for side in SIDES:
                 keys = [(word, part, OneSided(side).left(m, n)) for part, (_, m, n) in enumerate(shapes)]
                 if all(key in sums for key in keys):
                     bound[word, side] = sum(sums[key] for key in keys)
                     cost[word, side] = sum(b * OneSided(side).cost(m, n) for b, m, n in shapes)
         return bound, cost
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return tuple(next(iter(self.momenta.values())).shape)
 
     def _noise_share(self) -> float | None:
         parts = [moments.split() for moments in self.moments]

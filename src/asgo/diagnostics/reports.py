@@ -63,12 +63,17 @@ class Report:
     def __str__(self) -> str:
         titles = [field.name.replace("_", " ") for field in fields(Row)]
         total = ("total", "", "", "", "", self.state_bytes, self.root_flops)
-        table = [titles, *(_cells(astuple(row)) for row in self.rows), _cells(total)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(titles))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-        if self.step_bytes is not None:
-            lines.append(f"a step takes up to {self.step_bytes / 1e6:.2g} MB above parameters, gradients and state")
-        return "\n".join(line.rstrip() for line in lines)
+        table = text_table([titles, *(_cells(astuple(row)) for row in self.rows), _cells(total)])
+        if self.step_bytes is None:
+            return table
+        return f"{table}\na step takes up to {self.step_bytes / 1e6:.2g} MB above parameters, gradients and state"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them titles, in columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def report(optimizer: StructuredOptimizer) -> Report:

@@ -70,29 +70,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Observation:
-    """A parameter after a step that was watched.
+    """A parameter after a step that was watched."""
 
-    Args:
-        name: of the parameter.
-        param: after the step, with its gradient.
-        before: its values before the step.
-        moments: of its microbatches, one per part; empty where none were seen.
-        summed: whether the gradient is the sum of the microbatches', or their mean.
-        state: the optimizer's.
-        view: of the parameter.
-        group: of the optimizer.
-        structure: of the group.
-    """
-
-    name: str
-    param: Tensor
-    before: Tensor
-    moments: Sequence[Moments]
-    summed: bool
-    state: State
-    view: View
-    group: Mapping[str, Any]
-    structure: Structure
+    name: str  # of the parameter
+    param: Tensor  # after the step, with its gradient
+    before: Tensor  # its values before the step
+    moments: Sequence[Moments]  # of its microbatches, one per part; empty where none were seen
+    summed: bool  # whether the gradient is the sum of the microbatches', or their mean
+    state: State  # the optimizer's
+    view: View  # of the parameter
+    group: Mapping[str, Any]  # of the optimizer
+    structure: Structure  # of the group
 
     def samples(self, step: int) -> list[Sample]:
         """A sample of every matrix that has entries."""

@@ -15,7 +15,7 @@ from asgo.distributed.collectives import Wait, exchange, register
 from asgo.distributed.placement import Placement, find, keeps, local, on_all, whole, within
 from asgo.distributed.summing import summed
 from asgo.optimizer.bucket import Member
-from asgo.structures import Structure
+from asgo.structures import OneCall, Structure
 from asgo.views import View
 
 ROOT_PRODUCTS = 20.0
@@ -189,7 +189,8 @@ class Division:
             for param in group["params"]:
                 view = views[param]
                 where = self.placement(param, view, None if view is None else structure)
-                divided = where.kind == "owned" or (where.kind in ("shared", "summed") and structure.derived)
+                shared = where.kind == "shared" and isinstance(structure, OneCall)
+                divided = where.kind == "owned" or (where.kind in ("shared", "summed") and structure.derived) or shared
                 if view is None or not divided:
                     continue
                 turn_of = turn_of or turns_of(groups, views, structure_of)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import accumulate, combinations, product
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -154,16 +154,22 @@ def whole(param: Tensor) -> Box:
 
 
 @lru_cache(maxsize=4096)
-def part_boxes(view: View, shape: tuple[int, ...]) -> tuple[Box, ...]:
-    """The box of every part of a parameter of this shape."""
+def part_boxes(view: View, shape: tuple[int, ...]) -> tuple[tuple[Box, ...], ...]:
+    """The boxes of every part of a parameter of this shape: one each, or one for each repetition."""
     whole = tuple((0, length) for length in shape)
     if view.split is None:
-        return (whole,)
-    dim, boxes, begin = view.split_dim % len(shape), [], 0
-    for length in view.split:
-        boxes.append((*whole[:dim], (begin, begin + length), *whole[dim + 1 :]))
-        begin += length
+        return ((whole,),)
+    dim, boxes = view.split_dim % len(shape), []
+    unit = sum(view.split) if view.repeated else shape[dim]
+    for begin, length in zip(accumulate(view.split, initial=0), view.split, strict=False):
+        starts = range(begin, shape[dim], unit) if length else ()
+        boxes.append(tuple((*whole[:dim], (start, start + length), *whole[dim + 1 :]) for start in starts))
     return tuple(boxes)
+
+
+def pieces(view: View, part: Tensor) -> Sequence[Tensor]:
+    """A part as one tensor for each of its boxes (see `part_boxes`), on the same memory."""
+    return part.unbind(view.split_dim % (part.ndim - 1)) if view.repeated else (part,)
 
 
 def overlap(a: Box, b: Box) -> Box | None:

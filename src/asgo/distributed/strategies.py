@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from asgo._types import Stack, State
 from asgo.distributed.collectives import Wait, add_up, collect, exchange, join
-from asgo.distributed.placement import Box, Cut, gradient, overlap, part_boxes, sizes, within
+from asgo.distributed.placement import Box, Cut, gradient, overlap, part_boxes, pieces, sizes, within
 from asgo.optimizer.bucket import Bucket, Member, view_here
 from asgo.optimizer.rounding import Rounding
 from asgo.structures import Structure
@@ -36,11 +37,20 @@ class Shared(Bucket):
         found = [(i, member) for i, member in enumerate(self.members) if due(member)]
         if not found or not keys or found[0][1].owner is None:
             return None
+        return self._from_owners(found, [self.state[key] for key in (*keys, *self.told)])
+
+    def bring(self, update: Stack) -> Wait | None:
+        """Start to bring the updates of all members from their owners here, and all of their state but the momentum."""
+        state = [tensor for key, tensor in self.state.items() if key != "exp_avg"]
+        return self._from_owners(list(enumerate(self.members)), [update, *state])
+
+    def _from_owners(self, found: Sequence[tuple[int, Member]], tensors: Sequence[Tensor]) -> Wait:
+        """Start to bring some members' rows of these tensors from their owners here."""
         outgoing: list[list[Tensor]] = [[] for _ in self.placement.ranks]
         incoming: list[list[Tensor]] = [[] for _ in self.placement.ranks]
         for i, member in found:
             rows = slice(i * self.slices, (i + 1) * self.slices)
-            held = [self.state[key][rows].view(-1).view(torch.uint8) for key in (*keys, *self.told)]
+            held = [tensor[rows].view(-1).view(torch.uint8) for tensor in tensors]
             for rank in range(len(self.placement.ranks)) if member.mine else ():
                 outgoing[rank] += held
             incoming[member.owner or 0] += held
@@ -124,14 +134,13 @@ class Owned(Bucket):
 
     def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
         super().__init__(everyone, states, keys)
-        self._wholes = [part_boxes(view_here(member), tuple(member.param.shape))[member.part] for member in everyone]
         self._arrived: list[Tensor] = []
-        self._held = [_holders(member, whole) for member, whole in zip(everyone, self._wholes, strict=True)]
-        self._sources = [_chosen(member, held) for member, held in zip(everyone, self._held, strict=True)]
+        self._places = [_places(member) for member in everyone]
         self._moves = any(
             source != member.owner
-            for member, sources in zip(everyone, self._sources, strict=True)
-            for source in sources.values()
+            for member, places in zip(everyone, self._places, strict=True)
+            for place in places
+            for source in place.sources.values()
         )
 
     def gather(self) -> Wait | None:
@@ -142,13 +151,14 @@ class Owned(Bucket):
         grads = [gradient(member.param) for member in self.everyone]
         self._arrived = [grads[0].new_empty(self.shape) for _ in self.members]
         targets = iter(self._arrived)
-        for member, whole, grad, sources in zip(self.everyone, self._wholes, grads, self._sources, strict=True):
-            target = next(targets) if member.mine else None
-            for box, source in sources.items():
-                if source == me:
-                    outgoing[member.owner or 0].append(grad[within(box, member.placement.box)])
-                if target is not None:
-                    incoming[source].append(target[within(box, whole)])
+        for member, places, grad in zip(self.everyone, self._places, grads, strict=True):
+            wanted = pieces(self.view, next(targets)) if member.mine else [None] * len(places)
+            for place, target in zip(places, wanted, strict=True):
+                for box, source in place.sources.items():
+                    if source == me:
+                        outgoing[member.owner or 0].append(grad[within(box, member.placement.box)])
+                    if target is not None:
+                        incoming[source].append(target[within(box, place.box)])
         if self._moves:
             return exchange(ranks, me, outgoing, incoming, grads[0])
         for mine, target in zip(outgoing[me], incoming[me], strict=True):
@@ -165,16 +175,17 @@ class Owned(Bucket):
         me, ranks = self.placement.me, self.placement.ranks
         outgoing: list[list[Tensor]] = [[] for _ in ranks]
         incoming: list[list[Tensor]] = [[] for _ in ranks]
-        pieces, written, buffers = iter(self._pieces(update)), [], []
+        updates, written, buffers = iter(self._pieces(update)), [], []
         like = torch.empty(0, dtype=self.dtype, device=self.everyone[0].param.device)
-        for member, whole, held in zip(self.everyone, self._wholes, self._held, strict=True):
-            piece = next(pieces) if member.mine else None
-            for rank, box in held.items() if piece is not None else ():
-                outgoing[rank].append(piece[within(box, whole)])  # pyright: ignore[reportOptionalSubscript]
-            if me in held:
-                written.append((member, partial(_at, within(held[me], member.placement.box))))
-                buffers.append(like.new_empty(sizes(held[me])))
-                incoming[member.owner or 0].append(buffers[-1])
+        for member, places in zip(self.everyone, self._places, strict=True):
+            given = pieces(self.view, next(updates)) if member.mine else [None] * len(places)
+            for place, piece in zip(places, given, strict=True):
+                for rank, box in place.holders.items() if piece is not None else ():
+                    outgoing[rank].append(piece[within(box, place.box)])  # pyright: ignore[reportOptionalSubscript]
+                if me in place.holders:
+                    written.append((member, partial(_at, within(place.holders[me], member.placement.box))))
+                    buffers.append(like.new_empty(sizes(place.holders[me])))
+                    incoming[member.owner or 0].append(buffers[-1])
         wait = exchange(ranks, me, outgoing, incoming, like)
 
         def arrive() -> None:
@@ -188,14 +199,34 @@ def _at(index: tuple[slice, ...], tensor: Tensor) -> Tensor:
     return tensor[index]
 
 
-def _holders(member: Member, whole: Box) -> dict[int, Box]:
-    """Which ranks hold entries of a member's part, and which."""
-    held = {rank: overlap(box, whole) for rank, box in enumerate(member.placement.boxes)}
-    return {rank: box for rank, box in held.items() if box is not None}
+def _places(member: Member) -> list[_Piece]:
+    boxes = part_boxes(view_here(member), tuple(member.param.shape))[member.part]
+    return [_Piece.of(member, box) for box in boxes]
 
 
-def _chosen(member: Member, held: dict[int, Box]) -> dict[Box, int]:
-    """The rank that sends each box: the owner if it holds it, else the one of the owner's replica."""
+@dataclass(frozen=True)
+class _Piece:
+    """A box of a member's part.
+
+    Args:
+        box: its entries in the parameter.
+        holders: which ranks hold entries of it, and which.
+        sources: the rank that sends each box: the owner if it holds it, else the one of the owner's replica.
+    """
+
+    box: Box
+    holders: dict[int, Box]
+    sources: dict[Box, int]
+
+    @staticmethod
+    def of(member: Member, box: Box) -> _Piece:
+        """The box of this member's part with the ranks that hold it."""
+        found = {rank: overlap(held, box) for rank, held in enumerate(member.placement.boxes)}
+        holders = {rank: held for rank, held in found.items() if held is not None}
+        return _Piece(box, holders, _sources(member, holders))
+
+
+def _sources(member: Member, held: dict[int, Box]) -> dict[Box, int]:
     by_box: dict[Box, list[int]] = {}
     for rank, box in held.items():
         by_box.setdefault(box, []).append(rank)

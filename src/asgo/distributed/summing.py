@@ -76,19 +76,22 @@ def _cut(view: View, shape: Sequence[int], dim: int) -> tuple[Axis | None, View]
 
     Axes of length 1 do not count: the rows of ``"(g o) i -> g o i"`` with one group are a whole axis.
     """
-    if view.split is not None and view.split_dim % len(shape) == dim:
-        return None, view
+    at = dim  # in a part, which has one axis more if parts are repeated
+    if view.split is not None:
+        if view.split_dim % len(shape) == dim:
+            return None, view
+        at += view.repeated and view.split_dim % len(shape) < dim
     found, sizes = set[Axis | None](), dict(view.sizes)
     for part, piece in enumerate(view.cut(torch.empty(tuple(shape), device="meta"))):
         source, target = view.pattern_of(part).split("->")
         known = lengths(source, tuple(piece.shape), tuple(view.sizes))  # pyright: ignore[reportArgumentType]
         cut, rows, columns = (
-            [name for name in names if known.get(name, 1) > 1] for names in (axes_of(source)[dim], *axes_of(target)[1:])
+            [name for name in names if known.get(name, 1) > 1] for names in (axes_of(source)[at], *axes_of(target)[1:])
         )
-        single = len(cut) == 1 and (view.split is None or len(axes_of(source)[dim]) == 1)
+        single = len(cut) == 1 and (view.split is None or len(axes_of(source)[at]) == 1)
         found.add(("rows" if cut == rows else "columns" if cut == columns else None) if single else None)
         if view.split is None:
             sizes = dict(known)
         for name in cut:
             sizes.pop(name, None)
-    return (found.pop() if len(found) == 1 else None), View(view.pattern, sizes, view.split, view.split_dim)
+    return (found.pop() if len(found) == 1 else None), replace(view, sizes=sizes)

@@ -1,4 +1,4 @@
 """How training frameworks are given an optimizer of this library: a module for each, over its public interface.
 
-No framework is imported before a function that needs it is called.
+``import asgo`` imports none of them; a module here needs its framework, with which ``pip install "asgo[NAME]"`` comes.
 """

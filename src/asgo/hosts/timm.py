@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from asgo import presets
+from asgo.hosts.common import BY_NAME, check_module, needed
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.views.routing import Rule, route
 
@@ -33,13 +33,12 @@ def register() -> list[str]:
     Raises:
         ImportError: timm is not installed.
     """
-    optim = import_module("timm.optim")
+    optim = needed("timm.optim", extra="timm")
     registry = import_module("timm.optim._optim_factory").default_registry  # timm exports it nowhere else
-    classes = {name.lower(): getattr(presets, name) for name in presets.__all__}
-    taken = {name: inspect.signature(kind).parameters for name, kind in classes.items()}
+    taken = {name: inspect.signature(kind).parameters for name, kind in BY_NAME.items()}
     taken = {name: takes for name, takes in taken.items() if {"params", "weight_decay"} <= set(takes)}
     for name, takes in taken.items():
-        kind = classes[name]
+        kind = BY_NAME[name]
         info = optim.OptimInfo(
             name=name,
             opt_class=partial(_build, kind),
@@ -84,7 +83,8 @@ def groups(
         ImportError: timm is not installed.
         ValueError: as `asgo.route`.
     """
-    optim = import_module("timm.optim")
+    optim = needed("timm.optim", extra="timm")
+    check_module("asgo.hosts.timm.groups", model)
     names, views = _decided(route(model, rules, per_head))
     excluded = getattr(model, "no_weight_decay", set)()
     if layer_decay is None:

@@ -1,10 +1,11 @@
-"""The command ``asgo``: train, compare, demo, inspect, optimizers, plan."""
+"""The command ``asgo``: train, compare, demo, lr, inspect, optimizers, plan."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Annotated, Any, Union
 
@@ -13,8 +14,12 @@ from rich.console import Console
 
 from asgo.lab import terminal
 from asgo.lab.compare.compare import compare
+from asgo.lab.compare.learning_rates import MARKER as RATES
+from asgo.lab.compare.learning_rates import RatesConfig, learning_rates
 from asgo.lab.config.codec import from_json
-from asgo.lab.config.runs import DEMO, CompareConfig, TrainConfig
+from asgo.lab.config.ranges import check_known
+from asgo.lab.config.runs import DEMO, CompareConfig, RunConfig, TrainConfig
+from asgo.lab.config.workloads import WORKLOADS
 from asgo.lab.errors import LabError
 from asgo.lab.files import read_json
 from asgo.lab.inspection.advice import AdviceConfig, inspect_advise
@@ -30,13 +35,14 @@ DESCRIPTION = "Train language models with ASGO and its peers, compare them, and 
 DEMO_HELP = "Compare ASGO, AdamW and Muon on Shakespeare: asgo compare with its settings chosen."
 INSPECT_HELP = "Look at a model as an optimizer sees it."
 
-Resumable = TrainConfig | CompareConfig | GradientsConfig
+Resumable = TrainConfig | CompareConfig | RatesConfig | GradientsConfig
 Tables = RoutingConfig | AdviceConfig | OptimizersConfig | PlanConfig
 Command = Resumable | Tables
 
 SAVED: dict[type[Any], str] = {
     TrainConfig: "config.json",
     CompareConfig: "comparison.json",
+    RatesConfig: RATES,
     GradientsConfig: MARKER,
 }
 """The file in which a folder keeps the configuration of what can be resumed."""
@@ -46,6 +52,7 @@ TEXTS: dict[type[Any], Callable[[Any], str]] = {RoutingConfig: inspect_routing, 
 
 COMMANDS: dict[type[Any], Callable[[Any, Console], Any]] = {
     CompareConfig: compare,
+    RatesConfig: learning_rates,
     GradientsConfig: inspect_gradients,
     AdviceConfig: inspect_advise,
     PlanConfig: plan,
@@ -90,7 +97,8 @@ def parse(args: Sequence[str]) -> Command | None:
     """
     if args[:1] == ["bench"]:
         raise LabError(f"benchmarks are programs of the repository: in a clone of it run {_benchmark(args[1:])}.")
-    config = _parse(args, {})
+    args, workload = _take_workload(args)
+    config = _parse(args, workload)
     if not isinstance(config, Resumable) or not config.resume:
         return config
     kind, path = type(config), config.out / SAVED[type(config)]
@@ -102,6 +110,20 @@ def _benchmark(words: Sequence[str]) -> str:
     return shlex.join(["python", "-m", f"benchmarks.{name}", *flags])
 
 
+def _take_workload(args: Sequence[str]) -> tuple[list[str], dict[type[Any], Any]]:
+    """The words without ``--workload NAME``, and the configurations that they start from instead of the defaults."""
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--workload=") else [word])]
+    if "--workload" not in words:
+        return words, {}
+    at = words.index("--workload")
+    name = "".join(words[at + 1 : at + 2])
+    if words[0] not in ("train", "compare"):
+        raise LabError(f"asgo {words[0]} has no --workload: it is for asgo train and asgo compare.")
+    check_known("workload", [name], WORKLOADS)
+    shared = {field.name: getattr(WORKLOADS[name], field.name) for field in fields(RunConfig)}
+    return words[:at] + words[at + 2 :], {kind: replace(kind(), **shared) for kind in (TrainConfig, CompareConfig)}
+
+
 def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | None:
     """The command, with the fields of a saved configuration in place of the defaults of its kind."""
     demo = saved.get(CompareConfig, DEMO)
@@ -109,6 +131,7 @@ def _parse(args: Sequence[str], saved: Mapping[type[Any], Any]) -> Command | Non
         _subcommand("train", TrainConfig, saved),
         _subcommand("compare", CompareConfig, saved),
         Annotated[CompareConfig, tyro.conf.subcommand("demo", default=demo, description=DEMO_HELP)],
+        _subcommand("lr", RatesConfig, saved),
         Annotated[
             Union[  # noqa: UP007
                 _subcommand("routing", RoutingConfig, saved),

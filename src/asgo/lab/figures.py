@@ -6,6 +6,7 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -31,17 +32,11 @@ LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation losses of one run, in the order they were measured.
+    """Validation losses of one run, in the order they were measured."""
 
-    Args:
-        steps: optimizer steps done.
-        seconds: training time passed, without evaluation and saving.
-        losses: validation loss in nats per token.
-    """
-
-    steps: tuple[int, ...]
-    seconds: tuple[float, ...]
-    losses: tuple[float, ...]
+    steps: tuple[int, ...]  # optimizer steps done
+    seconds: tuple[float, ...]  # training time passed, without evaluation and saving
+    losses: tuple[float, ...]  # validation loss in nats per token
 
     @staticmethod
     def of(metrics: Sequence[Mapping[str, Any]]) -> Curve:
@@ -56,6 +51,14 @@ class Curve:
         hits = (i for i, loss in enumerate(self.losses) if loss <= target)
         first = next(hits, None)
         return None if first is None else (self.steps[first], self.seconds[first])
+
+    def crosses(self, target: float) -> float | None:
+        """Steps to `target`, on straight lines between evaluations; None if it is never reached."""
+        pairs = list(zip(self.steps, self.losses, strict=True))
+        for (before, high), (step, low) in pairwise(pairs):
+            if low <= target:
+                return step if high <= target else before + (step - before) * (high - target) / (high - low)
+        return None
 
 
 def draw_run(metrics: Sequence[Mapping[str, Any]]) -> bytes:

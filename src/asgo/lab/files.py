@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from asgo.checkpoint.files import replacing
 from asgo.lab.errors import LabError
 
 
@@ -37,29 +37,21 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` at the end, whole; if anything is raised, nothing changes.
-
-    It is a temporary file in the same folder, with a name of its own for every process, flushed, then renamed.
-
-    Raises:
-        OSError: what the disk raises.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Replace a file's content by indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_results(out: Path, contents: Mapping[str, Any]) -> None:
+    """Write files of a folder by name: bytes, texts, and everything else as JSON."""
+    make_folder(out)
+    for name, content in contents.items():
+        if isinstance(content, bytes):
+            write_bytes(out / name, content)
+        elif isinstance(content, str):
+            write_text(out / name, content)
+        else:
+            write_json(out / name, finite(content))
 
 
 def read_json(path: Path) -> Any:

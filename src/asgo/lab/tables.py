@@ -1,4 +1,4 @@
-"""The one writer of tables: for a terminal, as plain text, as markdown, and as CSV with full numbers."""
+"""The one writer of tables: for a terminal, as markdown, and as CSV with full numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-
-
-def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, each as wide as its longest cell."""
-    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
+from rich.console import Console
 
 from asgo.lab.errors import LabError
 from asgo.lab.training.stopping import Stopped
@@ -75,6 +76,12 @@ def exit_code(parse: Callable[[], C | None], run: Callable[[C], Any]) -> int:
         return _fail("stopped: broken pipe, the reader of its output has ended.", 1) if config is not None else 1
     except LabError as error:
         return _fail(f"error: {error}", 2)
+
+
+def say(console: Console, *lines: object) -> None:
+    """Print lines as they are: no markup, no colours, broken by the terminal alone."""
+    for line in lines:
+        console.print(str(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def is_first_process() -> bool:

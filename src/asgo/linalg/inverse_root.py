@@ -67,7 +67,7 @@ def _norm(A: Square) -> PerMatrix:
     return torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
 
 
-def _solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = None) -> Result:
+def solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = None) -> Result:
     """Root of A by a solver ``(A, scale, eps) -> root of A / scale``, times ``scale^(-1/2)``.
 
     The largest entry of ``A / scale`` is in [1, 2), so that its norm can be squared whatever the range of A. In
@@ -134,12 +134,12 @@ def eigh(A: Square, eps: float) -> Result:
     At eps 1e-6 in float32 the step is within 6e-2 of exact (measured; usually 2e-2), as eigenvectors of close
     eigenvalues mix. On a CPU the threads of torch share the matrices of the stack.
     """
-    return _solve(_by_eigh, A, eps)
+    return solve(_by_eigh, A, eps)
 
 
 def eigh64(A: Square, eps: float) -> Result:
     """`eigh` in float64, rounded back to A's dtype: within 1e-4 of exact in twice the time."""
-    return _solve(_by_eigh, A, eps, torch.float64)
+    return solve(_by_eigh, A, eps, torch.float64)
 
 
 def outside(A: Square, eps: float) -> Result:
@@ -148,7 +148,7 @@ def outside(A: Square, eps: float) -> Result:
     Eigenvalues that A's dtype does not resolve are raised, see `asgo.linalg.spectral.RESOLUTION`.
     The theory form, Algorithm 1 of "ASGO: Adaptive Structured Gradient Optimization" (An et al., 2025).
     """
-    return _solve(_outside(A.dtype), A, eps, torch.float64)
+    return solve(_outside(A.dtype), A, eps, torch.float64)
 
 
 def inside(A: Square, eps: float) -> Result:
@@ -157,7 +157,7 @@ def inside(A: Square, eps: float) -> Result:
     Eigenvalues that A's dtype does not resolve are raised, see `asgo.linalg.spectral.RESOLUTION`.
     The form of one-sided Shampoo ("Structured Preconditioners in Adaptive Optimization", Xie et al., 2025).
     """
-    return _solve(_inside(A.dtype), A, eps, torch.float64)
+    return solve(_inside(A.dtype), A, eps, torch.float64)
 
 
 def minimax(A: Square, eps: float) -> Result:
@@ -171,7 +171,7 @@ def minimax(A: Square, eps: float) -> Result:
     Raises:
         ValueError: if eps is not a positive finite number.
     """
-    return _solve(_by_products(), A, eps)
+    return solve(_by_products(), A, eps)
 
 
 def minimax_fast(A: Square, eps: float) -> Result:
@@ -179,7 +179,7 @@ def minimax_fast(A: Square, eps: float) -> Result:
 
     In float64 it is as exact as `minimax`.
     """
-    return _solve(_by_products(degree=9), A, eps)
+    return solve(_by_products(degree=9), A, eps)
 
 
 def minimax_bf16x3(A: Square, eps: float) -> Result:
@@ -188,7 +188,7 @@ def minimax_bf16x3(A: Square, eps: float) -> Result:
     On rank-deficient statistics, as on the first steps, within 6e-3. The two most sensitive products stay in
     float64 and float32. For tensor cores, where the three cost less than the one. Float64 is computed as ever.
     """
-    return _solve(_by_products(precision="bf16x3"), A, eps)
+    return solve(_by_products(precision="bf16x3"), A, eps)
 
 
 def minimax_tf32(A: Square, eps: float) -> Result:
@@ -198,7 +198,7 @@ def minimax_tf32(A: Square, eps: float) -> Result:
         ValueError: if eps is below 1e-5, where TF32 is too coarse.
     """
     check_eps("minimax_tf32", eps)
-    return _solve(_by_products(precision="tf32"), A, eps)
+    return solve(_by_products(precision="tf32"), A, eps)
 
 
 def auto(A: Square, eps: float) -> Result:

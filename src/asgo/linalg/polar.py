@@ -19,6 +19,8 @@ The last steps may run in Gram form, on ``k x k`` matrices only::
 It saves products with the long side and does not correct itself, so it serves where all singular values are of one
 size. An error of rounding in R is relative to its largest eigenvalue, and the Gram form magnifies it by the condition
 of R: ``(high / low)^2`` on the interval that the plain steps have reached, `Plan.condition`.
+
+Of a matrix of which only ``V = A A^T`` is at hand, `cholesky_root` takes the polar factor of a Cholesky factor.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
+from asgo._types import Root
 from asgo.linalg import polynomial
+from asgo.linalg.inverse_root import solve
 from asgo.linalg.masked import choose
 from asgo.linalg.matmul import exact_matmul
 from asgo.linalg.polynomial import Odd
@@ -47,9 +51,17 @@ if TYPE_CHECKING:
     Blocks: TypeAlias = Sequence[tuple[Wide, float]]
 
 PANELS = 4
-SMALLEST_WITH_PANELS = 640
-"""Size from which a symmetric product by panels is the faster one in bfloat16 on a CPU: 0.7 of the time at 768, 0.95 at
-512. On a GPU its panels would be strided batches; there the whole product is computed."""
+SMALLEST_WITH_PANELS = {torch.float32: 512, torch.bfloat16: 640}
+"""Sizes from which a symmetric product by panels is the faster one on a CPU: in float32 0.75 of the time at 512 (0.61
+with five times as many columns) and 0.96 at 384; in bfloat16, on units for it, 0.7 at 768 and 0.95 at 512. On a GPU its
+panels would be strided batches; there the whole product is computed."""
+SLICE = 2
+"""`multiply` in place takes so many times k columns at once: what it needs beside X is no larger."""
+UNITS = {
+    torch.bfloat16: torch.cpu._is_avx512_bf16_supported(),
+    torch.float16: torch.cpu._is_amx_fp16_supported(),
+}
+"""The half precisions that this CPU has units for."""
 HEALTHY_NORM = (0.5, 2.0)
 """Where ``||X A^T||_F`` must be if ``||A||_F = 1``: in exact arithmetic it is 1 within the tolerance."""
 
@@ -163,8 +175,17 @@ def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
         return plans()[precision]
     if dtype == torch.float64:
         return plans()["fp64"]
-    slow = device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported()
-    return plans()["fp16" if device.type == "cuda" else "fp32" if slow else "bf16"]
+    if device.type == "cuda":
+        return plans()["fp16"]
+    return plans()["bf16" if has_units(device, torch.bfloat16) else "fp32"]
+
+
+def has_units(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device multiplies matrices of this dtype as they are.
+
+    On a CPU that has no units for a half precision torch takes up to fifty times as long for them as for float32.
+    """
+    return device.type != "cpu" or UNITS.get(dtype, True)
 
 
 def polar_and_root(
@@ -196,16 +217,37 @@ def polar_and_root(
         stack, finite, scale = _beside(X, D), finite & size.isfinite(), size / choose(norm > 0, norm, 1.0)
     with _precise(first.device, plan.dtype):
         factor = iterate(stack, plan, n)
-        S = symmetric(factor[..., :n], X) if root else None
+        S = mirrored(symmetric(factor[..., :n], X)) if root else None
+    del X, stack  # the most memory is what this leaves and the result
     result = factor[..., : first.shape[2]].to(first.dtype) if scale is None else factor[..., n:] * scale
     good = finite if S is None else finite & _is_healthy(S, norm)
     good = good & _norm(result).isfinite() if S is None or scale is not None else good
     return choose(good, result, 0.0), None if S is None else choose(good, S, 0.0), norm, good[:, 0, 0]
 
 
+def cholesky_root(plan: Plan) -> Root:
+    """The root ``V^(-1/2) = X L^(-1)`` with ``V + eps ||V||_F I = L L^T`` and X the polar factor of L, by a plan.
+
+    X is orthogonal, and its iteration on the square L corrects itself, so that half precision does: of the products of
+    an iteration for ``V^(-1/2)`` itself none may be in less than float32. The other two steps, in the precision of V,
+    take ``5/6`` of one. A root as those of `asgo.linalg.inverse_root`, symmetric within the error of the plan.
+    """
+
+    def solver(V: Square, scale: PerMatrix, eps: float) -> Square:
+        V = V / scale
+        V.diagonal(dim1=1, dim2=2).add_(eps * torch.linalg.vector_norm(V, dim=(1, 2))[:, None])
+        L, info = torch.linalg.cholesky_ex(V)
+        X, _ = normalised([(L, 1.0)], plan.dtype)
+        X = iterate(X, plan, X.shape[2]).to(V.dtype)
+        Z = torch.linalg.solve_triangular(L, X, upper=False, left=False)
+        return torch.where((info == 0)[:, None, None], Z * scale.rsqrt(), math.nan)
+
+    return lambda A, eps: solve(solver, A, eps)
+
+
 def _precise(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """No autocast, and for float32 no TF32 either; half precision needs only the former, which a graph can hold."""
-    if dtype.itemsize >= 4:
+    """No autocast, and for products in float32 no lower precision; half precision and graphs take the former alone."""
+    if dtype.itemsize >= 4 or not (has_units(device, dtype) or torch.compiler.is_compiling()):
         return exact_matmul(device)
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
@@ -220,10 +262,10 @@ def normalised(A: Blocks, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
     live = top.isfinite() & (top >= torch.finfo(first.dtype).tiny)
     exponent = torch.frexp(choose(live, top, 1.0)).exponent.clamp(-125, 126)  # both powers are normal in float32
     unit = torch.ldexp(torch.ones_like(top), -exponent)  # a product with a small tensor: ldexp of A takes 10 times that
-    scaled = [block * (unit * factor) for block, factor in A]
-    norms = torch.cat([torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in scaled], 2)
-    norm = torch.linalg.vector_norm(norms, dim=2, keepdim=True)
-    X = choose(live, _beside(*(x.mul_(norm.reciprocal()).to(dtype) for x in scaled)), 0.0)
+    norms = [torch.linalg.vector_norm(block * (unit * factor), dim=(1, 2), keepdim=True) for block, factor in A]
+    norm = torch.linalg.vector_norm(torch.cat(norms, 2), dim=2, keepdim=True)
+    unit = unit / norm
+    X = choose(live, _beside(*[(block * (unit * factor)).to(dtype) for block, factor in A]), 0.0)
     return X, choose(live, torch.ldexp(norm, exponent), choose(top.isfinite(), 0.0 * top, top))
 
 
@@ -235,22 +277,25 @@ def largest(A: Wide) -> PerMatrix:
 
 
 def iterate(X: Wide, plan: Plan, n: int) -> Wide:
-    """The steps of a plan; columns after the first n are multiplied and do not enter ``X X^T``."""
+    """The steps of a plan; columns after the first n are multiplied and do not enter ``X X^T``. X stays as it is."""
     plain = len(plan.steps) - plan.gram
-    for step in plan.steps[:plain]:
-        X = _times(X, _bracket(symmetric(X[..., :n]), step), step[0])
-    return _times(X, _gram_form(symmetric(X[..., :n]), plan.steps[plain:])) if plan.gram else X
+    for i, step in enumerate(plan.steps[:plain]):
+        X = multiply(X, _bracket(symmetric(X[..., :n]), step), step[0], in_place=i > 0)
+    return multiply(X, _gram_form(symmetric(X[..., :n]), plan.steps[plain:]), in_place=plain > 0) if plan.gram else X
 
 
 def _gram_form(R: Square, steps: tuple[Odd, ...]) -> Square:
-    """The product of all ``P = c0 I + B(R)``, the linear term outside of products where there is one."""
+    """The product of all ``P = c0 I + B(R)``, the linear term outside of products where there is one.
+
+    All of them are polynomials of one R: they commute, and every product is symmetric.
+    """
     Q = None
     for i, step in enumerate(steps):
         P, c0 = _bracket(R, step), step[0]
-        Q = _plus_identity(P, c0) if Q is None else torch.baddbmm(Q, P, Q, beta=c0)
+        Q = _plus_identity(P, c0) if Q is None else symmetric(P, Q, Q, c0)
         if i + 1 < len(steps):
-            R = torch.baddbmm(R, P, R, beta=c0)
-            R = torch.baddbmm(R, P, R, beta=c0)
+            R = symmetric(P, R, R, c0)
+            R = symmetric(P, R, R, c0)
     return R if Q is None else Q
 
 
@@ -266,38 +311,71 @@ def _bracket(R: Square, odd: Odd) -> Square:
 
     Elementwise sums are made in float32: on a CPU bfloat16 operations round a coefficient to bfloat16 first.
     """
-    if len(odd) == 3 or R.dtype.itemsize > 2:
-        return polynomial.bracket(R, odd)
+    if len(odd) == 3:
+        return symmetric(R, R, R, odd[1], odd[2])
     _, c1, c2, c3, c4 = odd
-    square = torch.bmm(R, R)
-    low, high = R.float() * c1 + square.float() * c2, R.float() * c3 + square.float() * c4
-    return torch.baddbmm(low.to(R.dtype), square, high.to(R.dtype))
+    square, wide = symmetric(R), torch.promote_types(R.dtype, torch.float32)
+    low, high = R.to(wide) * c1 + square.to(wide) * c2, R.to(wide) * c3 + square.to(wide) * c4
+    return symmetric(square, high.to(R.dtype), low.to(R.dtype), 1.0)
 
 
-def symmetric(X: Wide, Y: Wide | None = None) -> Square:
-    """``X Y^T`` where that is symmetric, ``X X^T`` without Y: the lower triangle, mirrored.
+def symmetric(X: Wide, Y: Wide | None = None, C: Square | None = None, c: float = 0.0, a: float = 1.0) -> Square:
+    """``c C + a X Y^T`` where that is symmetric but for rounding; Y is X without one.
 
-    On a CPU only that is computed, by panels of rows, where it is the faster way.
+    On a CPU the lower triangle alone is computed, by panels of rows, where it is the faster way, and mirrored.
     """
-    k, Y, own = X.shape[1], X if Y is None else Y, Y is None
-    if k < SMALLEST_WITH_PANELS or X.dtype != torch.bfloat16 or X.device.type != "cpu":
-        product = torch.bmm(X, Y.mT)
-        return product if own else product.tril() + product.tril(-1).mT
-    result = X.new_empty(len(X), k, k)
+    k, dtype = X.shape[1], X.dtype
+    X, Y, C = _factors(X, X if Y is None else Y, C)
+    if k < SMALLEST_WITH_PANELS.get(X.dtype, k + 1) or X.device.type != "cpu":
+        return _product(X, Y.mT, C, c, a).to(dtype)
+    result = X.new_empty(len(X), k, k, dtype=dtype)
     cuts = [k * i // PANELS for i in range(PANELS + 1)]
-    for out, x, y in zip(result, X, Y, strict=True):  # batches of strided panels would be copied first
+    for i, out in enumerate(result):  # batches of strided panels would be copied first
         for start, stop in pairwise(cuts):
-            panel = x[start:stop] @ y[:stop].mT
+            rows, columns = X[i, start:stop], Y[i, :stop].mT
+            if C is None:
+                panel = rows @ columns
+            else:
+                panel = torch.addmm(C[i, start:stop, :stop], rows, columns, beta=c, alpha=a)
             out[start:stop, :stop] = panel
             out[:start, start:stop] = panel[:, :start].mT
     return result
 
 
-def _times(X: Wide, B: Square, c: float = 0.0) -> Wide:
-    """``c X + B X`` for a symmetric B, in the memory order of X."""
+def mirrored(S: Square) -> Square:
+    """The lower triangle and its mirror image, in place."""
+    below = S.tril(-1).mT
+    return S.tril_().add_(below)
+
+
+def multiply(X: Wide, B: Square, c: float = 0.0, in_place: bool = False) -> Wide:
+    """``c X + B X`` for a symmetric B, in the memory order of X; in place by slices of columns, if that is asked."""
+    step = SLICE * max(X.shape[1], 1)
+    if not in_place or X.shape[2] <= step:
+        return _times(X, B, c)
+    for part in X.split(step, 2):
+        part.copy_(_times(part, B, c))
+    return X
+
+
+def _times(X: Wide, B: Square, c: float) -> Wide:
+    dtype = X.dtype
+    X, B, C = _factors(X, B, X if c else None)
     if X.is_contiguous() or not X.mT.is_contiguous():
-        return torch.baddbmm(X, B, X, beta=c) if c else torch.bmm(B, X)
-    return torch.baddbmm(X.mT, X.mT, B.mT, beta=c).mT if c else torch.bmm(X.mT, B.mT).mT
+        return _product(B, X, C, c).to(dtype)
+    return _product(X.mT, B.mT, None if C is None else C.mT, c).to(dtype).mT
+
+
+def _factors(A: Wide, B: Wide, C: Wide | None) -> tuple[Wide, Wide, Wide | None]:
+    """In float32 where the device has no units for their precision: a product is rounded once, as units do."""
+    if has_units(A.device, A.dtype):
+        return A, B, C
+    wide = A.float()
+    return wide, wide if B is A else B.float(), None if C is None else wide if C is A else C.float()
+
+
+def _product(A: Wide, B: Wide, C: Wide | None, c: float, a: float = 1.0) -> Wide:
+    return torch.bmm(A, B) if C is None else torch.baddbmm(C, A, B, beta=c, alpha=a)
 
 
 def _beside(*parts: Wide) -> Wide:

@@ -83,7 +83,8 @@ class GroupedOptimizer(Optimizer, ABC):
             self._warned = True
             warnings.warn(
                 f"{type(self).__name__}: parameters without names are read by their number of axes, so embeddings and "
-                "output heads are trained as matrices. Pass asgo.route(model), or model.named_parameters().",
+                "output heads are trained as matrices. Pass asgo.route(model), or model.named_parameters(); to a "
+                "framework that builds the optimizer itself, what its module of asgo.hosts has, such as a factory.",
                 stacklevel=group_checks.frames_to_the_caller(),
             )
 

@@ -62,8 +62,8 @@ class Member:
 class Bucket:
     """Parts of parameters whose stacks have one shape ``(b, m, n)``, pattern, dtype and device.
 
-    What travels between ranks begins in `gather`, `join`, `sum`, `share` and `add`; each answers how to wait for it, or
-    None.
+    What travels between ranks begins in `gather`, `join`, `sum`, `share`, `bring` and `add`; each answers how to wait
+    for it, or None.
 
     Args:
         everyone: the parts, in the order in which their matrices stand in the bucket's stack.
@@ -158,6 +158,10 @@ class Bucket:
 
     def share(self, due: Callable[[Member], bool], keys: Sequence[str]) -> Wait | None:
         """Start to bring what other ranks have refreshed here: nothing."""
+        return None
+
+    def bring(self, update: Stack) -> Wait | None:
+        """Start to bring updates here that other ranks have computed, with what they remember: nothing."""
         return None
 
     def everywhere(self, norms: Tensor) -> Tensor:

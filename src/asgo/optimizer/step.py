@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from asgo._types import Stack
 from asgo.distributed.collectives import Wait, agree
@@ -19,6 +18,7 @@ from asgo.distributed.placement import Placement, entries_of, gradient, local
 from asgo.distributed.strategies import KINDS, interleave, pause
 from asgo.linalg.masked import blend, choose
 from asgo.linalg.matmul import exact_matmul
+from asgo.metrics import Recorder
 from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, Member, make_buckets
@@ -58,6 +58,9 @@ class StructuredOptimizer(GroupedOptimizer):
     step_hooks: tuple[StepHook, ...] = ()
     """Run in this order in every step, see `StepHook`."""
 
+    _recorder: Recorder | None = None
+    _recorded: Recorder | None = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step: decay, momentum, statistic and its average, refresh of roots, preconditioning, rescaling.
@@ -84,6 +87,8 @@ class StructuredOptimizer(GroupedOptimizer):
         groups = self.param_groups
         for hook in self.step_hooks:
             groups = hook.before_update(self, groups)
+        if self._recorder is not None:
+            self._recorder.start()
         waits: list[Wait] = []
         tasks: list[Iterator[None]] = []
         for group, plan in zip(groups, plans, strict=True):
@@ -94,7 +99,37 @@ class StructuredOptimizer(GroupedOptimizer):
         interleave(tasks)
         for wait in waits:
             wait()
+        if self._recorder is not None:
+            self._recorder.finish(groups, plans, self.state)
+            self._recorded = self._recorder
         return loss
+
+    def record_metrics(self, on: bool = True) -> None:
+        """Let the steps from now on keep what `metrics` reads, or stop that. Off until it is called.
+
+        Call it before the steps that are logged; a step that is not recorded costs what it did.
+        """
+        self._recorder = Recorder() if on else None
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """What the last recorded step did to every parameter that had a gradient, by the parameter's name.
+
+        ``update_rms``: root mean square of what the step added, weight decay and rounding aside, ``weight_rms``: of the
+        weights after it, ``ratio``: of the two, ``gradient_norm``: Frobenius norm, ``failures``: see `failures`, and,
+        for `ASGO` with an inverse root, ``root_residual``: an estimate of ``||Z A Z - I||_F / sqrt(k)``, the worst of
+        its matrices, of the root Z in use and the damped statistic A of now (see `asgo.metrics.residuals`).
+
+        All are of whole parameters. Where parameters are sharded (`DTensor`, or ``distribute(shard_state=True)``) all
+        ranks must call it, as their shares are added up. Waits for the device, once.
+
+        Raises:
+            RuntimeError: no step was recorded.
+        """
+        if self._recorded is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: no step was recorded. Call optimizer.record_metrics() before optimizer.step()."
+            )
+        return self._recorded.read(param_groups.names_of(self))
 
     def _update_entries(self, plan: Plan, group: dict[str, Any]) -> list[Wait]:
         """AdamW on the entries that this rank updates of parameters without a view; returns pending exchanges."""
@@ -136,6 +171,8 @@ class StructuredOptimizer(GroupedOptimizer):
             size = SCALINGS[group["adjust_lr"]](update, bucket) * -lr
             # A structure may give back the direction, and that may be the momentum itself: it must not change.
             update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
+            if self._recorder is not None:
+                self._recorder.updates(bucket, structure, group, update)
         yield from pause(bucket.add(update, 1 - lr * group["weight_decay"], group["rounding"]))
 
     def _directions(self, bucket: Bucket, group: dict[str, Any]) -> Generator[None, None, tuple[Stack, Stack]]:
@@ -144,6 +181,8 @@ class StructuredOptimizer(GroupedOptimizer):
         grad = bucket.gradients()
         norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
         yield from pause(bucket.join(norm))
+        if self._recorder is not None:
+            self._recorder.gradients(bucket, norm)
         moved = norm.isfinite() & (norm > 0)
         grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
         bucket.memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]
@@ -179,9 +218,18 @@ class StructuredOptimizer(GroupedOptimizer):
                 measurement = structure.measure(seen)
             yield from pause(bucket.sum(measurement))
             update, ok = structure.update_from(bucket.memory, direction, measurement, beta2, bucket.whole)
-        else:
+            bucket.memory["failures"] += ~ok
+            return update
+        if bucket.placement.kind != "shared":
             update, ok = structure.update(bucket.memory, direction, seen, beta2)
-        bucket.memory["failures"] += ~ok
+            bucket.memory["failures"] += ~ok
+            return update
+        update = torch.empty(direction.shape, dtype=direction.dtype, device=direction.device)
+        for rows in bucket.rows(lambda member: True):  # those of this rank
+            memory, some = {key: x[rows] for key, x in bucket.memory.items()}, direction[rows]
+            update[rows], ok = structure.update(memory, some, some if seen is direction else seen[rows], beta2)
+            memory["failures"] += ~ok
+        yield from pause(bucket.bring(update))
         return update
 
     def _is_due(self, group: dict[str, Any], member: Member) -> bool:
@@ -262,10 +310,17 @@ class StructuredOptimizer(GroupedOptimizer):
         return Plan(signature, entries, where, [places[param] for param in entries], viewed, buckets)
 
 
-def structured(optimizer: Optimizer) -> StructuredOptimizer | None:
-    """The optimizer of this library that this one is, or wraps as `asgo.SPAM` does; None for any other."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, StructuredOptimizer) else None
+def structured(optimizer: Any) -> StructuredOptimizer | None:
+    """The optimizer of this library that this one is, or wraps in its attribute ``optimizer`` as `asgo.SPAM` does.
+
+    None for any other. Wrappers of frameworks have the attribute too.
+    """
+    while not isinstance(optimizer, StructuredOptimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer:
+            return None
+        optimizer = inner
+    return optimizer
 
 
 class StepHook(ABC):

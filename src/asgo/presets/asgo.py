@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer.hyperparameters import FLAG, SHARED, Constraint, adjust_lr_of, from_arguments, one_of
+from asgo.optimizer.hyperparameters import adjust_lr_of, from_arguments
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
@@ -53,13 +53,15 @@ class ASGO(StructuredOptimizer):
         statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
             ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
         nesterov: look ahead with the current gradient, as Muon does; the paper does not.
-        cross_normalize: normalise the other side by a running second moment; the paper does not.
+        cross_normalize: normalise the other side by a running second moment; ``"element"``: every entry by its own, as
+            AdaMuon does after Muon's step ("AdaMuon: Adaptive Muon Optimizer", Si, Zhang and Shen 2025), for m n more
+            numbers of state. The paper does neither.
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
         adjust_lr_fn: as in `torch.optim.Muon`: ``"match_rms_adamw"`` is another name of ``adjust_lr="rms"``.
         root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
             elsewhere. ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less,
-            and takes matrix products in half precision alone, see `asgo.structures.SquareRoot`; ``eps`` is not used
+            and in half precision takes matrix products alone, see `asgo.structures.SquareRoot`; ``eps`` is not used
             then, and there is no `precondition_frequency`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
@@ -72,7 +74,7 @@ class ASGO(StructuredOptimizer):
             of `asgo.report`: its statistic and root would take ``8 k^2`` bytes and ``k^3`` work. None: no limit. No
             layer of published models up to 405B parameters has a shorter side above 16,384.
         precision: of the products of root ``"square_root"``; ``"auto"`` is float16 on CUDA, bfloat16 on CPUs with units
-            for it, else float32, which the gradient statistic takes on every CPU.
+            for it, else float32, which the gradient statistic takes on every CPU; float32 takes eigendecompositions.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -82,11 +84,6 @@ class ASGO(StructuredOptimizer):
         >>> optimizer = ASGO(asgo.route(model), lr=1e-2)   # doctest: +SKIP
     """
 
-    constraints: ClassVar[Mapping[str, Constraint]] = {
-        **SHARED,
-        "cross_normalize": FLAG,
-        "precision": one_of("auto", "bf16", "fp16", "fp32"),
-    }
     info: ClassVar[OptimInfo] = OptimInfo(
         paper="ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)",
         year=2025,
@@ -105,7 +102,7 @@ class ASGO(StructuredOptimizer):
         precondition_frequency: int = 1,
         statistic: Literal["gradient", "momentum"] = "momentum",
         nesterov: bool = True,
-        cross_normalize: bool = True,
+        cross_normalize: Literal[True, False, "element"] = True,
         adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
         *,
         root: str = "auto",

@@ -191,6 +191,14 @@ class SPAM(Optimizer):
         """The optimizer's own counts."""
         return self.optimizer.failures()
 
+    def record_metrics(self, on: bool = True) -> None:
+        """Let the optimizer record what its steps do, see `StructuredOptimizer.record_metrics`."""
+        self.optimizer.record_metrics(on)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """What the last recorded step did, see `StructuredOptimizer.metrics`; gradients are clipped."""
+        return self.optimizer.metrics()
+
     def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
         """As `StructuredOptimizer.distribute`; every rank keeps the mean squares of all parameters."""
         self.optimizer.distribute(process_group, shard_state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,14 +15,46 @@ from asgo.linalg.inverse_root import eigh64
 from asgo.linalg.masked import blend, choose
 from asgo.linalg.matmul import gram, times
 from asgo.linalg.packed_symmetric import diagonal
-from asgo.structures.base import Algebra, Axis, count, given, shorten
+from asgo.structures.base import Algebra, Axis, Structure, count, given, shorten
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
 
+Cross: TypeAlias = Literal[True, False, "element"]
+"""What the result is divided by: nothing, its size along the other side, or that of each of its entries."""
+
+
+class Sided(Structure):
+    """What structures with one matrix on one side share: which side that is, and the average along the other one."""
+
+    side: Literal["auto", "left", "right"]
+    cross_normalize: Cross
+
+    def left(self, m: int, n: int) -> bool:
+        """Whether an ``m x n`` matrix is preconditioned from the left."""
+        return self.side == "left" or (self.side == "auto" and m < n)
+
+    def additive(self, axis: Axis, m: int, n: int) -> bool:
+        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
+        return axis == ("columns" if self.left(m, n) else "rows")
+
+    @property
+    def spread(self) -> tuple[str, ...]:
+        """Numbers per index of the other side, along which shards are cut, or per entry."""
+        return ("cross", "cross_weight") if self.cross_normalize else ()
+
+    @property
+    def added(self) -> Mapping[str, float]:
+        """The weight: an average of earlier versions was taken as it was."""
+        return {"cross_weight": 1.0} if self.cross_normalize else {}
+
+    def init_cross(self, like: Stack) -> State:
+        """The average and its weight, zero, if they are kept."""
+        return init_cross(like, self.left(*like.shape[1:]), self.cross_normalize) if self.cross_normalize else {}
+
 
 @dataclass(frozen=True)
-class OneSided(Algebra):
+class OneSided(Sided, Algebra):
     """The gram matrix of one side of the gradient.
 
     ``V <- b2 V + (1 - b2) G G^T`` on the left, ``G^T G`` on the right; direction ``V^(-1/2) M`` or
@@ -33,14 +65,15 @@ class OneSided(Algebra):
     over the other side, divided by that side's length.
 
     State, ``k`` the length of the preconditioned side: ``gram (b, k, k)``, ``root (b, k, k)`` and, with
-    `cross_normalize`, ``cross`` and ``cross_weight``, each ``(b, 1, n)`` or ``(b, m, 1)``: an average from zero, and
-    that of a constant 1 since the first entry that was not zero, by which it is divided.
+    `cross_normalize`, ``cross`` and ``cross_weight``, each ``(b, 1, n)`` or ``(b, m, 1)``, of ``"element"``
+    ``(b, m, n)``: an average from zero, and that of a constant 1 since the first entry that was not zero, by which it
+    is divided.
 
     Args:
         side: ``"left"`` preconditions rows (k = m), ``"right"`` columns (k = n), ``"auto"`` the shorter one and
             the right one of a square matrix, as released.
         cross_normalize: afterwards divide by the running root mean square of the result taken along the
-            preconditioned side, one number per index of the other side.
+            preconditioned side, one number per index of the other side; ``"element"``: one number per entry.
         mean: divide the gram by the length of the other side, as one-sided Shampoo does: the projection itself.
         length: that length, where shards of the other side are measured; None: what is measured is whole.
         limit: the longest that a row (left) or column (right) of the root times the direction may be, times the square
@@ -48,18 +81,10 @@ class OneSided(Algebra):
     """
 
     side: Literal["auto", "left", "right"] = "auto"
-    cross_normalize: bool = False
+    cross_normalize: Cross = False
     mean: bool = False
     length: int | None = None
     limit: float | None = None
-
-    def left(self, m: int, n: int) -> bool:
-        """Whether an ``m x n`` matrix is preconditioned from the left."""
-        return self.side == "left" or (self.side == "auto" and m < n)
-
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
-        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
-        return axis == ("columns" if self.left(m, n) else "rows")
 
     def fixed(self, m: int, n: int) -> OneSided:
         """With the side that ``"auto"`` would take, and the length of the other one."""
@@ -81,30 +106,16 @@ class OneSided(Algebra):
         """It is an average or a sum."""
         return True
 
-    @property
-    def spread(self) -> tuple[str, ...]:
-        """Numbers per index of the other side, along which shards are cut."""
-        return ("cross", "cross_weight") if self.cross_normalize else ()
-
-    @property
-    def added(self) -> Mapping[str, float]:
-        """The weight: an average of earlier versions was taken as it was."""
-        return {"cross_weight": 1.0} if self.cross_normalize else {}
-
     def init(self, like: Stack) -> State:
         """Zero statistics and the identity as root."""
         b, m, n = like.shape
-        left = self.left(m, n)
-        k = m if left else n
+        k = m if self.left(m, n) else n
         # Until the first refresh succeeds the direction is the momentum itself, whatever its scale.
         state = {
             "gram": like.new_zeros(b, k, k),
             "root": torch.eye(k, dtype=like.dtype, device=like.device).repeat(b, 1, 1),
         }
-        if self.cross_normalize:
-            shape = (b, 1, n) if left else (b, m, 1)
-            state |= {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
-        return state
+        return state | self.init_cross(like)
 
     def measure(self, grad: Stack) -> Tensor:
         """``G G^T`` or ``G^T G``."""
@@ -146,7 +157,7 @@ class OneSided(Algebra):
             moved = lengths.amax((1, 2), keepdim=True) > 0
         if not self.cross_normalize:
             return result
-        square = result.square().mean(1 if left else 2, keepdim=True)
+        square = cross_square(result, left, self.cross_normalize)
         if moved is None:
             moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
         return normalized(state, result, square, moved)
@@ -172,6 +183,19 @@ class OneSided(Algebra):
         if self.left(m, n):
             return torch.kron(torch.einsum("injn->ij", cells) / n, torch.eye(n).to(A))
         return torch.kron(torch.eye(m).to(A), torch.einsum("minj,mn->ij", cells, torch.eye(m).to(A)) / m)
+
+
+def init_cross(like: Stack, left: bool, cross: Cross) -> State:
+    """The second moment of a result ``(b, m, n)`` before the first, see `normalized`."""
+    b, m, n = like.shape
+    shape = (b, m, n) if cross == "element" else (b, 1, n) if left else (b, m, 1)
+    return {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
+
+
+def cross_square(result: Stack, left: bool, cross: Cross) -> Tensor:
+    """Its squares: of the entries, or their mean along the preconditioned side."""
+    square = result.square()
+    return square if cross == "element" else square.mean(1 if left else 2, keepdim=True)
 
 
 def normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> Stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,20 +12,22 @@ from torch import Tensor
 
 from asgo._types import Root, Stack, State
 from asgo.linalg import polar
-from asgo.linalg.inverse_root import ROOTS
-from asgo.linalg.masked import choose
+from asgo.linalg.inverse_root import eigh
+from asgo.linalg.masked import choose, holds
 from asgo.linalg.matmul import exact_matmul, gram, times
 from asgo.linalg.packed_symmetric import unpack
 from asgo.linalg.spectral import decompose
-from asgo.structures.base import Axis, OneCall
-from asgo.structures.one_sided import normalized
+from asgo.structures.base import OneCall, moving
+from asgo.structures.one_sided import Cross, Sided, cross_square, normalized
 
-LEAST_EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
-"""Least relative damping of the roots that are computed of ``S S^T`` itself, by the dtype they are computed in."""
+EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
+"""Relative damping of roots of the statistic itself, by its dtype."""
+IN_RANGE = 50
+"""Exponents whose squares float32 holds, with sums of them."""
 
 
 @dataclass(frozen=True)
-class SquareRoot(OneCall):
+class SquareRoot(Sided, OneCall):
     """ASGO's preconditioner without an inverse root: keeps ``S = V^(1/2)`` and runs Muon's iteration on ``[D | S]``.
 
     With ``V <- b2 V + (1 - b2) D D^T`` (left side, momentum statistic) and ``S S^T = V``::
@@ -42,8 +44,15 @@ class SquareRoot(OneCall):
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
     ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 /
     plan.amplification^2``: 4.7e-6
-    for "bf16" and "fp16", 2.1e-5 for their fast plans, 5.9e-7 for "fp32". No row or column of U is longer than
-    ``(1 + tolerance) / sqrt(1 - b2)`` with the momentum statistic.
+    for "bf16" and "fp16", 2.1e-5 for their fast plans. With the momentum statistic no row or column of U is longer than
+    ``(1 + tolerance) / sqrt(1 - b2)``.
+
+    In float32 and float64 that iteration would take more than a root of V. There, and for sums over ranks in every
+    precision, ``V = b2 S S^T + (1 - b2) D D^T`` is formed in the dtype of D and its inverse root Z is computed with a
+    relative damping of `EPS`: by `asgo.linalg.inverse_root.eigh` on a CPU, by `asgo.linalg.polar.cholesky_root`
+    elsewhere. Then ``U = Z D``
+    and ``S <- Z V``. On a CPU an eigendecomposition takes the time of 6.5 products of ``k x k`` matrices; the iteration
+    takes 32 products for a square matrix and 71 for one of ``k x 4k``.
 
     Nor is there an interval between refreshes: the root is a by-product of the update.
 
@@ -62,35 +71,25 @@ class SquareRoot(OneCall):
         R = all_reduce(R)                                             # the only transfer but for norms
         update, ok = structure.update_from(state, direction, R, beta2, whole)   # direction: the shard; state: whole
 
-    Then ``V = b2 S S^T + (1 - b2) R`` is formed, its root Z is computed in float32 by `asgo.linalg.inverse_root`, and
-    ``S = Z V`` and
-    ``U = Z D`` follow. The state is the same on all ranks, bit for bit, if R is. In both calls the caller counts
-    ``~ok``, rescales the update and adds it; the update is a new tensor. `measure`, `fold`, `refresh` and
-    `precondition` do the same in the four calls of every structure, at twice the cost and with the error of the root of
-    V: for loops that know nothing of `update`.
+    The state is the same on all ranks, bit for bit, if R is. In both calls the caller counts ``~ok``, rescales the
+    update and adds it; the update is a new tensor. `measure`, `fold`, `refresh` and `precondition` do the same in the
+    four calls of every structure, at a higher cost: for loops that know nothing of `update`.
 
     Args:
         side: as of `OneSided`.
         precision: one of `asgo.linalg.polar.plans`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs
         that
             have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
-            columns that are carried along do not correct themselves.
+            columns that are carried along do not correct themselves. On a CPU without units for a half precision its
+            products are computed in float32 and rounded once, as units do.
         cross_normalize: as of `OneSided`.
         keep: the dtype of ``sqrt``; "auto" is bfloat16 for half precision, else that of the state.
     """
 
     side: Literal["auto", "left", "right"] = "auto"
     precision: str = "auto"
-    cross_normalize: bool = False
+    cross_normalize: Cross = False
     keep: Literal["auto", "bf16", "fp32"] = "auto"
-
-    def left(self, m: int, n: int) -> bool:
-        """Whether an ``m x n`` matrix is preconditioned from the left."""
-        return self.side == "left" or (self.side == "auto" and m < n)
-
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
-        """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
-        return axis == ("columns" if self.left(m, n) else "rows")
 
     def fixed(self, m: int, n: int) -> SquareRoot:
         """With the side that ``"auto"`` would take."""
@@ -102,26 +101,11 @@ class SquareRoot(OneCall):
         too_coarse = carried and self.precision == "auto" and plan.dtype == torch.bfloat16
         return polar.plans()["fp32"] if too_coarse else plan
 
-    @property
-    def spread(self) -> tuple[str, ...]:
-        """``cross`` and its weight are cut where the matrix is."""
-        return ("cross", "cross_weight") if self.cross_normalize else ()
-
-    @property
-    def added(self) -> Mapping[str, float]:
-        """As of `OneSided`."""
-        return {"cross_weight": 1.0} if self.cross_normalize else {}
-
     def init(self, like: Stack) -> State:
         """Zeros."""
         b, m, n = like.shape
-        left = self.left(m, n)
-        k = m if left else n
-        state = {"sqrt": like.new_zeros(b, k, k, dtype=self._kept(like))}
-        if self.cross_normalize:
-            shape = (b, 1, n) if left else (b, m, 1)
-            state |= {"cross": like.new_zeros(shape), "cross_weight": like.new_zeros(shape)}
-        return state
+        k = m if self.left(m, n) else n
+        return {"sqrt": like.new_zeros(b, k, k, dtype=self._kept(like))} | self.init_cross(like)
 
     def _kept(self, like: Tensor) -> torch.dtype:
         if self.keep == "auto":
@@ -146,14 +130,35 @@ class SquareRoot(OneCall):
         """
         left = self.left(*direction.shape[1:])
         D, G = (direction, seen) if left else (direction.mT, seen.mT)
-        carried = None if seen is direction else D
+        plan = self.plan(D, carried=seen is not direction)
+        by = self._by_iteration if plan.dtype.itemsize < 4 else self._by_statistic
+        U, ok = by(state, D, None if seen is direction else G, beta2)
+        return self._across(state, U if left else U.mT, lambda norms: norms), ok
+
+    def _by_iteration(self, state: State, D: Stack, G: Stack | None, beta2: float) -> tuple[Stack, Tensor]:
+        """From the left, by the polar factor of ``[G | S]``; None is D itself."""
+        carried, G = (None, D) if G is None else (D, G)
         weight, decay = (1.0, 1.0) if beta2 == 1 else (math.sqrt(1 - beta2), math.sqrt(beta2))
         A = [(G, weight), (state["sqrt"], decay)] if beta2 > 0 else [(G, weight)]
         X, S, norm, ok = polar.polar_and_root(A, self.plan(D, carried is not None), carried, root=beta2 > 0)
         if S is not None:
-            _keep(state, S * norm, ok[:, None, None] & (polar.largest(G) > 0))
-        U = X.div_(weight) if carried is None and weight != 1 else X
-        return self._across(state, U if left else U.mT, lambda norms: norms), ok
+            _keep(state, S * norm, ok[:, None, None] & (moving(G) > 0))
+        return X.div_(weight) if carried is None and weight != 1 else X, ok
+
+    def _by_statistic(self, state: State, D: Stack, G: Stack | None, beta2: float) -> tuple[Stack, Tensor]:
+        """From the left, by the root of ``V`` itself, of which a power of two is taken out if its squares need that."""
+        sound = torch.isfinite(polar.largest(D))
+        G = D if G is None else G
+        top = torch.maximum(polar.largest(G), polar.largest(state["sqrt"]).to(G.dtype))
+        exponent = torch.frexp(choose(top.isfinite(), top, 1.0)).exponent.clamp(-124, 126) // 4 * 4
+        unit = torch.ldexp(torch.ones_like(top), -exponent)  # to the fourth, so that its roots are exact
+        unit = torch.where(exponent.abs() > IN_RANGE, unit, 1.0)
+        with exact_matmul(D.device):
+            Z, ok = self._take_in(state, self._measured(G if holds(unit == 1) else G * unit, sound), beta2, unit)
+            return choose(sound, times(Z.mul_(unit), D), 0.0), ok
+
+    def _measured(self, G: Stack, sound: Tensor) -> Tensor:
+        return choose(sound, gram(G), torch.nan)
 
     # ---- shards: measure, all-reduce, then one call
 
@@ -184,18 +189,21 @@ class SquareRoot(OneCall):
             U = times(Z, direction) if left else times(Z, direction.mT).mT
         return self._across(state, U, whole or (lambda norms: norms)), ok
 
-    def _take_in(self, state: State, R: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
-        """S of the new statistic in place; its inverse root, 0 where that cannot be computed."""
-        S = state["sqrt"].to(R.dtype)
+    def _take_in(self, state: State, R: Tensor, beta2: float, unit: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """S of the new statistic in place; its inverse root, 0 where that cannot be computed.
+
+        `unit` is what R and the root have been multiplied by, the former twice.
+        """
+        S, active = state["sqrt"].to(R.dtype) * unit, moving(R) > 0
         with exact_matmul(R.device):
             V = torch.baddbmm(R, S, S.mT, beta=1.0 if beta2 == 1 else 1 - beta2, alpha=beta2)
-            Z, ok = ROOTS["auto"](V, self._eps(R))
-            S = (Z @ V).mul_(0.5)
-        _keep(state, S + S.mT, ok[:, None, None] & (polar.largest(R) > 0))
+            del R, S  # which are as large as all that the root needs
+            root = eigh if V.device.type == "cpu" else polar.cholesky_root(self.plan(V))
+            Z, ok = root(V, EPS[V.dtype])
+            S = polar.mirrored(polar.symmetric(Z, V))
+        if beta2 > 0:
+            _keep(state, S.div_(unit), active & ok[:, None, None])
         return Z, ok
-
-    def _eps(self, like: Tensor) -> float:
-        return max(self.plan(like).amplification ** -2, LEAST_EPS[like.dtype])
 
     # ---- the four calls of every structure
 
@@ -236,13 +244,13 @@ class SquareRoot(OneCall):
         """U, divided by its running size along the other side if asked."""
         if not self.cross_normalize:
             return U
-        square = U.square().mean(1 if self.left(*U.shape[1:]) else 2, keepdim=True)
+        square = cross_square(U, self.left(*U.shape[1:]), self.cross_normalize)
         moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
         return normalized(state, U, square, moved)
 
 
 def _keep(state: State, S: Tensor, active: Tensor) -> None:
-    state["sqrt"].copy_(choose(active, S, state["sqrt"].to(S.dtype)))
+    state["sqrt"].copy_(S if holds(active) else torch.where(active, S, state["sqrt"].to(S.dtype)))
 
 
 def from_gram(state: State, keep: torch.dtype) -> State:

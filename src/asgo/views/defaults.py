@@ -7,13 +7,16 @@ from math import prod
 
 from torch import Tensor, nn
 
+from asgo.views.adapters import adapter
 from asgo.views.gates import beside, gated, gated_convolution
+from asgo.views.head_axes import with_head_axes
 from asgo.views.layouts import Reading, read
 from asgo.views.model_scan import Site
 from asgo.views.patterns import GATES, MATRIX, STACK, TRANSPOSED, conv, default_view, per_expert
 from asgo.views.roles import EXACT, LAYERS, named_table, table_or_gain
 from asgo.views.sizes import HEAD_DIM, HEADS, Place, number
 from asgo.views.view import View
+from asgo.views.vocabulary import words
 
 NAMED_TABLES = {
     *(
@@ -36,6 +39,9 @@ NAMED_TABLES = {
 
 NAMED_GAINS = {"norm", "norm1", "norm2", "layer_norm", "layernorm", "input_layernorm", "post_attention_layernorm", "ln"}
 """Exact names of normalizations, for parameters whose module is not known."""
+
+FUSED_WORDS = {"qkv", "qkvz", "qkvg", "qkvo", "fused"}
+"""Words in the names of layers that hold several matrices: if no layout is known, that is said."""
 
 _CONVS = LAYERS[5:]
 
@@ -90,8 +96,23 @@ def _head(site: Site) -> Reading | None:
     elif isinstance(module, LAYERS) and not isinstance(module, nn.Linear):
         shape = (0, 0)
     out, inner = list(shape[-2:])[:: -1 if is_transposed(module) else 1]
+    if not site.vocabulary.is_output(module, slots) and _is_hidden(site, out, inner):
+        return None
     either = len(shape) > 2 and site.vocabulary.is_head(module, slots, inner, out)
     return _adamw("vocabulary head") if either or site.vocabulary.is_head(module, slots, out, inner) else None
+
+
+def _is_hidden(site: Site, out: int, inner: int) -> bool:
+    """Whether a layer beside this one, itself no output, takes what this gives back to what it reads, as in an MLP."""
+    if site.parent is None or isinstance(site.parent, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    others = [(name, layer) for name, layer in site.parent.named_children() if layer is not site.module]
+    return any(
+        isinstance(layer, nn.Linear)
+        and (layer.out_features, layer.in_features) == (inner, out)
+        and not site.vocabulary.is_output(layer, (name,))
+        for name, layer in others
+    )
 
 
 def _table_or_gain(site: Site) -> Reading | None:
@@ -104,6 +125,8 @@ def _attention(site: Site) -> Reading | None:
     shape, transposed = site.shape, is_transposed(site.module)
     is_own = not (is_dense(site) or (site.leaf == "weight" and len(shape) >= 2))
     if isinstance(site.module, _CONVS) and (site.module.groups != 1 or prod(shape[2:]) != 1):
+        return None
+    if len(shape) > 3 and not isinstance(site.module, _CONVS):
         return None
     is_stack = len(shape) == 3 and not isinstance(site.module, _CONVS)
     axes = list(shape[-2:] if is_stack else shape[:2])
@@ -163,6 +186,8 @@ def _dense(site: Site) -> Reading | None:
         return None
     plain, how = TRANSPOSED if is_transposed(site.module) else MATRIX, type(site.module).__name__
     rows, columns = site.shape
+    if FUSED_WORDS.intersection(words(site.slot)):
+        return Reading(plain, plain, f"{how}, fused by its name, {site.slot}", known=False)
     if rows == 3 * columns and site.parent is not None and _looks_fused(site.parent, site.slot, rows):
         return Reading(plain, plain, f"{how} of three times its input's width, perhaps fused", known=False)
     return Reading(plain, plain, how)
@@ -192,25 +217,17 @@ def _recurrent(site: Site) -> Reading | None:
     return Reading(view, view, type(module).__name__)
 
 
-def _three_axes(site: Site) -> Reading | None:
-    """A projection with axes for heads and head size, as in XLNet and Funnel: (in, h, d), of the output (out, h, d)."""
-    h, d = number(site.module, HEADS), number(site.module, HEAD_DIM)
-    if site.param.ndim != 3 or not h or site.shape[0] == 1 or site.shape[1] != h:
+def _head_axes(site: Site) -> Reading | None:
+    if isinstance(site.module, LAYERS) or site.leaf == "weight":
         return None
-    if site.shape[2] != (d or site.shape[0] / h):
-        return None
-    if site.leaf in ("o", "out", "output", "w_o", "W_O"):
-        view = View("m h d -> 1 m (h d)")
-        return Reading(view, view, "output, heads and head size as axes")
-    whole, by_head = View("n h d -> 1 (h d) n"), View("n h d -> h d n")
-    keys = site.leaf in ("q", "k", "W_Q", "W_K", "w_q", "w_k", "query", "key")
-    return Reading(whole, by_head if keys else whole, "input, heads and head size as axes")
+    return with_head_axes(Place(site.module, site.leaf, 0, 0), site.shape)
 
 
 def _bare(site: Site) -> Reading:
     """A parameter of a module that is not known: by the last known word of its name, else by its shape.
 
-    Three axes are a stack of matrices (experts), which may hold (in, out) as well as (out, in); more are a convolution.
+    Three axes are a stack of matrices (experts), which may hold (in, out) as well as (out, in), unless they are single
+    rows; those, as kernels over channels, are one matrix, and more axes are a convolution.
     """
     shape, table = site.shape, named_table(site)
     if table or sum(length != 1 for length in shape) < 2:
@@ -218,7 +235,7 @@ def _bare(site: Site) -> Reading:
     known = table is not None
     if not known and len(shape) > 2 and shape[0] == 1:
         return Reading(None, None, f"nothing known of {site.leaf}; a first axis of 1", known=False)
-    view = MATRIX if len(shape) == 2 else STACK if len(shape) == 3 else conv(len(shape))
+    view = MATRIX if len(shape) == 2 else STACK if len(shape) == 3 and shape[1] > 1 else conv(len(shape))
     return Reading(
         view, view, f"{len(shape)} axes, by its name, {site.leaf}" if known else f"nothing known of {site.leaf}", known
     )
@@ -228,8 +245,9 @@ DEFAULTS: tuple[Callable[[Site], Reading | None], ...] = (
     _vector,
     _table_or_gain,
     _head,
+    adapter,
     _groups_in_rows,
-    _three_axes,
+    _head_axes,
     _attention,
     _gated,
     _dense,

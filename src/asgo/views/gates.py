@@ -87,7 +87,8 @@ def _weights(module: nn.Module, slot: str) -> Iterator[tuple[int, ...]]:
     for name, param in module.named_parameters(recurse=False):
         if name != slot and param.ndim >= 2:
             yield tuple(param.shape)
-    for name, child in module.named_children():
+    for name, wrapped in module.named_children():
+        child = getattr(wrapped, "base_layer", wrapped)  # of an adapter
         layer = linear(child) if name != slot and len([*child.children()]) <= 1 else None
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor):

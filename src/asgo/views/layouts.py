@@ -2,7 +2,7 @@
 
 Every row of `LAYOUTS` is a fact about a family: the attribute's exact name, what the module must be or have, the
 parts as they are stored, and the sizes, which must add up to the weight's rows (see `asgo.views.sizes`); else the
-weight stays one matrix, and `asgo.views.routing.explain` says so. Adding a family is adding a row. The Hessians of
+weight stays one matrix, and `asgo.explain` says so. Adding a family is adding a row. The Hessians of
 query and key are block-diagonal by head ("ASGO: Adaptive Structured Gradient Optimization", An et al., 2025): with
 ``per_head`` they are read as one matrix per head, values whole.
 """
@@ -22,6 +22,8 @@ QUERY_KEY = (
     ("q_proj", "k_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J, GPT-Neo, BART, Whisper, CLIP, wav2vec 2.0
     ("q_proj", "kv_b_proj"),  # DeepSeek's latent attention without a low-rank query,
     ("q_b_proj", "kv_b_proj"),  # and with one
+    ("wq", "wkv_b"),  # the same as DeepSeek wrote it
+    ("wq_b", "wkv_b"),
     ("q_b_proj", "kv_proj"),  # DeepSeek-V4
     ("query", "key"),  # BERT, RoBERTa, ELECTRA, ALBERT, ViT, Swin
     ("query_proj", "key_proj"),  # DeBERTa-v2
@@ -54,7 +56,7 @@ QUERY_KEY = (
 """Names of the query's and the key's projection in one attention module, and where they were seen."""
 
 _QUERIES = {query: [key for q, key in QUERY_KEY if q == query] for query, _ in QUERY_KEY}
-_FUSED_KEYS = {"kv_b_proj", "kv_proj", "to_kv", "keys_values", "kv", "c_attn"}
+_FUSED_KEYS = {"kv_b_proj", "wkv_b", "kv_proj", "to_kv", "keys_values", "kv", "c_attn"}
 _KEYS = {key: [query for query, k in QUERY_KEY if k == key] for _, key in QUERY_KEY if key not in _FUSED_KEYS}
 
 
@@ -90,7 +92,10 @@ class Layout:
 
 
 _QKV, _QK = ("q", "k", "v"), ("q", "k")
-_IN_BLOCKS = ("qkv", "Wqkv", "att_proj", "qkv_proj", "to_qkv", "qkv_linear", "c_attn", "attn_qkv", "wqkv", "linear_qkv")
+_IN_BLOCKS = (
+    *("qkv", "Wqkv", "att_proj", "qkv_proj", "to_qkv", "qkv_linear", "c_attn", "attn_qkv", "wqkv", "linear_qkv"),
+    *("W_qkv", "w_qkv", "proj_qkv", "fc_qkv", "lin_qkv", "qkv_layer", "qkv_projection", "fused_qkv", "qkv_weight"),
+)
 
 LAYOUTS: tuple[Layout, ...] = (
     # -- query, key and value ---------------------------------------------------------------------------------
@@ -112,6 +117,7 @@ LAYOUTS: tuple[Layout, ...] = (
         rows_of.key_dims_per_head,
         "LeViT, TinyViT, EfficientFormer",
         needs=("key_dim",),
+        heads=_QK,
     ),
     Layout(
         ("keys_values", "kv"),
@@ -120,6 +126,7 @@ LAYOUTS: tuple[Layout, ...] = (
         rows_of.key_dims_and_values,
         "LeViT's downsampling",
         needs=("key_dim",),
+        heads=("k",),
     ),
     Layout(
         ("qkv",), ("k", "v"), "blocks", partial(rows_of.multiples, 2), "GCViT's global attention", needs=("use_global",)
@@ -184,6 +191,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         ("in_proj",), _QKV, "by head", rows_of.thirds_per_head, "DeBERTa", ("DisentangledSelfAttention",), heads=_QKV
     ),
+    Layout(("in_proj",), _QKV, "blocks", rows_of.attention_in_projection, "hand-written attention", heads=_QK),
     Layout(
         ("kv", "to_kv", "kv_proj", "kv_linear"),
         ("k", "v"),
@@ -222,8 +230,17 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(("q_gate_proj",), ("q", "gate"), "by head", rows_of.query_and_gate, "A.X K2"),
     # -- latent attention ----------------------------------------------------------------------------------------
-    Layout(("kv_a_proj_with_mqa",), ("latent", "rope"), "blocks", rows_of.latent, "DeepSeek-V2 and V3, Kimi, GLM"),
-    Layout(("kv_b_proj",), ("k", "v"), "by head", rows_of.latent_keys, "DeepSeek-V2 and V3, Kimi, GLM"),
+    Layout(
+        ("kv_a_proj_with_mqa", "wkv_a"), ("latent", "rope"), "blocks", rows_of.latent, "DeepSeek-V2 and V3, Kimi, GLM"
+    ),
+    Layout(
+        ("kv_b_proj", "wkv_b"),
+        ("k", "v"),
+        "by head",
+        rows_of.latent_keys,
+        "DeepSeek-V2 and V3, Kimi, GLM",
+        heads=("k",),
+    ),
     # -- state spaces, linear attention, short convolutions ---------------------------------------------------------
     Layout(
         ("in_proj",), ("x", "z"), "alternating", rows_of.halves_of("intermediate_size"), "Zamba", ("ZambaMambaMixer",)
@@ -260,7 +277,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(("fn",), ("pre", "post", "comb"), "blocks", rows_of.hyper_connection, "DeepSeek-V4", needs=("hc_mult",)),
     # -- modulation -----------------------------------------------------------------------------------------------
     Layout(
-        ("adaLN_modulation", "adaln_modulation", "modulation"),
+        ("adaLN_modulation", "adaln_modulation", "modulation", "adaLN", "adaln", "ada_lin"),
         ("shift", "scale", "gate"),
         "blocks",
         rows_of.chunks,

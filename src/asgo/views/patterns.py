@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
-from asgo.views.view import View
+from asgo.views.view import View, axes_of
 
 MATRIX = View("m n -> 1 m n")
 """A `torch.nn.Linear` weight, whole."""
@@ -80,9 +80,6 @@ def fused(
         transposed: for layers that store (in, out).
         ndim: the weight's axes; those after the second are a kernel's.
 
-    Repeated parts of unequal sizes are read in slices of their greatest common divisor, so that a part may be
-    several matrices, never two parts one.
-
     Raises:
         ValueError: without parts, with a size below 1, or heads that do not divide their part.
 
@@ -90,6 +87,8 @@ def fused(
     [(1, 8, 5), (1, 4, 5), (1, 4, 5)]
     >>> fused(q=2, k=2, v=2, order="by head").shapes((24, 5))
     [(3, 8, 5)]
+    >>> fused(q=4, k=2, v=2, order="by group").shapes((24, 5))
+    [(1, 12, 5), (1, 6, 5), (1, 6, 5)]
     """
     sizes = dict(parts) if parts is not None else {name: n for name, n in (("q", q), ("k", k), ("v", v)) if n}
     if order not in ORDERS:
@@ -103,9 +102,11 @@ def fused(
         return _in_blocks(sizes, head_dim, heads, transposed, ndim)
     if head_dim and all(size % head_dim == 0 and name in heads for name, size in sizes.items()):
         return View(_pattern("(h d)", "h", "d", transposed, ndim), {"d": head_dim})
-    unit = 1 if order == "alternating" else math.gcd(*sizes.values())
-    slices = len(sizes) if order == "alternating" else sum(sizes.values()) // unit
-    return View(_pattern("(h r d)", "r", "(h d)", transposed, ndim), {"r": slices, "d": unit})
+    by_head = [name for name in sizes if head_dim and name in heads]
+    if order != "alternating" and (by_head or len(set(sizes.values())) > 1):
+        return _repeated(sizes, head_dim, by_head, transposed, ndim)
+    unit = 1 if order == "alternating" else next(iter(sizes.values()))
+    return View(_pattern("(h r d)", "r", "(h d)", transposed, ndim), {"r": len(sizes), "d": unit})
 
 
 def _in_blocks(sizes: Mapping[str, int], d: int, heads: Sequence[str], transposed: bool, ndim: int) -> View:
@@ -115,6 +116,13 @@ def _in_blocks(sizes: Mapping[str, int], d: int, heads: Sequence[str], transpose
         return View(patterns[0], {"d": d} if patterns[0] == by_head else ())
     used = {"d": d} if by_head in patterns else ()
     return View(patterns, used, tuple(sizes.values()), 1 if transposed else 0)
+
+
+def _repeated(sizes: Mapping[str, int], d: int, heads: Sequence[str], transposed: bool, ndim: int) -> View:
+    whole = _pattern("g m", "1", "(g m)", transposed, ndim)
+    by_head = _pattern("g (h d)", "(g h)", "d", transposed, ndim)
+    patterns = tuple(by_head if name in heads else whole for name in sizes)
+    return View(patterns, {"d": d} if heads else (), tuple(sizes.values()), 1 if transposed else 0, repeated=True)
 
 
 def _pattern(rows: str, stack: str, m: str, transposed: bool, ndim: int) -> str:
@@ -155,15 +163,14 @@ ALTERNATING_GATES = "e m (n g) -> (e g) m n"
 
 def per_expert(view: View) -> View:
     """The same view of every matrix of a stack ``(e, m, n)``: ``"m n -> 1 m n"`` becomes ``"e m n -> e m n"``."""
-    patterns = (view.pattern,) if isinstance(view.pattern, str) else view.pattern
     stacked = []
-    for pattern in patterns:
+    for pattern in (view.pattern,) if isinstance(view.pattern, str) else view.pattern:
         source, target = pattern.split(" -> ")
-        first, rest = target.split(" ", 1)
-        stacked.append(f"e {source} -> {'e' if first == '1' else f'(e {first})'} {rest}")
-    return View(
-        stacked[0] if isinstance(view.pattern, str) else tuple(stacked), view.sizes, view.split, view.split_dim + 1
-    )
+        first, *rest = axes_of(target)
+        axes = " ".join(["e", *(name for name in first if name != "1")])
+        stacked.append(f"e {source} -> {f'({axes})' if ' ' in axes else axes} {' '.join(map(_joined, rest))}")
+    pattern = stacked[0] if isinstance(view.pattern, str) else tuple(stacked)
+    return replace(view, pattern=pattern, split_dim=view.split_dim + 1)
 
 
 # ---- views of parameters with any number of axes -----------------------------------------------------------
@@ -211,10 +218,15 @@ def head_rows(view: View) -> View:
 
     ``"(h d) n -> h d n"`` becomes ``"(h d) n -> 1 h (d n)"``, in each part of a split; others stay.
     """
-    merge = {heads(1).pattern: "(h d) n -> 1 h (d n)", heads(1, transposed=True).pattern: "n (h d) -> 1 h (d n)"}
+    merge = {
+        heads(1).pattern: "(h d) n -> 1 h (d n)",
+        heads(1, transposed=True).pattern: "n (h d) -> 1 h (d n)",
+        "g (h d) n -> (g h) d n": "g (h d) n -> 1 (g h) (d n)",
+        "n g (h d) -> (g h) d n": "n g (h d) -> 1 (g h) (d n)",
+    }
     if isinstance(view.pattern, str):
-        return View(merge.get(view.pattern, view.pattern), view.sizes, view.split, view.split_dim)
-    return View(tuple(merge.get(part, part) for part in view.pattern), view.sizes, view.split, view.split_dim)
+        return replace(view, pattern=merge.get(view.pattern, view.pattern))
+    return replace(view, pattern=tuple(merge.get(part, part) for part in view.pattern))
 
 
 def _axes(ndim: int) -> list[str]:
@@ -260,5 +272,5 @@ def label(view: View | None) -> str:
     if " k0" in view.pattern and not parts:
         kind = f"conv{str(view.pattern).count(' k') // 2}d"
     notes = [f"{axis}={size}" for axis, size in view.sizes if (axis, size) != ("g", 1)]
-    notes += ["+".join(map(str, view.split))] if view.split else []
+    notes += ["+".join(map(str, view.split)) + ", repeated" * view.repeated] if view.split else []
     return kind + (f" ({', '.join(notes)})" if notes else "") if kind else str(view)

@@ -6,6 +6,8 @@ and, for parameters that stand in a module of no known kind, the last word of th
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from asgo.views.model_scan import Site
@@ -25,10 +27,24 @@ LOOKED_UP = {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias", "relative_atten
 EXACT = {
     *("A_log", "A_logs", "D", "Ds", "dt_bias", "wpe", "wte", "pe", "W_E", "W_U", "W_pos", "r_w_bias", "r_r_bias"),
     *("r_s_bias", "rpb", "rpe", "ape", "bias_u", "bias_v", "attention_biases", "static_weight", "cls", "gamma", "beta"),
+    *("h0", "c0", "h_0", "c_0", "bos", "eos", "r_k", "time_faaaa", "time_first"),
 }
 """Exact names of parameters that are no matrices though they have two axes: positions, biases, decays."""
 
-TABLE_CLASSES = ("Embedding", "Embeddings", "Embed")
+TABLE_CLASSES = (
+    *(
+        "Embedding",
+        "Embeddings",
+        "Embed",
+        "Table",
+        "Positions",
+        "PositionBias",
+        "PositionalEncoding",
+        "Tokens",
+        "Prompt",
+    ),
+    *("Codebook", "Lookup"),
+)
 """Endings of the names of classes whose own parameters are tables."""
 
 TABLE_WORDS = {
@@ -48,6 +64,16 @@ TABLE_WORDS = {
         "points",
         "priors",
         "templates",
+        "null",
+        "initial",
+        "init",
+        "state",
+        "states",
+        "start",
+        "sink",
+        "bonus",
+        "transitions",
+        "transition",
         "concepts",
         "keypoints",
     ),
@@ -55,7 +81,21 @@ TABLE_WORDS = {
 MATRIX_WORDS = {
     *("weight", "weights", "w", "wi", "wo", "proj", "projs", "projection", "projections", "projector", "kernel"),
     *("kernels", "matrix", "matrices", "linear", "lin", "up", "down", "gate", "gates", "in", "out", "fc", "dense"),
-    *("lora", "mlp", "expert", "experts", "router", "filter", "filters", "mixer", "transform", "rotation", "u", "v"),
+    *(
+        "lora",
+        "hada",
+        "mlp",
+        "expert",
+        "experts",
+        "router",
+        "filter",
+        "filters",
+        "mixer",
+        "transform",
+        "rotation",
+        "u",
+        "v",
+    ),
     *("q", "k", "o", "r", "kv", "qkv", "a", "b", "p", "s", "c", "mat", "fn", "layer", "layers", "value", "key", "head"),
 }
 
@@ -64,7 +104,8 @@ def table_or_gain(site: Site) -> str | None:
     """Why a parameter is looked up or added or multiplied entry by entry; None if that is not known of it."""
     module, name = site.module, type(site.module).__name__
     kinds = [kind.__name__ for kind in type(module).__mro__]
-    has_length = number(module, ("num_embeddings",)) and hasattr(module, "embedding_dim")
+    length = number(module, ("num_embeddings",))
+    has_length = length > 0 and length in site.shape
     is_own = not isinstance(module, LAYERS)
     tests = (
         (isinstance(module, TABLES) or has_length, f"table of {name}"),
@@ -96,6 +137,10 @@ def named_table(site: Site) -> bool | None:
     A ``query`` beside a key is a matrix, one that stands alone is looked up.
     """
     name, beside_key = site.leaf, any(hasattr(site.module, key) for key in ("key", "value", "k"))
+    if re.search(r"_w\d*$", name, re.IGNORECASE):
+        return False
+    if name.startswith(("null_", "mem_")):  # keys and values that are learned as such
+        return True
     for word in reversed(words(name)):
         if word in TABLE_WORDS:
             return not (word == "query" and beside_key)

@@ -204,7 +204,7 @@ def _warn(decisions: Sequence[Decision]) -> None:
         return
     kinds = {(re.sub(r"\.\d+\.", ".*.", each.name), each.how): each for each in unknown}
     lines = [f"  {name} {each.shape}: {how}" for (name, how), each in [*kinds.items()][:SHOWN]]
-    lines += [f"  and {len(kinds) - SHOWN} more kinds; asgo.views.routing.explain lists them"] * (len(kinds) > SHOWN)
+    lines += [f"  and {len(kinds) - SHOWN} more kinds; asgo.explain lists them"] * (len(kinds) > SHOWN)
     warnings.warn(
         f"{len(unknown)} parameters may hold several matrices, or none, and nothing tells; each is read by its axes:\n"
         + "\n".join(lines)

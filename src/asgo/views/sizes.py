@@ -159,8 +159,10 @@ class Place:
 
     @cached_property
     def head_dim(self) -> int:
-        """The rows of one query head: as given, or the output projection's columns divided by the heads."""
-        given = self.number(*HEAD_DIM)
+        """The rows of one query head: as given, perhaps as two terms, or the output's columns divided by the heads."""
+        with_and_without_position = (self.number("qk_nope_head_dim"), self.number("qk_rope_head_dim"))
+        given = self.number("qk_head_dim") or (all(with_and_without_position) and sum(with_and_without_position))
+        given = given or self.number(*HEAD_DIM)
         if given or not self.heads:
             return given
         return self.output_width // self.heads if self.output_width % self.heads == 0 else 0
@@ -192,6 +194,12 @@ def attention_blocks(place: Place, queries: int = 1, keys: int = 2) -> tuple[int
     d = d or (q // h if h and q % h == 0 else 1)
     fits = q > 0 and k > 0 and rest == 0 and q % k == 0 and k % d == 0 and (not (h and kv) or k * h == q * kv)
     return (q,) * queries + (k,) * keys if fits else None
+
+
+def attention_in_projection(place: Place) -> tuple[int, ...] | None:
+    """Of an attention module; state spaces and short convolutions call theirs the same."""
+    others = ("A_log", "x_proj", "dt_proj", "dt_bias", "conv", "conv1d", "conv_kernel")
+    return attention_blocks(place) if place.heads and not any(map(place.has, others)) else None
 
 
 def keys_and_values(place: Place) -> tuple[int, ...] | None:
@@ -249,9 +257,12 @@ def one_key(place: Place) -> tuple[int, ...] | None:
 
 
 def thirds_per_head(place: Place) -> tuple[int, ...] | None:
-    """Equal query, key and value of every head."""
-    h, rest = place.heads, place.rows % (3 * place.heads) if place.heads else 1
-    return None if rest else (place.rows // (3 * h),) * 3
+    """Equal query, key and value of every head, as many keys as queries, of the size that anybody tells."""
+    h, d = place.heads, place.number(*HEAD_DIM)
+    third, rest = divmod(place.rows, 3)
+    if not h or rest or third % h or place.key_heads not in (0, h) or place.output_width not in (0, third):
+        return None
+    return (third // h,) * 3 if d in (0, third // h) else None
 
 
 def key_dims_per_head(place: Place) -> tuple[int, ...] | None:

@@ -36,6 +36,9 @@ class View:
         split: lengths of the parts along `split_dim`; ``None`` keeps the parameter whole. Every part is
             preconditioned and rescaled as if it were a parameter of its own.
         split_dim: the axis that `split` cuts: 0 for `torch.nn.Linear`, 1 for layers that store the transpose.
+        repeated: whether the axis holds the parts again and again, such as query, key and value of every group of
+            heads. `split` then has their lengths in one repetition, and the patterns read the repetitions as an axis
+            before the one that is cut: ``"g m n -> 1 (g m) n"``.
 
     Raises:
         ValueError: for a pattern that is not einops', or a number of patterns other than one or one per part.
@@ -48,6 +51,7 @@ class View:
     sizes: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     split: tuple[int, ...] | None = None
     split_dim: int = 0
+    repeated: bool = False
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -78,9 +82,9 @@ class View:
         if isinstance(spec, str):
             return View(spec)
         if isinstance(spec, Mapping) and "pattern" in spec:
-            unknown = set(spec) - {"pattern", "sizes", "split", "split_dim"}
+            unknown = set(spec) - {"pattern", "sizes", "split", "split_dim", "repeated"}
             if not unknown:
-                return View(spec["pattern"], spec.get("sizes", ()), spec.get("split"), spec.get("split_dim", 0))
+                return View(**{"sizes": (), **spec})
         raise ValueError(
             f"view {spec!r} is not understood: pass a View, an einops pattern such as 'm n -> 1 m n', "
             "or None for AdamW."
@@ -90,7 +94,8 @@ class View:
         """Plain data for ``param_groups``: only types that ``torch.load(weights_only=True)`` accepts."""
         pattern = self.pattern if isinstance(self.pattern, str) else list(self.pattern)
         split = None if self.split is None else list(self.split)
-        return {"pattern": pattern, "sizes": dict(self.sizes), "split": split, "split_dim": self.split_dim}
+        repeated = {"repeated": True} if self.repeated else {}
+        return {"pattern": pattern, "sizes": dict(self.sizes), "split": split, "split_dim": self.split_dim} | repeated
 
     @property
     def parts(self) -> int:
@@ -98,8 +103,13 @@ class View:
         return 1 if self.split is None else len(self.split)
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
-        """The parts of `x` along `split_dim`, as views that share its memory."""
-        return (x,) if self.split is None else x.split(list(self.split), self.split_dim)
+        """The parts of `x` along `split_dim`, as views that share its memory; with `repeated`, one axis more."""
+        if self.split is None:
+            return (x,)
+        if not self.repeated:
+            return x.split(list(self.split), self.split_dim)
+        dim, unit = self.split_dim % x.ndim, sum(self.split)
+        return x.unflatten(dim, (x.shape[dim] // unit, unit)).split(list(self.split), dim + 1)
 
     def stack(self, part: int, x: Tensor) -> Tensor:
         """Part number `part`, read as ``(b, m, n)``; shares memory with `x` where strides allow."""
@@ -136,7 +146,10 @@ class View:
         """The inverse of `matrices`: a tensor of the parameter's shape."""
         shapes = [part.shape for part in self.cut(torch.empty(tuple(shape), device="meta"))]
         parts = [self.unstack(i, stack, shapes[i]) for i, stack in enumerate(stacks)]
-        return parts[0] if self.split is None else torch.cat(parts, self.split_dim)
+        if self.split is None:
+            return parts[0]
+        dim = self.split_dim % len(shape)
+        return torch.cat(parts, dim + 1).flatten(dim, dim + 1) if self.repeated else torch.cat(parts, dim)
 
     def shapes(self, shape: Sequence[int]) -> list[tuple[int, int, int]]:
         """The shapes ``(b, m, n)`` of the stacks of a parameter of this shape.
@@ -163,6 +176,8 @@ class View:
         notes = [f"{axis}={size}" for axis, size in self.sizes]
         if self.split is not None:
             notes.append(f"split={self.split}" + (f" on dim {self.split_dim}" if self.split_dim else ""))
+        if self.repeated:
+            notes[-1] += ", repeated"
         return pattern + (" with " + ", ".join(notes) if notes else "")
 
     @property
@@ -186,8 +201,11 @@ def _shapes(view: View, shape: tuple[int, ...]) -> tuple[tuple[int, int, int], .
     if view.split is not None:
         if not -len(shape) <= view.split_dim < len(shape):
             raise ValueError(f"there is no dim {view.split_dim}")
-        if sum(view.split) != shape[view.split_dim]:
-            raise ValueError(f"the split adds up to {sum(view.split)}, not {shape[view.split_dim]}")
+        total, length = sum(view.split), shape[view.split_dim]
+        if view.repeated and (not total or length % total):
+            raise ValueError(f"the repeated split adds up to {total}, which does not divide {length}")
+        if not view.repeated and total != length:
+            raise ValueError(f"the split adds up to {total}, not {length}")
     try:
         stacks = [tuple(stack.shape) for stack in view.matrices(x)]
     except EinopsError as error:

@@ -8,7 +8,7 @@ the repeated blocks. Vocabularies are the lengths of token tables, and what conf
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 HEAD_SLOTS = {
     *("lm_head", "embed_out", "unembed", "unembedding", "to_logits", "logits", "logits_proj", "output_projection"),
-    *("codec_head", "codebooks_head", "vocab_head", "vocab_proj", "shared_head", "ctc_proj", "ctc_lo", "lm_logits"),
+    *("codec_head", "codebooks_head", "vocab_head", "vocab_proj", "shared_head", "lm_logits"),
 }
 """Exact names of vocabulary heads: with a vocabulary's length they are heads even inside blocks."""
+
+HEAD_WORDS = {"ctc", "rnnt", "vocab", "vocabulary", "unembed", "unembedding"}
+SURE_SLOTS = {"lm_head", "lm_logits", "embed_out"}
+"""Words and exact names of vocabulary heads even where no size of a vocabulary is known."""
 
 FEWEST = 10
 """Tokens of a vocabulary: tables of fewer rows are flags or types, and as many outputs a classifier."""
@@ -59,6 +63,10 @@ class Vocabulary:
     blocks: dict[nn.Module, nn.Module]
     last: nn.Module | None
 
+    def is_output(self, module: nn.Module, slots: Iterable[str]) -> bool:
+        """Whether a layer is an output of the model by its name or place, whatever its size."""
+        return module in self.heads or module is self.last or bool(HEAD_SLOTS.intersection(slots))
+
     def is_head(self, module: nn.Module, slots: Iterable[str], out: int, inner: int) -> bool:
         """Whether a layer with `out` numbers per token and `inner` features is a vocabulary head.
 
@@ -72,6 +80,8 @@ class Vocabulary:
             return ends or (named and self._is_padded(out))
         if out in self.sizes and (named or module is self.last):
             return True
+        if module is self.last and out > FEWEST and out - 1 in self.sizes:
+            return True  # with the blank of a transducer
         if inner == out or out < 2:
             return False
         gives = out not in self.widths and (out in self.sizes or (inner in self.widths and self._is_padded(out)))
@@ -90,11 +100,13 @@ def find_vocabulary(model: nn.Module) -> Vocabulary:
     tables = {name: module for name, module in modules.items() if _is_table(module)}
     tokens = {name: len(table.weight) for name, table in tables.items() if not _NOT_TOKENS & set(words(_slot(name)))}  # pyright: ignore
     tokens = {name: length for name, length in tokens.items() if 4 * length >= max(tokens.values())}
-    sizes = {*tokens.values(), *(size for module in modules.values() for size in _told_sizes(module))}
     blocks = dict(_in_blocks(modules.values()))
+    named = [*_heads_by_name(modules, blocks)]
+    sizes = {*tokens.values(), *(size for module in modules.values() for size in _told_sizes(module))}
+    sizes |= {outputs(module) for module in named}
     dense = [module for module in modules.values() if _is_dense(module) and module not in blocks]
     return Vocabulary(
-        frozenset(inner for head in _named_heads(modules.values()) for inner in head.modules()),
+        frozenset([*named, *(inner for head in _named_heads(modules.values()) for inner in head.modules())]),
         frozenset(sizes),
         frozenset([*(int(table.weight.shape[1]) for table in tables.values()), *_widths(modules.values())]),  # pyright: ignore
         blocks,
@@ -147,6 +159,26 @@ def _named_heads(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
         answer = _answer(ask) if callable(ask) else None
         if isinstance(answer, nn.Module):
             yield answer
+
+
+def _heads_by_name(modules: Mapping[str, nn.Module], blocks: Mapping[nn.Module, nn.Module]) -> Iterator[nn.Module]:
+    """Heads whose name is enough, outside the blocks; of a head with several layers the last one."""
+    for name, module in modules.items():
+        slot = name.rpartition(".")[2]
+        if module in blocks or not (slot in SURE_SLOTS or HEAD_WORDS.intersection(words(slot))):
+            continue
+        layers = [layer for layer in module.modules() if outputs(layer) and layer not in blocks]
+        if layers and outputs(layers[-1]) >= FEWEST:
+            yield layers[-1]
+
+
+def outputs(layer: nn.Module) -> int:
+    """The outputs of a dense layer or of a convolution over single positions; 0 of others."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and set(layer.kernel_size) == {1}:
+        return layer.out_channels
+    if not _is_dense(layer) or not isinstance(getattr(layer, "weight", None), Tensor):
+        return 0
+    return int(layer.weight.shape[0 if isinstance(layer, nn.Linear) else 1])  # pyright: ignore
 
 
 def _answer(ask: object) -> object:

@@ -10,6 +10,8 @@ from statistics import fmean, stdev
 
 SEEDS_NEEDED = 3
 """Fewest paired seeds for which a test is made."""
+LEVEL = 0.05
+"""A difference with a smaller p is called a win or a loss, any other a tie; intervals are those of 1 - LEVEL."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class PairedTest:
         standard_error: standard deviation of the differences over the root of their number; NaN if no test.
         t: difference over its standard error; NaN if no test.
         p: two-sided probability of so large a t without a true difference (seeds - 1 degrees of freedom).
+        low: of the 95 % interval of the difference.
+        high: likewise.
     """
 
     first: str
@@ -33,6 +37,15 @@ class PairedTest:
     standard_error: float
     t: float
     p: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """Of the first: win or loss where p is below `LEVEL`, else tie; "-" without a test."""
+        if math.isnan(self.p):
+            return "-"
+        return "tie" if self.p >= LEVEL else "win" if self.difference < 0 else "loss"
 
     def __str__(self) -> str:
         head = f"{self.first} - {self.second}: "
@@ -58,13 +71,62 @@ def paired_test(first: str, second: str, pairs: Sequence[tuple[float, float]]) -
     error = stdev(differences) / math.sqrt(count) if count >= SEEDS_NEEDED else math.nan
     if not error > 0:
         return PairedTest(first, second, count, mean, math.nan, math.nan, math.nan)
-    t = mean / error
-    return PairedTest(first, second, count, mean, error, t, 2 * float(student.sf(abs(t), count - 1)))
+    t, reach = mean / error, error * float(student.ppf(1 - LEVEL / 2, count - 1))
+    p = 2 * float(student.sf(abs(t), count - 1))
+    return PairedTest(first, second, count, mean, error, t, p, mean - reach, mean + reach)
 
 
-def all_pairs(losses: dict[str, dict[int, float]]) -> list[PairedTest]:
-    """The test of every two optimizers over the seeds that both have; ``losses[optimizer][seed]``."""
+@dataclass(frozen=True)
+class StepsRatio:
+    """Steps that a reference takes to a loss, divided by those of another optimizer, seed by seed.
+
+    Args:
+        first: the optimizer.
+        reference: the reference.
+        seeds: seeds that both finished.
+        missed: on how many of them one of the two did not reach the loss.
+        ratio: geometric mean; above 1 where `first` takes fewer steps. NaN where seeds are missed, or there are none.
+        low: of its 95 % interval, by the t-test on logarithms; NaN if no test.
+        high: likewise.
+        p: two-sided; NaN if no test.
+    """
+
+    first: str
+    reference: str
+    seeds: int
+    missed: int
+    ratio: float
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+
+    def __str__(self) -> str:
+        head = f"steps of {self.reference} / steps of {self.first} to the target: "
+        if self.missed:
+            return head + f"not reached by both on {self.missed} of {self.seeds} seeds"
+        if math.isnan(self.p):
+            return head + ("no seed that both finished" if math.isnan(self.ratio) else f"{self.ratio:.3f}, no test")
+        return head + f"{self.ratio:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, p = {self.p:.4f})"
+
+
+def steps_ratio(first: str, reference: str, pairs: Sequence[tuple[float | None, float | None]]) -> StepsRatio:
+    """Compare steps to a loss, of `first` and of the reference on each seed; None where it was not reached."""
+    reached = [(math.log(a), math.log(b)) for a, b in pairs if a and b]
+    missed = len(pairs) - len(reached)
+    if missed or not pairs:
+        return StepsRatio(first, reference, len(pairs), missed, math.nan)
+    test = paired_test(first, reference, [(b, a) for a, b in reached])
+    low, ratio, high = (math.exp(x) for x in (test.low, test.difference, test.high))
+    return StepsRatio(first, reference, len(pairs), 0, ratio, low, high, test.p)
+
+
+def all_pairs(losses: dict[str, dict[int, float]], reference: str | None = None) -> list[PairedTest]:
+    """The test of every two optimizers over the seeds that both have; ``losses[optimizer][seed]``.
+
+    With a reference, of every other optimizer against it alone.
+    """
+    pairs = combinations(losses, 2) if reference is None else ((a, reference) for a in losses if a != reference)
     return [
         paired_test(a, b, [(losses[a][seed], losses[b][seed]) for seed in losses[a] if seed in losses[b]])
-        for a, b in combinations(losses, 2)
+        for a, b in pairs
     ]

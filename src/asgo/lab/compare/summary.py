@@ -71,14 +71,16 @@ class Row:
     state_bytes: int | None
 
 
-def choose_target(target: str, outcomes: Mapping[str, Sequence[Outcome]]) -> float | None:
+def choose_target(target: str, outcomes: Mapping[str, Sequence[Outcome]], reference: str | None = None) -> float | None:
     """The loss of steps-to-target: a number, or for ``auto`` the worst last loss on the curve of a finished run.
 
-    Every finished run then reaches it, at the latest with its last evaluation. None if no run finished.
+    Every finished run then reaches it, at the latest with its last evaluation. With a reference, ``auto`` is the worst
+    of its runs alone: all of its own reach it, and so do better optimizers. None if no run finished.
     """
     if target != "auto":
         return float(target)
-    losses = [run.curve.losses[-1] for runs in outcomes.values() for run in runs if run.finished]
+    counted = outcomes.values() if reference is None else [outcomes[reference]]
+    losses = [run.curve.losses[-1] for runs in counted for run in runs if run.finished]
     return max(losses, default=None)
 
 

@@ -6,6 +6,9 @@ from asgo.lab.config.ranges import check_distinct, check_ranges
 from asgo.lab.config.runs import CompareConfig, RunConfig
 from asgo.lab.errors import LabError
 
+LEAST_TRIALS = 4
+"""Fewest trials of a search: its best quarter runs in full."""
+
 
 def validate(config: RunConfig) -> None:
     """Refuse values that no run can use.
@@ -22,10 +25,18 @@ def validate(config: RunConfig) -> None:
 def _check_comparison(config: CompareConfig) -> None:
     check_distinct("optimizers", config.optimizers)
     check_distinct("seeds", config.seeds)
-    if config.tune and config.tune_seed in config.seeds:
+    if (config.tune or config.search) and config.tune_seed in config.seeds:
         raise LabError(
-            f"--tune-seed {config.tune_seed} is also one of --seeds: learning rates must be chosen on a seed "
+            f"--tune-seed {config.tune_seed} is also one of --seeds: hyperparameters must be chosen on a seed "
             "that is not compared. Pass another."
+        )
+    if config.tune and config.search:
+        raise LabError("--tune and --search both choose learning rates: pass one of them.")
+    if 0 < config.search < LEAST_TRIALS:
+        raise LabError(f"--search {config.search} is too small: pass {LEAST_TRIALS} trials or more, or 0.")
+    if config.reference is not None and config.reference not in config.optimizers:
+        raise LabError(
+            f"--reference {config.reference} is not compared: pass one of --optimizers {' '.join(config.optimizers)}."
         )
     if config.target != "auto":
         try:

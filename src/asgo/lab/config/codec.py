@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import types
 from pathlib import Path
@@ -18,15 +19,7 @@ _BARE = ("data.", "machine.", "cadence.")
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config as plain data: dataclasses as dicts, tuples as lists, paths as strings."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(config)
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def from_json(kind: type[T], data: dict[str, Any]) -> T:
@@ -59,12 +52,9 @@ def _revive(hint: Any, value: Any) -> Any:
 def flat(config: Any) -> dict[str, Any]:
     """The fields of a config by dotted name, for example ``{"model.layers": 4}``."""
     found: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            found |= {f"{f.name}.{name}": inner for name, inner in flat(value).items()}
-        else:
-            found[f.name] = value
+    for name, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config)):
+        is_inner = dataclasses.is_dataclass(value)
+        found |= {f"{name}.{inner}": v for inner, v in flat(value).items()} if is_inner else {name: value}
     return found
 
 

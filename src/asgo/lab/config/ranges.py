@@ -16,16 +16,11 @@ class Range:
     """What numbers a field may have, as in ``steps: Annotated[int, Range(1, 1e12, "a number of steps")]``.
 
     It holds for each entry of a tuple, and not for None.
-
-    Args:
-        least: the smallest.
-        most: the largest.
-        meaning: what it is.
     """
 
-    least: float
-    most: float = math.inf
-    meaning: str = "a number"
+    least: float  # the smallest
+    most: float = math.inf  # the largest
+    meaning: str = "a number"  # what it is
 
     def check(self, name: str, value: float) -> None:
         """Refuse a value of the field `name`; NaN and infinity too.

@@ -11,9 +11,14 @@ import numpy as np
 
 from asgo.lab.data.cache import cache_folder, write_cached
 from asgo.lab.data.corpora import CorpusConfig, DocumentStream, read_text
+from asgo.lab.data.images import open_images
+from asgo.lab.data.instructions import open_instructions
+from asgo.lab.data.pinned import PART_BREAK
+from asgo.lab.data.rows import RowData
 from asgo.lab.data.sampling import Batches, Draw, Pair, StreamingBatches, TrainBatches, validation_blocks
 from asgo.lab.data.tokenization import Tokenizer, TokenizerConfig, build_tokenizer, text_hash
 from asgo.lab.errors import LabError
+from asgo.lab.pretrained import load_tokenizer
 
 TOKENIZER_SAMPLE = 10_000_000
 """Characters of a stream, after the held-out documents, that a vocabulary is learned from."""
@@ -74,8 +79,8 @@ class TokenData:
 def load_tokens(config: DataConfig, cache_dir: Path | None = None) -> TokenData:
     """Read a corpus, split it on characters, and encode both parts.
 
-    The last ``validation_fraction`` of the text is held out before anything is learned from it. Learned byte
-    pairs and their ids are kept in `cache_dir`, by default the user's cache.
+    The last ``validation_fraction`` of the text is held out before anything is learned from it; of botocore from the
+    beginning of a service. Learned byte pairs and their ids are kept in `cache_dir`, by default the user's cache.
 
     Raises:
         LabError: for a corpus that cannot be read, or is shorter than one block in either part.
@@ -83,6 +88,8 @@ def load_tokens(config: DataConfig, cache_dir: Path | None = None) -> TokenData:
     config.check()
     text = read_text(config.corpus)
     cut = len(text) - round(len(text) * config.corpus.validation_fraction)
+    if config.corpus.name == "botocore":
+        cut = text.rindex(PART_BREAK, 0, cut) + 1
     parts = text[:cut], text[cut:]
     cache = cache_dir or cache_folder()
     tokenizer = build_tokenizer(config.tokenizer, *parts, cache)
@@ -153,8 +160,10 @@ class Data:
         return validation_blocks(self.held_out, self.block_size, batch_size, max_blocks)
 
 
-def open_data(config: DataConfig, seed: int = 0, rank: int = 0, world: int = 1, cache_dir: Path | None = None) -> Data:
-    """Open the data of a run, whole corpus or stream.
+def open_data(
+    config: DataConfig, seed: int = 0, rank: int = 0, world: int = 1, cache_dir: Path | None = None
+) -> Data | RowData:
+    """Open the data of a run: whole text, stream, or rows.
 
     Args:
         config: corpus, tokenizer and batch shape.
@@ -168,6 +177,10 @@ def open_data(config: DataConfig, seed: int = 0, rank: int = 0, world: int = 1, 
     """
     config.check()
     draw = Draw(config.block_size, config.batch_size, seed, rank, world)
+    if config.corpus.images:
+        return open_images(config.corpus, draw)
+    if config.corpus.instructions:
+        return _open_instructions(config, draw, cache_dir)
     if config.corpus.streams:
         return _open_stream(config, draw, cache_dir)
     tokens = load_tokens(config, cache_dir)
@@ -181,6 +194,13 @@ def open_data(config: DataConfig, seed: int = 0, rank: int = 0, world: int = 1, 
         tokens.description,
         tokens.characters_per_token,
     )
+
+
+def _open_instructions(config: DataConfig, draw: Draw, cache_dir: Path | None) -> RowData:
+    corpus, model = config.corpus, config.tokenizer.model
+    text = read_text(corpus) if model is None else ""
+    tokenizer = build_tokenizer(config.tokenizer, text, "", cache_dir)
+    return open_instructions(corpus, draw, tokenizer, None if model is None else load_tokenizer(model))
 
 
 def _open_stream(config: DataConfig, draw: Draw, cache_dir: Path | None) -> Data:

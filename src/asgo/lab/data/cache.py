@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from asgo.checkpoint.files import replacing
 from asgo.lab.errors import LabError
-from asgo.lab.files import replacing
 
 
 def cache_folder() -> Path:

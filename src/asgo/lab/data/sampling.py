@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +17,10 @@ from asgo.lab.data.tokenization import Tokenizer, id_type
 from asgo.lab.errors import LabError
 
 Pair = tuple[Tensor, Tensor]
-"""Inputs and targets, both int64 of shape (blocks, block_size); targets are the inputs one token later."""
+"""Inputs and targets, both int64 of shape (blocks, block_size); targets are the inputs one token later. Of images:
+float32 (images, 1, height, width), and classes."""
+
+Own = TypeVar("Own", bound="IndexedBatches")
 
 
 @dataclass(frozen=True)
@@ -93,17 +98,21 @@ class Batches(Protocol):
         ...
 
 
-class TrainBatches:
-    """Blocks at random positions of a whole corpus; any step at any time, since only the step decides."""
+class IndexedBatches(ABC):
+    """Batches of any step at any time, since only the step decides."""
 
-    def __init__(self, ids: np.ndarray, draw: Draw) -> None:
-        """Draw from `ids`, shape (tokens,), longer than one block."""
-        self.ids, self.draw = ids, draw
+    def __init__(self, draw: Draw) -> None:
+        self.draw = draw
 
+    @abstractmethod
     def batch(self, step: int) -> Pair:
-        """Return inputs and targets of a step, each (batch_size, block_size)."""
-        positions = self.draw.numbers(step, self.draw.blocks) % (len(self.ids) - self.draw.block_size)
-        return self.draw.pair(_windows(self.ids, positions, self.draw.block_size))
+        """Return inputs and targets of a step."""
+
+    def at(self: Own, rank: int, world: int) -> Own:
+        """The batches of another process."""
+        other = copy(self)
+        other.draw = replace(self.draw, rank=rank, world=world)
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Return what identifies the batches; the position is the step itself."""
@@ -112,6 +121,20 @@ class TrainBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raise LabError if `state` is of other batches."""
         self.draw.check(state)
+
+
+class TrainBatches(IndexedBatches):
+    """Blocks at random positions of a whole corpus."""
+
+    def __init__(self, ids: np.ndarray, draw: Draw) -> None:
+        """Draw from `ids`, shape (tokens,), longer than one block."""
+        super().__init__(draw)
+        self.ids = ids
+
+    def batch(self, step: int) -> Pair:
+        """Return inputs and targets of a step, each (batch_size, block_size)."""
+        positions = self.draw.numbers(step, self.draw.blocks) % (len(self.ids) - self.draw.block_size)
+        return self.draw.pair(_windows(self.ids, positions, self.draw.block_size))
 
 
 class StreamingBatches:

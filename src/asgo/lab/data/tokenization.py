@@ -16,6 +16,7 @@ import tokenizers
 
 from asgo.lab.data.cache import cache_folder, write_cached
 from asgo.lab.errors import LabError
+from asgo.lab.pretrained import load_tokenizer
 
 CHUNK = 10_000
 """Characters of text that byte pairs are learned from, and applied to, at a time."""
@@ -32,13 +33,19 @@ class TokenizerConfig:
     """What one token is.
 
     Args:
-        kind: auto (char; byte for streams), char, byte, bpe (learned from the corpus), or the path of a
-            tokenizer.json, or of a folder with one or with GPT-2's vocab.json and merges.txt.
+        kind: auto (char; byte for streams; that of the model with --model.pretrained), char, byte, bpe (learned from
+            the corpus), the path of a tokenizer.json, or of a folder with one or with GPT-2's vocab.json and
+            merges.txt, or model:NAME, that of a model as --model.pretrained names it.
         vocab_size: bpe: tokens to learn, the 256 bytes among them.
     """
 
     kind: str = "auto"
     vocab_size: int = 4096
+
+    @property
+    def model(self) -> str | None:
+        """The pretrained model whose tokenizer it is."""
+        return self.kind.removeprefix("model:") if self.kind.startswith("model:") else None
 
     def check(self) -> None:
         """Raise LabError for a byte-pair vocabulary without room for the 256 bytes."""
@@ -237,6 +244,8 @@ def build_tokenizer(config: TokenizerConfig, text: str, held_out: str | None, ca
         return ByteTokenizer()
     if config.kind == "bpe":
         return _learn_cached(text, config.vocab_size, cache or cache_folder())
+    if config.model is not None:
+        return BpeTokenizer(load_tokenizer(config.model).backend_tokenizer.to_str())
     path = Path(os.path.expanduser(config.kind))
     if os.path.exists(path):
         return BpeTokenizer.read(path)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, overload
 
@@ -26,34 +25,26 @@ from torch import Tensor
 from asgo.diagnostics.advice import KEPT, NOISY, SLACK, Advice, Line, advise
 from asgo.diagnostics.evidence import LAGS, SIDES
 from asgo.lab import tables
-from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.config.ranges import SEED, STEPS, Range
-from asgo.lab.config.runs import OptimizerConfig, RunConfig, TrainConfig
+from asgo.lab.config.runs import OptimizerConfig, RunConfig
 from asgo.lab.errors import LabError
 from asgo.lab.figures import STYLES, label, png
-from asgo.lab.files import finite, make_folder, write_bytes, write_json, write_text
-from asgo.lab.models.language import shape_of, token_loss
-from asgo.lab.optimizers.registry import resolve
+from asgo.lab.files import check_new, write_results
+from asgo.lab.inspection.run import run_of
+from asgo.lab.models.language import token_loss
 from asgo.lab.optimizers.rules import write_rules
+from asgo.lab.terminal import say
 from asgo.lab.training import environment
 from asgo.lab.training.progress import LiveLine
 from asgo.lab.training.train import Diverged, Trainer
 
 Batch = tuple[Tensor, Tensor]
 COLUMNS = (
-    "name",
-    "view",
-    "side",
-    "interval",
-    "statistic",
+    *("name", "view", "side", "interval", "statistic"),
     *(f"bound_{word}_{side}" for word in ("whole", "heads") for side in SIDES),
     *(f"kept_{statistic}_{interval}" for statistic in ("momentum", "gradient") for interval in LAGS),
-    "noise_share",
-    "stable_rank",
-    "curvature_left",
-    "curvature_right",
-    "note",
+    *("noise_share", "stable_rank", "curvature_left", "curvature_right", "note"),
 )
 
 
@@ -98,35 +89,29 @@ def inspect_advise(config: AdviceConfig, console: Console | None = None) -> Advi
             advice = advise(trainer.raw, batches, _loss, curvature)
         except (ValueError, TypeError) as error:
             raise LabError(str(error)) from error
-    make_folder(config.out)
-    write_json(config.out / "advice.json", to_json(config))
-    write_rules(config.out / "rules.json", advice.rules)
-    write_rules(config.out / "against.json", advice.against)
     rows = [row(line) for line in advice.lines]
     words, says = command("asgo inspect advise", config), summary(advice)
-    write_text(config.out / "table.md", f"`{words}`\n\n```text\n{advice}\n```\n\n- " + "\n- ".join(says) + "\n")
-    write_text(config.out / "table.csv", tables.csv_text(rows, COLUMNS))
-    write_bytes(config.out / "plot.png", draw(advice))
     session = environment.describe(trainer.device, 1, config.after)
-    results = {"command": words, "config": to_json(config), "says": says, "rows": rows, "session": session}
-    write_json(config.out / "results.json", finite(results))
-    _show(config, console, advice, says)
+    files = {
+        "advice.json": to_json(config),
+        "table.md": f"`{words}`\n\n```text\n{advice}\n```\n\n- " + "\n- ".join(says) + "\n",
+        "table.csv": tables.csv_text(rows, COLUMNS),
+        "plot.png": draw(advice),
+        "results.json": {"command": words, "config": to_json(config), "says": says, "rows": rows, "session": session},
+    }
+    write_results(config.out, files)
+    write_rules(config.out / "rules.json", advice.rules)
+    write_rules(config.out / "against.json", advice.against)
+    say(console, advice, *says, *(config.out / name for name in ("table.md", "plot.png", "rules.json")))
     return advice
 
 
 def _prepare(config: AdviceConfig) -> tuple[WarmupTrainer, dict[str, Any]]:
     """What needs no writing, so that all that can be refused is refused first."""
-    validate(config)
-    shared = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
-    run = TrainConfig(**shared, optimizer=resolve(config.optimizer), seed=config.seed, out=config.out)
-    validate(run)
-    shape_of(config.model)
+    run = run_of("asgo inspect advise", config, config.optimizer, config.seed, config.out, resume=False)
     if config.after > config.steps:
         raise LabError(f"--after {config.after} is more than --steps {config.steps}: look earlier, or train longer.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LabError("asgo inspect advise runs in one process: start it without torchrun.")
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise LabError(f"--out {config.out} is not empty: pass another folder.")
+    check_new(config.out)
     return WarmupTrainer(run), _read_curvature(config.curvature)
 
 
@@ -271,11 +256,3 @@ def _value(line: Line, what: str, first: str, second: Any) -> float | None:
         return line.evidence.noise_share
     found: Mapping[Any, float] = line.evidence.bound if what == "bound" else line.evidence.kept
     return found.get((first, second))
-
-
-def _show(config: AdviceConfig, console: Console, advice: Advice, says: Sequence[str]) -> None:
-    console.print(str(advice), highlight=False, markup=False, soft_wrap=True)
-    for line in says:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name in ("table.md", "plot.png", "rules.json"):
-        console.print(f"{config.out / name}", highlight=False, soft_wrap=True)

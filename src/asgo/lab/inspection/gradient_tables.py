@@ -28,17 +28,8 @@ METRICS = {
 }
 """What is drawn of a sample, its title and the scale of its axis."""
 COLUMNS = (
-    "kind",
-    "matrices",
-    "shape",
-    "stable rank",
-    "effective rank",
-    "nuclear /Frob.",
-    "noise %",
-    "condi- tion",
-    "root residual",
-    "update RMS",
-    "failed %",
+    *("kind", "matrices", "shape", "stable rank", "effective rank", "nuclear /Frob.", "noise %", "condi- tion"),
+    *("root residual", "update RMS", "failed %"),
 )
 
 
@@ -136,15 +127,10 @@ def spectra(samples: Sequence[Sample]) -> bytes:
 
 @dataclass(frozen=True)
 class Series:
-    """Samples by kind, for pictures.
+    """Samples by kind, for pictures."""
 
-    Args:
-        kinds: as many as there are styles to tell them apart.
-        left_out: how many more there are.
-    """
-
-    kinds: Mapping[str, Sequence[Sample]]
-    left_out: int = 0
+    kinds: Mapping[str, Sequence[Sample]]  # as many as there are styles to tell them apart
+    left_out: int = 0  # how many more there are
 
     @staticmethod
     def of(samples: Sequence[Sample]) -> Series:

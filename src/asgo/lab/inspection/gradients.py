@@ -9,10 +9,9 @@ Beside what `asgo train` leaves in a run folder::
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,16 +20,16 @@ from torch import Tensor
 
 from asgo.diagnostics import GradientProbe, Sample
 from asgo.lab import tables
-from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import command, from_json, to_json
 from asgo.lab.config.ranges import STEPS, Range
 from asgo.lab.config.runs import OptimizerConfig, RunConfig, TrainConfig
 from asgo.lab.data.sampling import Batches
 from asgo.lab.errors import LabError
-from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
+from asgo.lab.files import finite, make_folder, read_json, write_json, write_results
 from asgo.lab.inspection.gradient_tables import COLUMNS, Series, cells, csv_text, notes, spectra
-from asgo.lab.models.language import shape_of, token_loss
-from asgo.lab.optimizers.registry import resolve
+from asgo.lab.inspection.run import run_of
+from asgo.lab.models.language import token_loss
+from asgo.lab.terminal import say
 from asgo.lab.training.progress import RunProgress
 from asgo.lab.training.run_folder import RunFolder, check_folder, check_same
 from asgo.lab.training.stopping import Stopped, StopSignal
@@ -96,14 +95,7 @@ def inspect_gradients(config: GradientsConfig, console: Console | None = None) -
 
 def _check(config: GradientsConfig) -> TrainConfig:
     """The training run that `config` describes, after all that can be refused beforehand."""
-    validate(config)
-    shared = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
-    optimizer = resolve(config.optimizer)
-    run = TrainConfig(**shared, optimizer=optimizer, seed=config.seed, out=config.out, resume=config.resume)
-    validate(run)
-    shape_of(config.model)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LabError("asgo inspect gradients runs in one process: start it without torchrun.")
+    run = run_of("asgo inspect gradients", config, config.optimizer, config.seed, config.out, config.resume)
     if config.grad_accumulation == 1 and config.data.batch_size % config.microbatches:
         raise LabError(
             f"--microbatches {config.microbatches} does not divide --batch-size {config.data.batch_size}: pass a "
@@ -182,28 +174,18 @@ def _conclude(config: GradientsConfig, console: Console) -> list[Sample]:
         return []
     lines = [*notes(samples), *_share(config.out, seconds, samples)]
     table = cells(samples)
-    write_text(config.out / "gradients.csv", csv_text(samples))
-    write_bytes(config.out / "spectra.npz", spectra(samples))
     series = Series.of(samples)
-    pictures = {"by-layer": series.by_layer, "by-step": series.by_step, "spectra": series.spectra}
-    for name, draw in pictures.items():
-        write_bytes(config.out / f"{name}.png", draw())
+    pictures = {"by-layer.png": series.by_layer(), "by-step.png": series.by_step(), "spectra.png": series.spectra()}
+    files = pictures | {"gradients.csv": csv_text(samples), "spectra.npz": spectra(samples)}
     title = f"Step {samples[-1].step}: means over layers and heads"
     words = f"`{command('asgo inspect gradients', replace(config, resume=False))}`"
     text = "\n\n".join([words, title + ".", tables.markdown(COLUMNS, table), "\n".join(f"- {line}" for line in lines)])
-    write_text(config.out / "table.md", text + "\n")
-    _show(config.out, console, table, title, lines)
-    return samples
-
-
-def _show(out: Path, console: Console, table: Sequence[Sequence[str]], title: str, lines: Sequence[str]) -> None:
+    write_results(config.out, files | {"table.md": text + "\n"})
     shown = [i for i, name in enumerate(COLUMNS) if name not in ("matrices", "shape")]  # as wide as a terminal
     head, rows = [COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in table]
     console.print(tables.rich_table(head, rows, title))
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name in ("by-layer.png", "by-step.png", "spectra.png", "gradients.csv", "spectra.npz"):
-        console.print(f"{out / name}", highlight=False, soft_wrap=True)
+    say(console, *lines, *(config.out / name for name in files))
+    return samples
 
 
 def _share(out: Path, seconds: float, samples: Sequence[Sample]) -> list[str]:

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from asgo.diagnostics.reports import report
+from asgo.diagnostics.reports import report, text_table
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import build_optimizer, state_bytes
 from asgo.lab.optimizers.rules import read_rules
-from asgo.lab.tables import text_table
 from asgo.optimizer.step import structured
 from asgo.views.patterns import label
 from asgo.views.routing import Decision, explain
@@ -72,7 +71,7 @@ def decisions_text(decisions: Sequence[Decision]) -> str:
         if unknown
         else ""
     )
-    return text_table(("name", "shape", "view", "found by"), rows) + note
+    return text_table([("name", "shape", "view", "found by"), *rows]) + note
 
 
 def check_sizes(vocab_size: int, block_size: int) -> None:
@@ -95,5 +94,5 @@ def routing_text(model: nn.Module, optimizer: Optimizer) -> str:
         for group in part.param_groups
         for name, param in zip(group["param_names"], group["params"], strict=True)
     ]
-    table = text_table(("name", "shape", "optimizer", "lr", "weight decay"), rows)
+    table = text_table([("name", "shape", "optimizer", "lr", "weight decay"), *rows])
     return f"{head}, {state_bytes(optimizer):,} bytes of state now\n\n{table}"

@@ -1,19 +1,24 @@
-"""The one builder of models: shapes by name, and the causal language model of `transformers` that has a shape.
+"""The one builder of models: shapes by name, and the model of `transformers` that has a shape.
 
 Weights are random, so nothing is downloaded; on the meta device a model takes no memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from asgo.lab.data.images import SIDE
 from asgo.lab.packages import need
 
-Family = Literal["gpt2", "llama", "olmoe"]
-Preset = Literal["tiny", "demo", "small", "gpt2-124m", "llama-tiny", "llama-demo", "llama-124m"]
+Family = Literal["gpt2", "llama", "olmoe", "vit", "resnet"]
+Preset = Literal["tiny", "demo", "small", "gpt2-124m", "llama-tiny", "llama-demo", "llama-124m", "vit", "resnet"]
+IMAGE_FAMILIES = ("vit", "resnet")
+PATCH = 7
+"""Side of a patch of ViT, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +27,11 @@ class Shape:
 
     Args:
         family: architecture.
-        layers: transformer blocks.
+        layers: transformer blocks; of a ResNet, stages of one basic block, each with twice the channels of the one
+            before.
         heads: of queries.
         kv_heads: of keys and values.
-        width: of the residual stream.
+        width: of the residual stream; of a ResNet, channels of the last stage.
         tie_embeddings: whether the embedding is the output head too.
         inner: width of the MLP, or of one expert; None: 4 x width, for llama two thirds of that, because its gated MLP
             has three matrices instead of two.
@@ -50,6 +56,8 @@ PRESETS: dict[Preset, Shape] = {
     "llama-tiny": Shape("llama", 2, 4, 2, 32, tie_embeddings=False),
     "llama-demo": Shape("llama", 4, 4, 2, 128, tie_embeddings=False),
     "llama-124m": Shape("llama", 12, 12, 4, 768, tie_embeddings=False),
+    "vit": Shape("vit", 3, 4, 4, 64, tie_embeddings=False),
+    "resnet": Shape("resnet", 3, 1, 1, 64, tie_embeddings=False),
 }
 """Shapes that can be trained."""
 
@@ -80,15 +88,31 @@ ACTIVE_EXPERTS = 8
 
 
 def build(shape: Shape, vocab_size: int, block_size: int, dropout: float = 0.0) -> nn.Module:
-    """The causal language model of a shape, with weights from torch's random state.
+    """The causal language model, or classifier of small images, of a shape, with weights from torch's random state.
 
     Args:
         shape: what it has.
-        vocab_size: number of tokens.
-        block_size: longest sequence, in tokens.
+        vocab_size: number of tokens, or of classes.
+        block_size: longest sequence, in tokens; images have `SIDE` pixels each way.
         dropout: probability of dropping an activation (llama: an attention weight) while training.
     """
-    transformers = need("transformers", "a language model", "pip install 'asgo[lab]'")  # takes seconds to import
+    transformers = need("transformers", "a model", "pip install 'asgo[lab]'")  # takes seconds to import
+    if shape.family == "resnet":
+        widths = [shape.width >> stage for stage in reversed(range(shape.layers))]
+        return resnet(widths, [1] * shape.layers, vocab_size, channels=1, layer_type="basic")
+    if shape.family == "vit":
+        config = transformers.ViTConfig(
+            image_size=SIDE,
+            patch_size=PATCH,
+            num_channels=1,
+            hidden_size=shape.width,
+            intermediate_size=shape.inner or 4 * shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            hidden_dropout_prob=dropout,
+            num_labels=vocab_size,
+        )
+        return transformers.ViTForImageClassification(config)
     common = {
         "vocab_size": vocab_size,
         "tie_word_embeddings": shape.tie_embeddings,
@@ -113,3 +137,26 @@ def build(shape: Shape, vocab_size: int, block_size: int, dropout: float = 0.0) 
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **common))
     experts = {"num_experts": shape.experts, "num_experts_per_tok": min(ACTIVE_EXPERTS, shape.experts)}
     return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, **experts, **common))
+
+
+def resnet(widths: Sequence[int], depths: Sequence[int], classes: int, channels: int, layer_type: str) -> nn.Module:
+    """A ResNet that classifies images.
+
+    Args:
+        widths: channels of the stages.
+        depths: blocks of the stages.
+        classes: how many.
+        channels: of the images.
+        layer_type: of the blocks, basic (whose first stage has the stem's channels) or bottleneck (four times those).
+    """
+    transformers = need("transformers", "a ResNet", "pip install 'asgo[lab]'")
+    stem = widths[0] // (4 if layer_type == "bottleneck" else 1)
+    config = transformers.ResNetConfig(
+        num_channels=channels,
+        embedding_size=stem,
+        hidden_sizes=list(widths),
+        depths=list(depths),
+        layer_type=layer_type,
+        num_labels=classes,
+    )
+    return transformers.ResNetForImageClassification(config)

@@ -1,7 +1,7 @@
-"""Language models from a config and a seed.
+"""Models from a config and a seed: of language, and for small images.
 
 Weights depend on the seed and the shape alone, so that every optimizer of a comparison
-starts from the same ones. Losses are means over tokens, in nats.
+starts from the same ones. Losses are means over tokens or images, in nats.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asgo.lab.config.runs import ModelConfig
+from asgo.lab.config.runs import ModelConfig, RunConfig
 from asgo.lab.errors import LabError
 from asgo.lab.models import architectures
-from asgo.lab.models.architectures import NO_SPECIAL_TOKENS, PRESETS, Shape
+from asgo.lab.models.architectures import IMAGE_FAMILIES, NO_SPECIAL_TOKENS, PRESETS, Shape
 from asgo.lab.packages import need
+from asgo.lab.pretrained import add_lora, load_model
 
 
 def shape_of(config: ModelConfig) -> Shape:
@@ -29,6 +31,15 @@ def shape_of(config: ModelConfig) -> Shape:
     """
     if config.config is not None and replace(config, config=None, preset="demo") != ModelConfig():
         raise LabError(f"--model.config {config.config} says all about the model: leave the other --model flags out.")
+    if config.pretrained is not None:
+        free = {"pretrained": None, "layers": None, "lora_rank": 0, "dtype": "float32"}
+        if replace(config, **free) != ModelConfig():
+            raise LabError(
+                f"--model.pretrained {config.pretrained} says all about the model: leave the other --model flags out, "
+                "but for layers, lora-rank and dtype."
+            )
+    elif config.lora_rank:
+        raise LabError(f"--model.lora-rank {config.lora_rank} is for a model of --model.pretrained: pass one.")
     if config.preset not in PRESETS:
         raise LabError(f"model preset {config.preset!r} does not exist: choose from {', '.join(PRESETS)}.")
     start = PRESETS[config.preset]
@@ -41,13 +52,34 @@ def shape_of(config: ModelConfig) -> Shape:
     return shape
 
 
+def check_model(config: RunConfig) -> None:
+    """Refuse a model that does not exist, or that does not fit the corpus.
+
+    Raises:
+        LabError: saying which of the two to change.
+    """
+    family, corpus = shape_of(config.model).family, config.data.corpus
+    if (family in IMAGE_FAMILIES) != corpus.images:
+        what, fits = ("images", "vit or resnet") if corpus.images else ("text", "gpt2 or llama")
+        raise LabError(
+            f"--corpus.name {corpus.name} is {what}, which {family} does not read: pass --model.family {fits}."
+        )
+
+
 def _check(shape: Shape) -> None:
+    if shape.family == "resnet":
+        if shape.width % 2 ** (shape.layers - 1):
+            raise LabError(
+                f"--model.width {shape.width} cannot be halved {shape.layers - 1} times: a resnet of --model.layers "
+                f"{shape.layers} stages has {shape.width} channels in the last one, half as many in each one before."
+            )
+        return
     if shape.width % shape.heads:
         raise LabError(f"--model.width {shape.width} is not a multiple of --model.heads {shape.heads}: change one.")
     if shape.heads % shape.kv_heads:
         raise LabError(f"--model.kv-heads {shape.kv_heads} does not divide --model.heads {shape.heads}: change one.")
-    if shape.family == "gpt2" and shape.kv_heads != shape.heads:
-        raise LabError("--model.kv-heads is for llama: gpt2 has one key head per query.")
+    if shape.family in ("gpt2", "vit") and shape.kv_heads != shape.heads:
+        raise LabError(f"--model.kv-heads is for llama: {shape.family} has one key head per query.")
     if shape.family == "llama" and shape.width // shape.heads % 2:
         raise LabError(
             f"--model.width {shape.width} gives {shape.heads} heads of odd size {shape.width // shape.heads}: "
@@ -56,20 +88,39 @@ def _check(shape: Shape) -> None:
 
 
 def build_model(config: ModelConfig, vocab_size: int, block_size: int, seed: int) -> nn.Module:
-    """A causal LM with weights drawn from `seed`; the caller's random state is left as it was.
+    """A model with weights drawn from `seed`; the caller's random state is left as it was.
 
     Args:
         config: shape and dropout.
-        vocab_size: number of tokens.
+        vocab_size: number of tokens, or of classes.
         block_size: longest sequence, in tokens.
         seed: seed of the weights.
     """
     shape = shape_of(config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if config.pretrained is not None:
+            return _of_pretrained(config, config.pretrained, vocab_size, block_size)
         if config.config is not None:
-            return _of_file(config.config, vocab_size, block_size)
-        return architectures.build(shape, vocab_size, block_size, config.dropout)
+            model = _of_file(config.config, vocab_size, block_size)
+        else:
+            model = architectures.build(shape, vocab_size, block_size, config.dropout)
+        return model.to(getattr(torch, config.dtype))
+
+
+def _of_pretrained(config: ModelConfig, name: str, vocab_size: int, block_size: int) -> nn.Module:
+    options = {} if config.layers is None else {"num_hidden_layers": config.layers}
+    model: Any = load_model(name, dtype=getattr(torch, config.dtype), **options)
+    model.config.use_cache = False
+    longest = getattr(model.config, "max_position_embeddings", block_size)
+    if longest < block_size:
+        raise LabError(f"--model.pretrained {name} reads {longest} tokens, --block-size is {block_size}: pass fewer.")
+    known = model.get_input_embeddings().num_embeddings
+    if known < vocab_size:
+        raise LabError(
+            f"--model.pretrained {name} has {known} tokens, its tokenizer {vocab_size}: they do not belong together."
+        )
+    return add_lora(model, config.lora_rank) if config.lora_rank else model
 
 
 def _of_file(path: Path, vocab_size: int, block_size: int) -> nn.Module:
@@ -92,9 +143,16 @@ def _of_file(path: Path, vocab_size: int, block_size: int) -> nn.Module:
 
 
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats per token of `targets` (batch, block), already shifted, given `inputs`."""
-    logits = model(input_ids=inputs).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    """Mean cross entropy in nats per token of `targets` (batch, block), already shifted, given `inputs`.
+
+    Of images: per image, `targets` are classes (batch). Targets of -100 do not count.
+    """
+    return cross_entropy(model(inputs).logits, targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over `targets` other than -100 of minus the logarithm of what `logits` (..., classes) give them, in nats."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -103,7 +161,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A short hash of the architecture's name and of every parameter's name and shape."""
-    architecture = type(model).__name__.removeprefix("FSDP")  # the same model in shards
-    text = architecture + repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """A short hash of the architecture's name, every parameter's name and shape, and numbers of each frozen one."""
+    text = type(model).__name__ + repr([(name, tuple(p.shape)) for name, p in model.named_parameters()])
+    digest = hashlib.sha256(text.encode())
+    for param in model.parameters():
+        if not param.requires_grad:  # It is not in the checkpoint.
+            digest.update(param.detach().flatten()[:1000].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -47,6 +47,11 @@ class Composite(Optimizer):
             part.step()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The parts' own: `Sliced` has gradients that are not those of its groups."""
+        for part in self.optimizers:
+            part.zero_grad(set_to_none)
+
     def state_dict(self) -> dict[str, Any]:
         """The parts' state, in their order."""
         return {"optimizers": [part.state_dict() for part in self.optimizers]}

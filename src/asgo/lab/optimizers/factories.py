@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.rules import read_rules
+from asgo.lab.optimizers.slices import Sliced
 from asgo.optimizer.param_groups import with_views
 from asgo.presets import ASGO, SPAM, AdamMini
 from asgo.views.routing import route
@@ -59,6 +61,46 @@ def beside_adamw(constructor: Callable[..., Optimizer], defaults: dict[str, Any]
         return Composite([make(named, **settings) for make, named, settings in parts if named])
 
     return build
+
+
+def on_matrices(make: Callable[..., Optimizer], defaults: dict[str, Any] | None = None) -> Factory:
+    """Another library's optimizer for the matrices that ASGO sees, each a parameter of its own; AdamW for the rest."""
+
+    def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
+        pairs = [pair for group in route(model) for pair in with_views(group)]
+        viewed = [pair for pair in pairs if pair[1] is not None]
+        rest = [named for named, view in pairs if view is None]
+        settings = (defaults or {}) | arguments
+        parts: list[Optimizer] = []
+        if viewed:
+            named, views = zip(*viewed, strict=True)
+            parts.append(Sliced(lambda matrices: make(matrices, **settings), named, views))
+        if rest:
+            parts.append(AdamW(rest, adamw_lr, ADAMW_BETAS, weight_decay=0.0, fused=is_fusable(rest)))
+        return Composite(parts)
+
+    return build
+
+
+def installed(module: str, name: str) -> Callable[..., Optimizer]:
+    """A class of another package, imported when it is built."""
+
+    def make(
+        named: Named,
+        lr: float,
+        betas: tuple[float, float] = (0.95, 0.95),
+        weight_decay: float = 0.1,
+        precondition_frequency: int = 10,
+    ) -> Optimizer:
+        kind = getattr(import_module(module), name)
+        params = [param for _, param in named]
+        made = kind(
+            params, lr=lr, betas=betas, weight_decay=weight_decay, precondition_frequency=precondition_frequency
+        )
+        made.param_groups[0]["param_names"] = [name for name, _ in named]
+        return made
+
+    return make
 
 
 def adam_mini(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:

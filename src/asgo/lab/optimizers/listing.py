@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Muon, Optimizer
 
-from asgo.diagnostics.reports import report
+from asgo.diagnostics.reports import report, text_table
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
 from asgo.lab.inspection.routing import check_sizes
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
-from asgo.lab.tables import text_table
+from asgo.lab.optimizers.slices import Sliced
 from asgo.optimizer.param_groups import with_views
 from asgo.optimizer.step import StructuredOptimizer, structured
 from asgo.structures import Structure
@@ -55,7 +55,7 @@ def list_optimizers(config: OptimizersConfig) -> str:
     head = ("name", "year", "memory", "state bytes", "cost", "operations", "paper")
     rows = [_row(name, _model(config)) for name in OPTIMIZERS]
     model = _model(config)
-    return f"{type(model).__name__}, {count_parameters(model):,} parameters\n\n{text_table(head, rows)}\n\n{ABOUT}"
+    return f"{type(model).__name__}, {count_parameters(model):,} parameters\n\n{text_table([head, *rows])}\n\n{ABOUT}"
 
 
 def _model(config: OptimizersConfig) -> nn.Module:
@@ -86,6 +86,8 @@ def operations(optimizer: Optimizer) -> float:
     own = structured(optimizer)
     if own is not None:
         return _structured(own) + 2 * ENTRYWISE * len(own.step_hooks) * _entries(own)
+    if isinstance(optimizer, Sliced):
+        return operations(optimizer.inner)
     if isinstance(optimizer, Muon):
         shapes = [sorted(param.shape) for group in optimizer.param_groups for param in group["params"]]
         return sum(2.0 * MUON_STEPS * (2 * k * k * o + k**3) for k, o in shapes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from asgo.lab.config.runs import OptimizerConfig
@@ -10,6 +10,40 @@ from asgo.lab.errors import LabError
 from asgo.lab.optimizers.registry import parse_options, resolve
 
 _NUMBERS = ("lr", "weight_decay", "adamw_lr")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer of a comparison.
+
+    Args:
+        text: as it was written.
+        optimizer: what it describes, without open fields.
+        steps_factor: it runs this many times the steps of the comparison, with a schedule of that length.
+        given: the keys that were written.
+    """
+
+    text: str
+    optimizer: OptimizerConfig
+    steps_factor: float
+    given: frozenset[str]
+
+
+def parse_entry(text: str) -> Entry:
+    """The entry that `text` describes: as `parse_spec`, and ``steps_factor``.
+
+    Raises:
+        LabError: as `parse_spec`, and for a factor that is not above 0.
+    """
+    name, _, rest = text.partition(":")
+    words = list(filter(None, rest.split(",")))
+    own = [word for word in words if word.startswith("steps_factor=")]
+    factor = _number(text, own[-1], own[-1].partition("=")[2]) if own else 1.0
+    if not 0 < factor < 1e6:
+        raise LabError(f"optimizer {text!r}: steps_factor must be above 0. Write it as in adamw:steps_factor=2.")
+    left = [word for word in words if word not in own]
+    optimizer = parse_spec(f"{name}:{','.join(left)}" if left else name)
+    return Entry(text, optimizer, factor, frozenset(word.partition("=")[0] for word in left))
 
 
 def parse_spec(text: str) -> OptimizerConfig:

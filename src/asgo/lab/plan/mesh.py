@@ -14,19 +14,12 @@ NODE, POD = 8, 64
 
 
 class Mesh(NamedTuple):
-    """``replicate x fsdp x tp`` ranks. Without shards all hold whole parameters: plain data parallel.
+    """``replicate x fsdp x tp`` ranks. Without shards all hold whole parameters: plain data parallel."""
 
-    Args:
-        replicate: copies of the shard group of ``fsdp x tp`` ranks.
-        fsdp: ranks over which rows are cut (``fully_shard``).
-        tp: ranks over which the rows or columns of a Linear are cut before (tensor parallel).
-        zero1: of plain data parallel: the owner alone keeps momentum, statistic and root.
-    """
-
-    replicate: int = 1
-    fsdp: int = 1
-    tp: int = 1
-    zero1: bool = False
+    replicate: int = 1  # copies of the shard group of ``fsdp x tp`` ranks
+    fsdp: int = 1  # ranks over which rows are cut (``fully_shard``)
+    tp: int = 1  # ranks over which the rows or columns of a Linear are cut before (tensor parallel)
+    zero1: bool = False  # of plain data parallel: the owner alone keeps momentum, statistic and root
 
     @property
     def ranks(self) -> int:
@@ -50,6 +43,10 @@ class Mesh(NamedTuple):
         return sizes[0][0] if len(sizes) == 1 else _text(dict(sizes))
 
 
+def _made(sizes: dict[str, int]) -> Mesh:
+    return Mesh(*(sizes.get(name, 1) for name in SIZES))
+
+
 def _text(sizes: dict[str, int]) -> str:
     return ",".join(f"{name}={sizes[name]}" for name in SIZES if name in sizes)
 
@@ -63,7 +60,7 @@ def parse(text: str, gpus: int) -> Mesh:
     if text in ("ddp", "zero1"):
         return Mesh(gpus, zero1=text == "zero1")
     if text in SIZES:
-        return Mesh(**{text: gpus})
+        return _made({text: gpus})
     sizes: dict[str, int] = {}
     for entry in text.split(","):
         name, _, size = entry.partition("=")
@@ -80,7 +77,7 @@ def parse(text: str, gpus: int) -> Mesh:
         if free and gpus % ranks == 0:
             fits = f"pass --gpus {ranks} or --mesh {_text({**sizes, free: gpus // ranks})}"
         raise LabError(f"--mesh {text} has {ranks} ranks, --gpus {gpus}: {fits}.")
-    return Mesh(**sizes)
+    return _made(sizes)
 
 
 def sensible(gpus: int, tp: Sequence[int]) -> list[Mesh]:

@@ -41,29 +41,17 @@ KEPT = ("params", "gradients", "momentum", "statistics", "roots", "adamw", "rest
 
 @dataclass(frozen=True)
 class Part:
-    """One stack of matrices of a parameter, or with `view` None a parameter on AdamW.
+    """One stack of matrices of a parameter, or with `view` None a parameter on AdamW."""
 
-    Args:
-        name: of the parameter.
-        shape: of the parameter.
-        view: how it is read.
-        structure: how its statistic is kept; None without a view.
-        index: its number among the parts of a split.
-        stack: ``(b, m, n)``.
-        tp_dim: the axis that tensor parallel cuts; None: every rank has all of it.
-        sizes: bytes of its state: momentum, statistics, roots, sharded, failures; or adamw.
-        counter: bytes of what every rank has for the parameter: its count of steps.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    view: View | None
-    structure: Structure | None
-    index: int
-    stack: tuple[int, int, int]
-    tp_dim: int | None
-    sizes: Mapping[str, int]
-    counter: int
+    name: str  # of the parameter
+    shape: tuple[int, ...]  # of the parameter
+    view: View | None  # how it is read
+    structure: Structure | None  # how its statistic is kept; None without a view
+    index: int  # its number among the parts of a split
+    stack: tuple[int, int, int]  # ``(b, m, n)``
+    tp_dim: int | None  # the axis that tensor parallel cuts; None: every rank has all of it
+    sizes: Mapping[str, int]  # bytes of its state: momentum, statistics, roots, sharded, failures; or adamw
+    counter: int  # bytes of what every rank has for the parameter: its count of steps
 
     @property
     def numel(self) -> int:
@@ -127,27 +115,16 @@ def tensor_parallel_dim(name: str, param: Tensor, plan: Mapping[str, str]) -> in
 
 @dataclass(frozen=True)
 class Placed:
-    """A part on a mesh.
+    """A part on a mesh."""
 
-    Args:
-        part: which.
-        mesh: where.
-        kind: as of `asgo.distributed.placement.Placement`.
-        held: how many of its numbers each rank of a shard group holds, ``(fsdp, across)``.
-        across: ranks of tensor parallel that cut it: 1 or the mesh's ``tp``.
-        owner: its place among ``replicate x fsdp x across`` ranks; None: there is none.
-        phase: the step of an interval at which its roots are refreshed.
-        interval: steps between refreshes.
-    """
-
-    part: Part
-    mesh: Mesh
-    kind: Kind
-    held: tuple[int, ...]
-    across: int
-    owner: int | None = None
-    phase: int = 0
-    interval: int = 1
+    part: Part  # which
+    mesh: Mesh  # where
+    kind: Kind  # as of `asgo.distributed.placement.Placement`
+    held: tuple[int, ...]  # how many of its numbers each rank of a shard group holds, ``(fsdp, across)``
+    across: int  # ranks of tensor parallel that cut it: 1 or the mesh's ``tp``
+    owner: int | None = None  # its place among ``replicate x fsdp x across`` ranks; None: there is none
+    phase: int = 0  # the step of an interval at which its roots are refreshed
+    interval: int = 1  # steps between refreshes
 
     @property
     def team(self) -> tuple[int, int, int]:
@@ -219,7 +196,7 @@ def _place(part: Part, mesh: Mesh) -> Placed:
     rows = _StridedShard(0, split_factor=across) if part.tp_dim == 0 and across > 1 else Shard(0)
     boxes = _boxes(part.shape, (mesh.fsdp, across), (rows, Shard(part.tp_dim or 0)))
     whole = tuple((0, length) for length in part.shape)
-    region = whole if part.view is None else part_boxes(part.view, part.shape)[part.index]
+    region = (whole,) if part.view is None else part_boxes(part.view, part.shape)[part.index]
     return Placed(part, mesh, _kind_of_shards(part, mesh, across, boxes), _held(boxes, region), across)
 
 
@@ -237,9 +214,12 @@ def _kind_of_shards(part: Part, mesh: Mesh, across: int, boxes: tuple[Box, ...])
 
 
 @lru_cache(maxsize=4096)
-def _held(boxes: tuple[Box, ...], region: Box) -> tuple[int, ...]:
-    both = (overlap(box, region) for box in boxes)
-    return tuple(0 if found is None else math.prod(sizes(found)) for found in both)
+def _held(boxes: tuple[Box, ...], region: tuple[Box, ...]) -> tuple[int, ...]:
+    return tuple(sum(_numel(overlap(box, piece)) for piece in region) for box in boxes)
+
+
+def _numel(box: Box | None) -> int:
+    return 0 if box is None else math.prod(sizes(box))
 
 
 def memory(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> dict[str, Ranks]:

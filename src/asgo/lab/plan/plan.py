@@ -14,11 +14,12 @@ from rich.console import Console
 from asgo.lab import tables
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
-from asgo.lab.files import finite, make_folder, write_json, write_text
+from asgo.lab.files import write_results
 from asgo.lab.plan import placing
 from asgo.lab.plan.config import PlanConfig, check
 from asgo.lab.plan.mesh import Mesh, parse, sensible
 from asgo.lab.plan.model import PlannedModel, load
+from asgo.lab.terminal import say
 from asgo.presets import ASGO
 from asgo.views.routing import route
 
@@ -48,29 +49,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Row:
-    """One mesh with one interval.
+    """One mesh with one interval."""
 
-    Args:
-        mesh: the mesh.
-        interval: steps between refreshes of a root.
-        memory: of the fullest rank.
-        fits: whether that is within the share of a GPU's memory that it may take.
-        roots_mean: roots that a step refreshes in the whole model.
-        roots_worst: the most in a step of an interval.
-        bytes_mean: sent by the rank that sends most in the mean step, without gradients.
-        bytes_worst: sent or received by a rank in the step and on the rank with the most.
-        gradient_bytes: that a rank sends for gradients, with any optimizer.
-    """
-
-    mesh: Mesh
-    interval: int
-    memory: Memory
-    fits: bool
-    roots_mean: float
-    roots_worst: int
-    bytes_mean: float
-    bytes_worst: int
-    gradient_bytes: float
+    mesh: Mesh  # the mesh
+    interval: int  # steps between refreshes of a root
+    memory: Memory  # of the fullest rank
+    fits: bool  # whether that is within the share of a GPU's memory that it may take
+    roots_mean: float  # roots that a step refreshes in the whole model
+    roots_worst: int  # the most in a step of an interval
+    bytes_mean: float  # sent by the rank that sends most in the mean step, without gradients
+    bytes_worst: int  # sent or received by a rank in the step and on the rank with the most
+    gradient_bytes: float  # that a rank sends for gradients, with any optimizer
 
 
 @dataclass(frozen=True)
@@ -244,22 +233,16 @@ def _save(config: PlanConfig, out: Path, found: Plan) -> None:
         tables.markdown(TRAFFIC_COLUMNS, _traffic_cells(found.rows)),
     )
     rows = [_record(row) for row in found.rows]
-    make_folder(out)
-    write_text(out / "table.md", "\n\n".join((f"`{words}`", found.about + ".", NOTE, *shown, found.verdict)) + "\n")
-    write_text(out / "table.csv", tables.csv_text(rows, list(rows[0])))
+    text = "\n\n".join((f"`{words}`", found.about + ".", NOTE, *shown, found.verdict)) + "\n"
     results = {"rows": rows, "says": found.verdict, "about": found.about, "command": words, "config": to_json(config)}
-    write_json(out / "results.json", finite(results))
+    write_results(out, {"table.md": text, "table.csv": tables.csv_text(rows), "results.json": results})
 
 
 def _show(config: PlanConfig, found: Plan, console: Console) -> None:
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    say(found.about)
+    say(console, found.about)
     memory = _memory_cells(found.rows, config)
     console.print(tables.rich_table(MEMORY_COLUMNS, memory, "memory of the fullest rank"))
     console.print(tables.rich_table(TRAFFIC_COLUMNS, _traffic_cells(found.rows), "an optimizer step"))
-    say(found.verdict)
+    say(console, found.verdict)
     if config.out is not None:
-        for name in ("table.md", "table.csv", "results.json"):
-            say(f"{config.out / name}")
+        say(console, *(config.out / name for name in ("table.md", "table.csv", "results.json")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,8 +20,9 @@ from torch.optim import Optimizer
 
 from asgo.checkpoint import sharded
 from asgo.lab.config.runs import MachineConfig
-from asgo.lab.data.sampling import Batches, TrainBatches
+from asgo.lab.data.sampling import Batches, IndexedBatches
 from asgo.lab.errors import LabError
+from asgo.lab.files import writing
 from asgo.lab.optimizers.registry import failed_roots
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import StopSignal
@@ -108,7 +108,15 @@ class Parallel:
         if self.kind in ("zero1", "fsdp2"):
             folder.save_together(state, model, optimizer)
         else:
-            folder.save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            folder.save({**state, "model": thawed(model), "optimizer": optimizer.state_dict()})
+
+    def export(self, model: Any, path: Path) -> None:
+        """Save the model as Hugging Face does, by one process; of a model with an adapter the adapter alone."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options) if self.kind == "fsdp2" else model.state_dict()
+        if self.accelerator.is_main_process:
+            with writing(path):
+                model.save_pretrained(path, state_dict=state)
 
     def restore(self, folder: RunFolder, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
         """Load the last checkpoint, which is of any number of processes and any division."""
@@ -121,8 +129,14 @@ class Parallel:
         if self.kind == "fsdp2":
             set_model_state_dict(model, state["model"], options=StateDictOptions(full_state_dict=True))
         else:
-            model.load_state_dict(state["model"])
+            model.load_state_dict({**model.state_dict(), **state["model"]})
         optimizer.load_state_dict(state["optimizer"])
+
+
+def thawed(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model without parameters that are frozen: those are as they were loaded."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def own_failures(optimizer: Optimizer, first: bool) -> int:
@@ -158,10 +172,10 @@ def shares(batches: Batches, parts: int, world: int, rank: int, processes: int) 
             f"the checkpoint's steps are {parts * world} batches over {world} processes, which {processes} processes "
             f"cannot share: start a number that divides {parts * world}."
         )
-    if not isinstance(batches, TrainBatches):
+    if not isinstance(batches, IndexedBatches):
         raise LabError(f"the checkpoint is of {world} processes, and a streamed corpus needs as many to continue.")
     units = [(part, place) for part in range(parts) for place in range(world)][rank::processes]
-    return [(part, TrainBatches(batches.ids, replace(batches.draw, rank=at, world=world))) for part, at in units]
+    return [(part, batches.at(place, world)) for part, place in units]
 
 
 @contextmanager

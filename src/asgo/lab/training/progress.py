@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 INTERVAL = 10.0
 """Seconds between plain lines."""
+
+
+class _Progress(Progress):
+    """A bar with something above it."""
+
+    above: Callable[[], RenderableType] | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.above is not None:
+            yield self.above()
+        yield from super().get_renderables()
 
 
 class LiveLine:
@@ -20,10 +32,14 @@ class LiveLine:
         console: where to show it; a quiet console shows nothing.
         title: what runs, for example ``asgo seed 0``.
         total: the amount of work, in any unit.
+        above: makes what is shown above the line on a terminal; None: nothing.
     """
 
-    def __init__(self, console: Console, title: str, total: float) -> None:
+    def __init__(
+        self, console: Console, title: str, total: float, above: Callable[[], RenderableType] | None = None
+    ) -> None:
         self.console = console
+        self.above = above
         self.title = title
         self.total = total
         self._began = self._printed = time.monotonic()
@@ -38,7 +54,8 @@ class LiveLine:
                 BarColumn(bar_width=20),
                 TextColumn("{task.fields[text]}", markup=False),
             )
-            live = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            live = _Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            live.above = self.above
             self._task = live.add_task(self.title, total=self.total, text="")
             live.start()
             self._live = live
@@ -62,8 +79,8 @@ class LiveLine:
             self._printed = time.monotonic()
             elapsed = self._printed - self._began
             rate = (done - self._first) / elapsed if elapsed > 0 else 0.0
-            left = _clock((self.total - done) / rate) if rate > 0 else "?"
-            line = f"{self.title}  {text}  elapsed {_clock(elapsed)}  left {left}"
+            left = clock((self.total - done) / rate) if rate > 0 else "?"
+            line = f"{self.title}  {text}  elapsed {clock(elapsed)}  left {left}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -97,7 +114,8 @@ class RunProgress(LiveLine):
         return "  ".join([f"step {step}/{self.steps}", *parts])
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -5,7 +5,7 @@
     config.json        the configuration, every field        curve.png      loss against steps
     environment.json   versions, commit, device, dates       result.json    written once, at the end
     routing.txt        which parameter is stepped how        checkpoints/   the last two, atomic
-    metrics.jsonl      one line per logged step or evaluation
+    metrics.jsonl      one line per logged step or evaluation; tensorboard/ has the same, and metrics of parameters
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from asgo.lab.config.codec import command, flat, from_json, to_json
 from asgo.lab.config.runs import CompareConfig, TrainConfig
 from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, read_json, write_bytes, write_json, write_text, writing
+from asgo.lab.training.board import Board
 
 KEEP = 2
 """Checkpoints kept in a run folder."""
@@ -48,6 +49,7 @@ class RunFolder:
         self.writes = writes
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.board = Board(path / "tensorboard")
 
     def check(self, config: TrainConfig) -> None:
         """Refuse a folder that `config` may not write to; nothing is changed.
@@ -83,6 +85,7 @@ class RunFolder:
         if self.writes:
             with writing(self.metrics_path), self.metrics_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            self.board.add({key: value for key, value in line.items() if key != "step"}, line["step"])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last line that was cut short is left out."""
@@ -93,6 +96,8 @@ class RunFolder:
         if self.writes and self.metrics_path.exists():
             kept = [line for line in self.metrics() if line["step"] <= step]
             write_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        if self.writes:
+            self.board.begin(step)
 
     # ---- checkpoints -----------------------------------------------------------------------------
 
@@ -151,6 +156,7 @@ class RunFolder:
         """Write the curve and ``result.json``; after this the run is finished."""
         if not self.writes:
             return
+        self.board.close()
         if curve is not None:
             write_bytes(self.path / "curve.png", curve)
         write_json(self.path / "result.json", result)
@@ -170,7 +176,7 @@ def check_comparison(config: CompareConfig) -> None:
     check_folder(config.out, config.resume, "comparison.json", "comparison")
     path = config.out / "comparison.json"
     if path.exists():
-        check_same(from_json(CompareConfig, read_json(path)), config, config.out)
+        check_same(from_json(CompareConfig, read_json(path)), config, config.out, ("out", "resume", "jobs"))
 
 
 def check_folder(path: Path, resume: bool, marker: str, what: str) -> None:

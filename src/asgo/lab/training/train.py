@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +17,23 @@ from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import command
 from asgo.lab.config.runs import TrainConfig
 from asgo.lab.data.batches import open_data
-from asgo.lab.data.sampling import Batches
+from asgo.lab.data.rows import IGNORED, in_batches
+from asgo.lab.data.sampling import Batches, Pair
+from asgo.lab.data.tokenization import BpeTokenizer
 from asgo.lab.errors import LabError
 from asgo.lab.figures import draw_run
+from asgo.lab.files import writing
 from asgo.lab.inspection.routing import routing_text
-from asgo.lab.models.language import build_model, count_parameters, model_fingerprint, token_loss
+from asgo.lab.models.language import (
+    build_model,
+    check_model,
+    count_parameters,
+    cross_entropy,
+    model_fingerprint,
+    token_loss,
+)
 from asgo.lab.optimizers.registry import build_optimizer, resolve, state_bytes
+from asgo.lab.pretrained import as_pretrained, load_tokenizer
 from asgo.lab.training import environment
 from asgo.lab.training.machine import accelerator
 from asgo.lab.training.meter import Meter
@@ -30,6 +43,7 @@ from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.schedule import factor, scheduler
 from asgo.lab.training.snapshot import FORMAT, check_identity, random_state, set_random_state
 from asgo.lab.training.stopping import Stopped, StopSignal
+from asgo.optimizer.step import structured
 
 
 class Diverged(LabError):
@@ -51,6 +65,7 @@ def train(config: TrainConfig, console: Console | None = None, title: str | None
         Stopped: after SIGINT or SIGTERM, with a checkpoint of the step just finished.
     """
     validate(config)
+    check_model(config)
     config = replace(config, optimizer=resolve(config.optimizer))
     folder = RunFolder(config.out)
     folder.check(config)
@@ -80,8 +95,9 @@ class Trainer:
         self.accelerator = accelerator(config.machine)
         self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        self.data = open_data(config.data, config.seed, rank, world)
+        self.data = open_data(config.model_data, config.seed, rank, world)
         model = build_model(config.model, self.data.vocab_size, config.data.block_size, config.seed)
+        self.fingerprint = model_fingerprint(model)
         self.parallel = Parallel(self.accelerator, config.machine)
         self.raw = self.parallel.place(model)
         self.optimizer = self.parallel.share(build_optimizer(self.raw, config.optimizer))
@@ -115,13 +131,24 @@ class Trainer:
             total += loss.detach()
             tokens += targets.numel() * self.accelerator.num_processes
         self.grad_norm = self.parallel.clip(self.model, self.config.clip or math.inf)
+        every = self.config.cadence.metrics_every
+        recorder = structured(self.optimizer) if every else None
+        if recorder is not None:
+            recorder.record_metrics((self.step + 1) % every == 0)
         self.meter.clock.start()
         self.stepper.step()
         self.meter.clock.stop()
+        if recorder is not None and (self.step + 1) % every == 0:
+            self._add_metrics(recorder.metrics())
         self.scheduler.step()
         self.stepper.zero_grad()
         self.meter.add(self.accelerator.reduce(total, "mean"), tokens)  # pyright: ignore[reportArgumentType]
         self.step += 1
+
+    def _add_metrics(self, found: dict[str, dict[str, float]]) -> None:
+        self.folder.board.add(
+            {f"{key}/{name}": x for name, row in found.items() for key, x in row.items()}, self.step + 1
+        )
 
     def _batch(self, batches: Batches, number: int) -> tuple[Tensor, Tensor]:
         return self._to_device(batches.batch(number))
@@ -178,28 +205,42 @@ class Trainer:
         return line
 
     def _evaluate(self) -> dict[str, Any]:
-        loss = self._validation_loss(self.config.cadence.eval_blocks)
-        self.meter.val_losses.append(loss)
-        line = {
-            "step": self.step,
-            "val_loss": loss,
-            "tokens": self.meter.tokens,
-            "seconds": self.meter.seconds,
-        }
+        found = self._validate(self.config.cadence.eval_blocks)
+        self.meter.val_losses.append(found["val_loss"])
+        line = {"step": self.step, **found, "tokens": self.meter.tokens, "seconds": self.meter.seconds}
         self.folder.log(line)
         return line
 
+    def _validate(self, blocks: int) -> dict[str, float]:
+        found = self._measure(self.data.validation(self.config.data.batch_size, blocks or None), "val")
+        self._check_loss(found["val_loss"], "validation")
+        return found
+
+    def _final_losses(self) -> dict[str, float]:
+        cadence, test = self.config.cadence, getattr(self.data, "test", None)
+        if cadence.final_eval_blocks is None and test is None:
+            return {"val_loss": self.meter.val_losses[-1]}
+        blocks = cadence.eval_blocks if cadence.final_eval_blocks is None else cadence.final_eval_blocks
+        found = self._validate(blocks)
+        if test is not None:
+            found |= self._measure(in_batches(test, self.config.data.batch_size, blocks or None), "test")
+        return found
+
     @torch.no_grad()
-    def _validation_loss(self, blocks: int) -> float:
+    def _measure(self, pairs: Iterable[Pair], name: str) -> dict[str, float]:
+        """Mean loss, and of images the share of right answers."""
         self.model.eval()
-        total, tokens = torch.zeros((), dtype=torch.float64), 0
-        for batch in self.data.validation(self.config.data.batch_size, blocks or None):
-            inputs, targets = self._to_device(batch)
-            total += token_loss(self.model, inputs, targets).double().cpu() * targets.numel()
-            tokens += targets.numel()
-        loss = float(total) / tokens
-        self._check_loss(loss, "validation")
-        return loss
+        total, right, count = torch.zeros((), dtype=torch.float64), 0, 0
+        for pair in pairs:
+            inputs, targets = self._to_device(pair)
+            logits = self.model(inputs).logits
+            counted = int((pair[1] != IGNORED).sum())
+            total += cross_entropy(logits, targets).double().cpu() * counted
+            count += counted
+            if targets.ndim == 1:
+                right += int((logits.argmax(1) == targets).sum())
+        accuracy = {f"{name}_accuracy": right / count} if self.config.data.corpus.images else {}
+        return {f"{name}_loss": float(total) / count} | accuracy
 
     def _check_loss(self, loss: float, which: str) -> None:
         if math.isfinite(loss):
@@ -268,18 +309,18 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "model_fingerprint": model_fingerprint(self.raw),
+            "model_fingerprint": self.fingerprint,
             "data_fingerprint": self.data.fingerprint,
             "optimizer_name": self.config.optimizer.name,
         }
 
     def _finish(self) -> dict[str, Any]:
-        meter, losses, blocks = self.meter, self.meter.val_losses, self.config.cadence.final_eval_blocks
+        meter, losses = self.meter, self.meter.val_losses
         result = {
             "status": "finished",
             "optimizer": self.config.optimizer.name,
             "seed": self.config.seed,
-            "val_loss": losses[-1] if blocks is None else self._validation_loss(blocks),
+            **self._final_losses(),
             "best_val_loss": min(losses),
             "steps": self.step,
             "tokens": meter.tokens,
@@ -294,5 +335,15 @@ class Trainer:
             "command": command("asgo train", replace(self.config, resume=False)),
             "date": environment.now(),
         }
+        if self.config.save_model:
+            self._export(self.config.out / "model")
         self.folder.finish(result, draw_run(self.folder.metrics()))
         return result
+
+    def _export(self, path: Path) -> None:
+        self.parallel.export(self.raw, path)
+        name, tokenizer = self.config.model.pretrained, getattr(self.data, "tokenizer", None)
+        if self.accelerator.is_main_process and (name or isinstance(tokenizer, BpeTokenizer)):
+            found = load_tokenizer(name) if name else as_pretrained(tokenizer.serialized)
+            with writing(path):
+                found.save_pretrained(path)

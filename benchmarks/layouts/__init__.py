@@ -1,0 +1,1 @@
+"""Layouts by experiment: see `benchmarks/layouts/README.md`."""

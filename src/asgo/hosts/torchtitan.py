@@ -1,0 +1,47 @@
+"""torchtitan: `OptimizersContainer.Config` in place of its own, then ``optimizer_name="asgo"`` in a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from asgo.hosts.common import BY_NAME, needed, optimizer_named
+from asgo.views.routing import route
+
+titan = needed("torchtitan.components.optimizer", extra="torchtitan")
+
+
+class OptimizersContainer(titan.OptimizersContainer):
+    """torchtitan's container, which knows the optimizers of this library by their names in lower case too.
+
+    Every parameter has the view that `asgo.route` gives it, unless the options of its group say otherwise (``view``).
+    Checkpoints are torchtitan's own: its flat, name-keyed form.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(titan.OptimizersContainer.Config):
+        """As torchtitan's."""
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:
+        if name in ("Adam", "AdamW", "DistMuon"):
+            return titan.OptimizersContainer._resolve_optimizer_factory(name)
+        return optimizer_named(name)
+
+    @staticmethod
+    def _build_param_groups(model: nn.Module, param_group_configs: Any, impl_kwargs: Any) -> Any:
+        groups, patterns = titan.OptimizersContainer._build_param_groups(model, param_group_configs, impl_kwargs)
+        views = {
+            param: view
+            for group in route(model)
+            for (_, param), view in zip(group["params"], group["views"], strict=True)
+        }
+        for name, alike in groups.items():
+            for group in alike if name in BY_NAME else ():
+                if "view" not in group:
+                    group["views"] = [views[param] for param in group["params"]]
+        return groups, patterns

@@ -1,0 +1,327 @@
+"""The optimizers that can be trained and compared, by name.
+
+All of them share one routing (`asgo.views.routing.route`): the named optimizer has the hidden matrices, AdamW has
+embeddings, vectors and the output head. Muon, NorMuon, AdaMuon, SOAP and averaged Shampoo take ASGO's own step with
+another preconditioner, so that they see the same matrices (queries, keys and values apart, experts apart), in the same
+rescaling; `torch.optim.Muon` and classes of other packages see those matrices as parameters (`slices.Sliced`). A row's
+``lr`` is the default of ``--optimizer.lr``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Muon as TorchMuon
+
+from asgo.lab.optimizers.factories import (
+    Factory,
+    adam_mini,
+    adamw,
+    beside_adamw,
+    by_route,
+    installed,
+    on_matrices,
+    spam,
+    spam_adamw,
+)
+from asgo.lab.optimizers.muon import Muon
+from asgo.lab.optimizers.soap import SOAP, AveragedShampoo
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+
+MUON_PAPER = (
+    "Muon: An optimizer for hidden layers in neural networks (Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein)"
+)
+SOAP_PAPER = (
+    "SOAP: Improving and Stabilizing Shampoo using Adam (Vyas, Morwani, Zhao, Kwun, Shapira, Brandfonbrener, Janson, "
+    "Kakade)"
+)
+AVERAGED_PAPER = (
+    "A Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo Optimizer (Shi, Lee, Iwasaki, "
+    "Gallego-Posada, Li, Rangadurai, Mudigere, Rabbat)"
+)
+_ADAMUON = partial(Muon, second_moment="element", sign=True)
+_TWO_SIDED_ASGO = partial(
+    AveragedShampoo,
+    betas=(0.95, 0.2),
+    statistic="momentum",
+    nesterov=True,
+    cross_normalize=True,
+    precondition_frequency=1,
+)
+TORCH_MUON = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+
+_ROUTING = frozenset({"per_head", "rules"})
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One row of `OPTIMIZERS`.
+
+    Args:
+        about: what has the hidden matrices, as markdown.
+        build: makes the optimizer from a model, the constructor's arguments and AdamW's learning rate.
+        constructor: the callable that the arguments go to; its signature says which options exist.
+        lr: default peak learning rate of the hidden matrices.
+        adamw_lr: default for everything else; None: the same as lr.
+        weight_decay: default decoupled decay of the hidden matrices.
+        paper: title and authors.
+        year: of its first version.
+        memory: numbers of state; ``d = m n``, k the shorter side and o the longer one, r a rank, s a block size.
+        cost: leading term of the operations of a step; a root counts by its measured or known number of products.
+        routing: further options, which go to `asgo.route`.
+    """
+
+    about: str
+    build: Factory
+    constructor: Callable[..., Optimizer]
+    lr: float
+    adamw_lr: float | None
+    weight_decay: float
+    paper: str
+    year: int
+    memory: str
+    cost: str
+    routing: frozenset[str] = frozenset()
+
+
+# The learning rates of asgo, adamw and muon are those of the recorded search in benchmarks/shakespeare. Those of dasgo
+# to agd are starting points: the best of three to eight on the tiny model, 250 steps of one seed, not recorded.
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "asgo": OptimizerSpec(
+        "`ASGO`, this library's defaults",
+        by_route(ASGO),
+        ASGO,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        **asdict(ASGO.info),
+    ),
+    "asgo-paper": OptimizerSpec(
+        "`ASGO.paper`",
+        by_route(ASGO.paper),
+        ASGO.paper,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        **asdict(replace(ASGO.info, lr=1e-2, memory="d + 2 k^2")),
+    ),
+    "dasgo": OptimizerSpec(
+        "`DASGO`",
+        by_route(DASGO),
+        DASGO,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        **asdict(DASGO.info),
+    ),
+    "bag": OptimizerSpec(
+        "`BAG`",
+        by_route(BAG),
+        BAG,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        **asdict(BAG.info),
+    ),
+    "bagm": OptimizerSpec(
+        "`BAGM`",
+        by_route(BAGM),
+        BAGM,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        **asdict(BAGM.info),
+    ),
+    "adagram": OptimizerSpec(
+        "`AdaGram`",
+        by_route(AdaGram),
+        AdaGram,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        **asdict(AdaGram.info),
+    ),
+    "one-sided-shampoo": OptimizerSpec(
+        "`OneSidedShampoo`",
+        by_route(OneSidedShampoo),
+        OneSidedShampoo,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        **asdict(OneSidedShampoo.info),
+    ),
+    "shampoo": OptimizerSpec(
+        "`Shampoo`",
+        by_route(Shampoo),
+        Shampoo,
+        adamw_lr=5e-3,
+        weight_decay=0.0,
+        routing=_ROUTING,
+        **asdict(Shampoo.info),
+    ),
+    "adablock": OptimizerSpec(
+        "`AdaBlock`",
+        by_route(AdaBlock),
+        AdaBlock,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        **asdict(AdaBlock.info),
+    ),
+    "adam-mini": OptimizerSpec(
+        "`AdamMini`, of everything",
+        adam_mini,
+        AdamMini,
+        adamw_lr=None,
+        weight_decay=0.1,
+        **asdict(AdamMini.info),
+    ),
+    "agd": OptimizerSpec(
+        "`AGD`",
+        by_route(AGD),
+        AGD,
+        adamw_lr=5e-3,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        **asdict(AGD.info),
+    ),
+    "spam": OptimizerSpec(
+        "`SPAM` around AdamW",
+        spam,
+        spam_adamw,
+        adamw_lr=None,
+        weight_decay=0.1,
+        **asdict(SPAM.info),
+    ),
+    "adamw": OptimizerSpec(
+        "`torch.optim.AdamW`",
+        adamw,
+        AdamW,
+        lr=5.7e-3,
+        adamw_lr=None,
+        weight_decay=0.1,
+        paper="Decoupled Weight Decay Regularization (Loshchilov, Hutter)",
+        year=2017,
+        memory="2 d",
+        cost="4 d",
+    ),
+    "muon": OptimizerSpec(
+        "`Muon` on ASGO's step",
+        by_route(Muon),
+        Muon,
+        lr=2e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=MUON_PAPER,
+        year=2024,
+        memory="d",
+        cost="20 d k + 10 k^3",
+    ),
+    "soap": OptimizerSpec(
+        "`SOAP` on ASGO's step",
+        by_route(SOAP),
+        SOAP,
+        lr=1e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=SOAP_PAPER,
+        year=2024,
+        memory="2 d + 2 m^2 + 2 n^2",
+        cost="6 d (m + n) + (m^3 + n^3) / 10",
+    ),
+    "averaged-shampoo": OptimizerSpec(
+        "`AveragedShampoo`",
+        by_route(AveragedShampoo),
+        AveragedShampoo,
+        lr=1e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        routing=_ROUTING,
+        paper=AVERAGED_PAPER,
+        year=2023,
+        memory="d + 2 m^2 + 2 n^2",
+        cost="4 d (m + n) + root (m^3 + n^3) / 10",
+    ),
+    "torch-muon": OptimizerSpec(
+        "`torch.optim.Muon`, on ASGO's matrices",
+        on_matrices(TorchMuon, TORCH_MUON),
+        TorchMuon,
+        lr=2e-2,
+        adamw_lr=None,
+        weight_decay=0.1,
+        paper=MUON_PAPER,
+        year=2024,
+        memory="d",
+        cost="20 d k + 10 k^3",
+    ),
+    "sgd": OptimizerSpec(
+        "`torch.optim.SGD` with Nesterov momentum",
+        beside_adamw(SGD, {"momentum": 0.9, "nesterov": True}),
+        SGD,
+        lr=1e-1,
+        adamw_lr=3e-3,
+        weight_decay=0.0,
+        paper="A method for solving the convex programming problem with convergence rate O(1/k^2) (Nesterov)",
+        year=1983,
+        memory="d",
+        cost="0",
+    ),
+}
+
+
+def _form(name: str, about: str, make: Callable[..., Optimizer], memory: str, cost: str = "") -> OptimizerSpec:
+    """A row like that of `name`, with other arguments."""
+    spec = OPTIMIZERS[name]
+    return replace(spec, about=about, build=by_route(make), constructor=make, memory=memory, cost=cost or spec.cost)
+
+
+OPTIMIZERS |= {
+    "normuon": replace(
+        _form("muon", "`Muon(second_moment='row')`", partial(Muon, second_moment="row"), "d + m"),
+        paper="NorMuon: Making Muon more efficient and scalable (Li, Liu, Liang, Zheng, Zhao)",
+        year=2025,
+    ),
+    "adamuon": replace(
+        _form("muon", "`Muon(second_moment='element', sign=True)`", _ADAMUON, "2 d"),
+        paper="AdaMuon: Adaptive Muon Optimizer (Si, Zhang, Shen)",
+        year=2025,
+    ),
+    "one-sided-soap": _form(
+        "soap", "`SOAP(sides='short')`", partial(SOAP, sides="short"), "2 d + 2 k^2", "6 d k + k^3 / 10"
+    ),
+    "averaged-one-sided-shampoo": _form(
+        "averaged-shampoo",
+        "`AveragedShampoo(sides='short')`",
+        partial(AveragedShampoo, sides="short"),
+        "d + 2 k^2",
+        "4 d k + root k^3 / 10",
+    ),
+    "two-sided-asgo": replace(
+        _form(
+            "averaged-shampoo",
+            "`AveragedShampoo` with ASGO's statistic of the momentum, betas and second moment of the other side",
+            _TWO_SIDED_ASGO,
+            "d + 2 m^2 + 2 n^2",
+            "4 d (m + n) + root (m^3 + n^3)",
+        ),
+        lr=1.4e-2,
+    ),
+    "torch-muon-fused": replace(
+        OPTIMIZERS["torch-muon"],
+        about="`torch.optim.Muon`, on whole parameters: fused queries, keys and values are one matrix",
+        build=beside_adamw(TorchMuon, TORCH_MUON),
+    ),
+}
+for _name, _module in (("hb-soap", "heavyball"), ("po-soap", "pytorch_optimizer")):
+    if find_spec(_module) is not None:  # rows of what is installed
+        _make = installed(_module, "SOAP")
+        _about = f"`{_module}.SOAP`, on ASGO's matrices"
+        OPTIMIZERS[_name] = replace(
+            OPTIMIZERS["soap"], about=_about, build=on_matrices(_make), constructor=_make, routing=frozenset()
+        )
