@@ -47,9 +47,9 @@ class ASGO(StructuredOptimizer):
         eps: damping inside the root relative to the Frobenius norm of ``V``. 1e-6 is a little above the spacing of
             float32 (1.2e-7), below which eigenvalues of a float32 statistic are rounding.
         weight_decay: decoupled, multiplied by ``lr`` as in AdamW; 0.1 as released.
-        precondition_frequency: steps between refreshes of a root; more is cheaper and less exact. Different
-            matrices refresh on different steps; the first ten steps refresh all. Above 1, rows under an old root are
-            limited to the largest length under a fresh one, see `asgo.structures.base.reach`.
+        precondition_frequency: steps between refreshes of a root; more is cheaper and less exact. Matrices are
+            refreshed at different steps; the first ten steps refresh all. Above 1, rows of the result are
+            limited to the largest norm that a fresh root allows, see `asgo.structures.base.reach`.
         statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
             ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
         nesterov: look ahead with the current gradient, as Muon does; the paper does not.
@@ -65,8 +65,8 @@ class ASGO(StructuredOptimizer):
             then, and there is no `precondition_frequency`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
             `precondition_frequency` of 1, and an ``lr`` that is a tensor on the device if it is to change.
         packed_state: keep ``gram`` and ``root`` as triangles, in half their memory, see `asgo.structures.Packed`.
@@ -131,7 +131,7 @@ class ASGO(StructuredOptimizer):
     ) -> ASGO:
         """Algorithm 2 with the paper's choices: gradient statistic, plain momentum, nothing on the other side.
 
-        Only the damping is ours: the released ``eps`` never enters the root (see `reference`).
+        Only the damping differs: the released ``eps`` has no effect on the root (see `reference`).
         """
         return cls(
             params,
@@ -150,7 +150,7 @@ class ASGO(StructuredOptimizer):
         """Algorithm 1: ``V <- V + G G^T; W <- W - lr (V^(1/2) + eps I)^(-1) G``, from the shorter side.
 
         No momentum, no decay, no rescaling; ``eps`` is absolute and outside the root, and never below what the
-        precision of V can resolve. Set ``side="left"`` in the groups to follow the paper's text to the letter.
+        precision of V can resolve. The paper's text always uses the left side: ``side="left"`` in the groups.
         """
         return cls(
             params,
