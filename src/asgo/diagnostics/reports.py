@@ -79,7 +79,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def report(optimizer: StructuredOptimizer) -> Report:
     """Name, shape, view, structure, state bytes and cost of the roots of every parameter.
 
-    The bytes are those of the tensors that the optimizer holds. The cost of a root is its number of ``k^3``
+    Bytes are counted from the tensors that the optimizer holds. The cost of a root is its number of ``k^3``
     products (`asgo.linalg.inverse_root.products`) times ``2 k^3`` operations, for each matrix of the stack; a model
     on the meta
     device is counted as one on the CPU. What a step allocates is found by a step of a copy without data.
@@ -123,13 +123,13 @@ def state_bytes(
 
     >>> state_bytes(route(model))   # doctest: +SKIP
     """
-    shapes = [{**group, "params": [_on_paper(member) for member in group["params"]]} for group in groups]
+    shapes = [{**group, "params": [_without_data(member) for member in group["params"]]} for group in groups]
     held = [tensor for state in optimizer(shapes).state.values() for tensor in state.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _products(group: Mapping[str, Any], param: Tensor) -> float:
-    """Products of ``k^3`` multiplications that a root takes; those of "square_root" are in its structure's cost."""
+    """Products of ``k^3`` multiplications of one root; for "square_root" they are part of its structure's cost."""
     if group["root"] == "square_root":
         return 1.0
     return products(group["root"], group["eps"], "cpu" if param.is_meta else param.device)
@@ -140,9 +140,9 @@ def _is_above(limit: int | None, param: Tensor) -> bool:
     return limit is not None and view is not None and not fits_within(view, param.shape, limit)
 
 
-def _on_paper(member: Any) -> Any:
+def _without_data(member: Any) -> Any:
     if isinstance(member, tuple):
-        return member[0], _on_paper(member[1])
+        return member[0], _without_data(member[1])
     return torch.nn.Parameter(torch.empty_like(member, device="meta"), requires_grad=member.requires_grad)
 
 

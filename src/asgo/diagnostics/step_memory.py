@@ -25,8 +25,8 @@ from asgo.optimizer.step import StructuredOptimizer, structured
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operations inside this context make, from when they are made until all are gone.
 
-    A storage counts once, whatever views it has. What a kernel allocates and gives back before it returns (the
-    workspace of LAPACK, a copy of a factor with other strides) is not seen.
+    A storage counts once, whatever views it has. Temporary memory within a kernel (LAPACK's workspace, a copy of a
+    factor with other strides) is not seen.
 
     Attributes:
         now: bytes made inside and alive, less the bytes that were there before and are gone.
@@ -89,10 +89,9 @@ def step_bytes(optimizer: Optimizer) -> int | None:
 
     No formula: it steps a copy of the optimizer on tensors that have device, shape and strides but no memory
     (`torch._subclasses.FakeTensorMode`), and follows every allocation. Nothing of the optimizer changes. What kernels
-    use for themselves is not counted, and one thread decomposes all matrices of
-    a stack. Where a step on a CPU asks its data, the usual is answered: all is finite and every root succeeds (and the
-    rank of `asgo.AdaGram` is not used up; when it is, a step takes about twice as much). Parameters on the meta device
-    are counted as on the CPU.
+    allocate internally is not counted, and one thread decomposes all matrices of a stack. Where a step on a CPU depends
+    on its data, it is assumed that all is finite and every root succeeds (and that `asgo.AdaGram` has not reached its
+    rank; once it has, a step takes about twice as much). Parameters on the meta device are counted as on the CPU.
 
     With plain matrices ``(m, n)``, k the shorter side, in float32 `asgo.ASGO` takes on a CPU, with ``root="minimax"``,
     2 m n + 10 k^2 numbers per matrix of a bucket: at most 12 times `asgo.optimizer.bucket.BUCKET_BYTES` (14 packed),

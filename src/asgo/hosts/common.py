@@ -13,8 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from asgo import presets
-from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets.spam import SPAM
+from asgo.optimizer.step import StructuredOptimizer, structured
 
 METRICS = ("update_rms", "weight_rms", "ratio", "gradient_norm", "failures", "root_residual")
 """The keys of `StructuredOptimizer.metrics`."""
@@ -62,18 +61,16 @@ def check_module(where: str, model: Any) -> None:
         )
 
 
-def recording(optimizer: Any) -> StructuredOptimizer | SPAM:
+def recording(optimizer: Any) -> StructuredOptimizer:
     """The optimizer of this library inside what a framework wraps around it.
 
     Raises:
         TypeError: there is none.
     """
-    while not isinstance(optimizer, (StructuredOptimizer, SPAM)):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None or inner is optimizer:
-            raise TypeError(f"MetricsCallback needs an optimizer of asgo; got {type(optimizer).__name__}.")
-        optimizer = inner
-    return optimizer
+    found = structured(optimizer)
+    if found is None:
+        raise TypeError(f"MetricsCallback needs an optimizer of asgo; got {type(optimizer).__name__}.")
+    return found
 
 
 def check_keys(keys: tuple[str, ...], every: int | None) -> None:

@@ -34,7 +34,7 @@ def init(like: Tensor, dtype: torch.dtype) -> State:
 
 @dataclass(frozen=True)
 class Written:
-    """Parameters of one device that a step brings up to date, in the precision of their state until it writes them."""
+    """The parameters of one device: updated in the precision of their state, then rounded once when written back."""
 
     params: list[Tensor]
     states: list[State]
@@ -49,7 +49,7 @@ class Written:
     def widened(self) -> list[Tensor]:
         """The parameters in the precision of their state, with what rounding lost; themselves where they have it.
 
-        Copies of those with gaps in memory: the fused kernel takes neighbours in memory for entries.
+        Parameters with gaps in memory are copied: the fused kernel assumes dense memory.
         """
         wide = widened(self.params, [state["exp_avg"] for state in self.states], self._residuals)
         return [value if _is_dense(value) else torch.empty_like(value).copy_(value) for value in wide]
@@ -73,8 +73,8 @@ def adamw(
 ) -> None:
     """One step of AdamW on parameters that have gradients, in place.
 
-    Parameters of lower precision than their state are updated in the state's precision and rounded once. One whose
-    gradient is not finite rests, state and all, and the failure is counted; a device is not waited for.
+    Parameters of lower precision than their state are updated in the state's precision and rounded once. A parameter
+    whose gradient is not finite, and its state, do not change, and the failure is counted. Never waits for a device.
 
     Args:
         params: what this rank holds of them.
@@ -103,8 +103,8 @@ def _update_finite(
 ) -> None:
     """Update the parameters whose gradients are finite, and count the others.
 
-    The fused kernel can be told to leave out all of a call and not some: where flags cannot be read without waiting,
-    every parameter has a call of its own.
+    The fused kernel can skip a whole call, not single parameters: where flags cannot be read without waiting for
+    the device, each parameter gets its own call.
     """
     torch._foreach_add_([state["failures"] for state in states], list((~finite).long().unbind()))
     if known_all_true(finite):

@@ -1,4 +1,4 @@
-"""Hyperparameters: their constraints, the neutral values of the step's options, and those of AdamW in a group.
+"""Hyperparameters: their constraints, the neutral values of the step's options, and AdamW's hyperparameters in a group.
 
 A preset states the constraints of its own hyperparameters in its class attribute ``constraints``.
 """
@@ -123,9 +123,11 @@ SHARED: dict[str, Constraint] = {
     "precondition_frequency": whole("a whole number of steps"),
     "statistic": one_of("gradient", "momentum"),
     "nesterov": FLAG,
+    "cross_normalize": one_of(*(True, False), "element"),
     "side": one_of("auto", "left", "right"),
     "adjust_lr": one_of(*SCALINGS),
     "root": one_of(*ROOTS, "square_root"),
+    "precision": one_of("auto", "bf16", "fp16", "fp32"),
     "maximize": FLAG,
     "capturable": FLAG,
     "packed_state": FLAG,
@@ -135,7 +137,7 @@ SHARED: dict[str, Constraint] = {
 """Constraints of the options of the step, and of hyperparameters that several presets have."""
 
 KNOWN: set[str] = set(SHARED)
-"""Names of all hyperparameters of this library, to refuse those of one optimizer in a group of another."""
+"""Names of all hyperparameters of this library, so that a group refuses another optimizer's."""
 
 
 def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from asgo._types import Stack
 from asgo.distributed.collectives import Wait, all_reduce_and
@@ -57,10 +56,11 @@ class StructuredOptimizer(GroupedOptimizer):
         TypeError: a parameter that is complex or not floating point.
     """
 
-    _recorder: Recorder | None = None
-    _recorded: Recorder | None = None
     step_hooks: tuple[StepHook, ...] = ()
     """Run in this order in every step, see `StepHook`."""
+
+    _recorder: Recorder | None = None
+    _recorded: Recorder | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -85,11 +85,11 @@ class StructuredOptimizer(GroupedOptimizer):
                 loss = closure()
         group_checks.refuse_sparse(self)
         plans = self._current_plans()
-        if self._recorder is not None:
-            self._recorder.start()
         groups = self.param_groups
         for hook in self.step_hooks:
             groups = hook.before_update(self, groups)
+        if self._recorder is not None:
+            self._recorder.start()
         waits: list[Wait] = []
         tasks: list[Iterator[None]] = []
         for group, plan in zip(groups, plans, strict=True):
@@ -101,7 +101,7 @@ class StructuredOptimizer(GroupedOptimizer):
         for wait in waits:
             wait()
         if self._recorder is not None:
-            self._recorder.finish(self.param_groups, plans, self.state)
+            self._recorder.finish(groups, plans, self.state)
             self._recorded = self._recorder
         return loss
 
@@ -313,10 +313,17 @@ class StructuredOptimizer(GroupedOptimizer):
         return Plan(signature, entries, where, [places[param] for param in entries], viewed, buckets)
 
 
-def structured(optimizer: Optimizer) -> StructuredOptimizer | None:
-    """The optimizer of this library that this one is, or wraps as `asgo.SPAM` does; None for any other."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, StructuredOptimizer) else None
+def structured(optimizer: Any) -> StructuredOptimizer | None:
+    """The optimizer of this library that this one is, or wraps in its attribute ``optimizer`` as `asgo.SPAM` does.
+
+    None for any other. Wrappers of frameworks have the attribute too.
+    """
+    while not isinstance(optimizer, StructuredOptimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer:
+            return None
+        optimizer = inner
+    return optimizer
 
 
 class StepHook(ABC):

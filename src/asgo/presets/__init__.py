@@ -7,7 +7,6 @@ from asgo.presets.agd import AGD
 from asgo.presets.asgo import ASGO
 from asgo.presets.bag import BAG, BAGM
 from asgo.presets.dasgo import DASGO
-from asgo.presets.info import OptimInfo
 from asgo.presets.shampoo import OneSidedShampoo, Shampoo
 from asgo.presets.spam import SPAM
 
@@ -22,6 +21,5 @@ __all__ = [
     "AdaGram",
     "AdamMini",
     "OneSidedShampoo",
-    "OptimInfo",
     "Shampoo",
 ]

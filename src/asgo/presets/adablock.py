@@ -41,9 +41,9 @@ class AdaBlock(StructuredOptimizer):
     from AdaBlock to momentum SGD with ``lr clip``. Random layers: with ``stale="diagonal"`` and a
     `precondition_frequency` of tau, a matrix uses its blocks in one of tau steps and their diagonal in the others.
 
-    Of a convolution, a run lies within a kernel, as in the paper. Departures: matrices take turns for their blocks, so
-    each has them equally often, in place of a draw; a run that does not divide is filled up with zeros; nothing is
-    added to V for the decomposition. Vectors and scalars go to AdamW, as the paper has Adam there.
+    Of a convolution, a run lies within a kernel, as in the paper. Departures: matrices are refreshed
+    at fixed phases, not drawn at random; a run that does not divide is padded with zeros; nothing is added to V
+    before the decomposition. Vectors and scalars go to AdamW, as the paper has Adam there.
 
     Memory: ``m n (1 + 2 block_size)``. Cost: ``4 m n block_size`` operations and a decomposition for every run.
 
@@ -51,19 +51,19 @@ class AdaBlock(StructuredOptimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
         lr: step size, a number or a tensor: Adam's.
         block_size: entries of a run; 10 as in the paper.
-        betas: decay of the momentum and of the statistic, Adam's. 1 as the second adds up.
-        eps: outside the root; 1e-4 as released. Eigenvalues of V below what its precision can resolve count as that.
+        betas: decay of the momentum and of the statistic, Adam's. A second value of 1 sums instead.
+        eps: outside the root; 1e-4 as released. Eigenvalues of V are clamped from below at its rounding error.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots of a matrix; all are refreshed in the first ten.
         stale: between refreshes, use the last ``"root"`` or the ``"diagonal"`` of the statistic. Under an old root,
             runs of the result are no longer than a constant gradient makes them under fresh ones.
         clip: the rate of the SGD that clipping leads to, in units of lr; None for no clipping.
-        gamma: how fast the bounds close; 1e-3 as released.
+        gamma: how fast the two bounds approach each other; 1e-3 as released.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
-        packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        packed_state: store symmetric matrices as triangles, in half the memory, see `asgo.structures.Packed`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.

@@ -27,11 +27,11 @@ class AdaGram(StructuredOptimizer):
         L^-1 <- (I - (1 - 1/s) u u^T) L^-1                u = h / |h|;   L^-1 = eps^(-1/2) (I - P Q^T)
         w <- w - lr h / s                                 = lr L^-1 g with the new L
 
-    so each gradient adds a column to P and Q, until `rank` of them; then an integrator takes ``P Q^T`` and the new
-    column back to that rank. "Dynamic Low-rank Approximation of Full-Matrix Preconditioner for Training Generalized
+    so each gradient adds a column to P and Q, until `rank` of them; then an integrator reduces ``P Q^T`` with the
+    new column to that rank. "Dynamic Low-rank Approximation of Full-Matrix Preconditioner for Training Generalized
     Linear Models", Matveeva, Katrutsa and Frolov 2025 (arXiv 2508.21106).
 
-    The paper's direction has the length of ``G^(-1/2) g`` but is turned, and is sometimes none of descent. With
+    The paper's direction has the norm of ``G^(-1/2) g`` but another angle, and is not always a descent direction. With
     ``direction="symmetric"`` (ours) the statistic itself is kept as ``delta I + U diag(s^2) U^T`` and its exact inverse
     root is applied; with enough rank that is full-matrix AdaGrad.
 
@@ -44,22 +44,22 @@ class AdaGram(StructuredOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups.
         lr: step size, a number or a tensor; the paper's 0.1.
-        eps: what the statistic starts from. 1e-2 as in the paper, whose tuned values are 0.1 to 0.5.
-        rank: directions that are remembered of a parameter, all of them where it has fewer entries; None for no limit.
+        eps: initial multiple of I in the statistic. 1e-2 as in the paper, whose tuned values are 0.1 to 0.5.
+        rank: number of columns of P and Q, at most the number of entries; None for no limit.
             ``"auto"`` is the paper's 5. A number above the entries of every parameter is refused.
         direction: ``"factor"`` (the paper) or ``"symmetric"``.
-        integrator: how a matrix of one rank too many is brought back:
+        integrator: how a matrix of rank r + 1 is reduced to rank r:
 
-            - ``"psi"``: a projector-splitting step (the paper); it overlooks what is orthogonal to the subspace;
-            - ``"bug"``: a basis update and Galerkin step, which may turn both bases before it projects;
+            - ``"psi"``: a projector-splitting step (the paper); it ignores what is orthogonal to the subspace;
+            - ``"bug"``: a basis update and Galerkin step, which may rotate both bases before it projects;
             - ``"eig"``: the best approximation, by a decomposition of size r + 1;
             - None: ``"psi"`` for ``"factor"``, ``"eig"`` for ``"symmetric"``, which ``"psi"`` would not keep symmetric.
-        compensate: with ``"symmetric"``, spread the energy of dropped directions over all that are not remembered;
-            ``"factor"`` has no such form.
+        compensate: with ``"symmetric"``, distribute the sum of the dropped eigenvalues evenly over all directions
+            outside U; ``"factor"`` has no such form.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a rank above the number of entries.

@@ -38,13 +38,13 @@ class AdamMini(StructuredOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups; ``AdamMini.groups(model)`` makes good ones.
         lr: step size, a number or a tensor: Adam's.
-        betas: decay of the momentum and of the statistic, Adam's. 1 as the second adds up.
+        betas: decay of the momentum and of the statistic, Adam's. A second value of 1 sums instead.
         eps: outside the root, as in Adam.
         weight_decay: decoupled, multiplied by ``lr``; 0.1 as in the paper's language models.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.

@@ -31,20 +31,19 @@ class AGD(StructuredOptimizer):
     Liu and Zhang 2023 (arXiv 2312.01658), as in the authors' program without its options ``amsgrad`` and ``win``.
     Where ``sqrt(v)`` is below delta, the step is momentum SGD with ``lr / delta``.
 
-    Memory: ``3 m n``, one ``m n`` more than the authors', as the previous H is kept rather than found from the momentum
-    before its update. Cost: a few operations per entry. Parameters may have any number of axes; ``view=None`` still
-    means AdamW.
+    Memory: ``3 m n``, one ``m n`` more than the authors', because the previous H is stored and not recomputed.
+    Cost: a few operations per entry. Parameters may have any number of axes; ``view=None`` still means AdamW.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
         lr: step size, a number or a tensor; as released.
-        betas: decay of the momentum and of the statistic, as released; 1 as the second adds up.
-        delta: the least that H is divided by; 1e-5 as released, 1e-14 for the paper's transformers.
+        betas: decay of the momentum and of the statistic, as released; a second value of 1 sums instead.
+        delta: smallest divisor of H; 1e-5 as released, 1e-14 for the paper's transformers.
         weight_decay: decoupled, multiplied by ``lr``.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer.hyperparameters import SHARED, Constraint, adjust_lr_of, from_arguments, one_of
+from asgo.optimizer.hyperparameters import adjust_lr_of, from_arguments
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
@@ -48,9 +48,9 @@ class ASGO(StructuredOptimizer):
         eps: damping inside the root relative to the Frobenius norm of ``V``. 1e-6 is a little above the spacing of
             float32 (1.2e-7), below which eigenvalues of a float32 statistic are rounding.
         weight_decay: decoupled, multiplied by ``lr`` as in AdamW; 0.1 as released.
-        precondition_frequency: steps between refreshes of a root; more is cheaper and less exact. Different
-            matrices refresh on different steps; the first ten steps refresh all. Above 1, rows under an old root are
-            limited to the largest length under a fresh one, see `asgo.structures.base.reach`.
+        precondition_frequency: steps between refreshes of a root; more is cheaper and less exact. Matrices are
+            refreshed at different steps; the first ten steps refresh all. Above 1, rows of the result are
+            limited to the largest norm that a fresh root allows, see `asgo.structures.base.reach`.
         statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
             ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
         nesterov: look ahead with the current gradient, as Muon does; the paper does not.
@@ -61,14 +61,13 @@ class ASGO(StructuredOptimizer):
             matrix of a stack by itself, None not at all.
         adjust_lr_fn: as in `torch.optim.Muon`: ``"match_rms_adamw"`` is another name of ``adjust_lr="rms"``.
         root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
-        elsewhere.
-            ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less, and in half
-            precision takes matrix products alone, see `asgo.structures.SquareRoot`; ``eps`` is not asked then, and
-            there is no `precondition_frequency`.
+            elsewhere. ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less,
+            and in half precision takes matrix products alone, see `asgo.structures.SquareRoot`; ``eps`` is not used
+            then, and there is no `precondition_frequency`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
             `precondition_frequency` of 1, and an ``lr`` that is a tensor on the device if it is to change.
         packed_state: keep ``gram`` and ``root`` as triangles, in half their memory, see `asgo.structures.Packed`.
@@ -86,11 +85,6 @@ class ASGO(StructuredOptimizer):
         >>> optimizer = ASGO(asgo.route(model), lr=1e-2)   # doctest: +SKIP
     """
 
-    constraints: ClassVar[Mapping[str, Constraint]] = {
-        **SHARED,
-        "cross_normalize": one_of(*get_args(Cross)),
-        "precision": one_of("auto", "bf16", "fp16", "fp32"),
-    }
     info: ClassVar[OptimInfo] = OptimInfo(
         paper="ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)",
         year=2025,
@@ -138,7 +132,7 @@ class ASGO(StructuredOptimizer):
     ) -> ASGO:
         """Algorithm 2 with the paper's choices: gradient statistic, plain momentum, nothing on the other side.
 
-        Only the damping is ours: the released ``eps`` never enters the root (see `reference`).
+        Only the damping differs: the released ``eps`` has no effect on the root (see `reference`).
         """
         return cls(
             params,
@@ -157,7 +151,7 @@ class ASGO(StructuredOptimizer):
         """Algorithm 1: ``V <- V + G G^T; W <- W - lr (V^(1/2) + eps I)^(-1) G``, from the shorter side.
 
         No momentum, no decay, no rescaling; ``eps`` is absolute and outside the root, and never below what the
-        precision of V can resolve. Set ``side="left"`` in the groups to follow the paper's text to the letter.
+        precision of V can resolve. The paper's text always uses the left side: ``side="left"`` in the groups.
         """
         return cls(
             params,

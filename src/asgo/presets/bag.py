@@ -125,8 +125,8 @@ class BAG(Partitioned):
             ``"column"`` each column; ``"kernel"`` and numbers are refused there.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, blocks that do not fit.
@@ -170,15 +170,15 @@ class BAGM(Partitioned):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
-        lr: step size, a number or a tensor; near that of Adam.
-        betas: decay of the momentum and of the statistic; the paper's 0.9 and 0.999. 1 as the second adds up.
+        lr: step size, a number or a tensor; similar to Adam's.
+        betas: decay of the momentum and of the statistic; the paper's 0.9 and 0.999. A second value of 1 sums.
         eps: outside the root; 1e-3 as in the paper.
         weight_decay: decoupled, multiplied by ``lr``; ours, the paper's adds to the gradient.
         blocks: what a block is, see `BAG`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, blocks that do not fit.

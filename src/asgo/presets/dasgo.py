@@ -41,16 +41,16 @@ class DASGO(StructuredOptimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups; ``asgo.route(model)`` makes good ones.
         lr: step size on AdamW's scale (updates have a root mean square of 0.2), a number or a tensor; 1e-2 as in
             the released configuration.
-        betas: decay of the momentum and of the statistic, as released; 1 as the second adds up.
+        betas: decay of the momentum and of the statistic, as released; a second value of 1 sums instead.
         eps: under the root, absolute, as released.
         weight_decay: decoupled, multiplied by ``lr``; 0.1 as released.
-        axis: one number per ``"column"`` (as released) or ``"row"``; ``"auto"`` takes whichever are fewer.
+        axis: one number per ``"column"`` (as released) or ``"row"``; ``"auto"``: whichever are fewer.
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2 (the paper),
             ``"slice_rms"`` each matrix of a stack by itself, None not at all.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
         adjust_lr_fn: another name of `adjust_lr`, see `ASGO`.
 
     Raises:

@@ -32,7 +32,7 @@ class OneSidedShampoo(StructuredOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
         lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
-        eps: absolute, inside the root; never below what the statistic's precision can resolve, see
+        eps: absolute, inside the root; clamped from below at the statistic's rounding error, see
             `asgo.linalg.spectral`.
         betas: decay of the momentum and of the statistic. 0 and 1, the paper's: no momentum, a sum. With a second one
             below 1 the statistic is a running average, not corrected.
@@ -44,9 +44,9 @@ class OneSidedShampoo(StructuredOptimizer):
             as in `ASGO`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
-        packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        packed_state: store symmetric matrices as triangles, in half the memory, see `asgo.structures.Packed`.
         adjust_lr_fn: another name of `adjust_lr`, see `ASGO`.
 
     Raises:
@@ -109,19 +109,19 @@ class Shampoo(StructuredOptimizer):
         lr: step size, a number or a tensor; not on AdamW's scale unless `adjust_lr` is given.
         betas: decay of the momentum and of the statistics; 1 as the second is the paper's sum, less a running average,
             not corrected.
-        eps: absolute, inside the roots: what L and R start from; never below what their precision can resolve.
+        eps: absolute, inside the roots: L and R start from it; clamped from below at their rounding error.
         weight_decay: decoupled, multiplied by ``lr``.
         precondition_frequency: steps between refreshes of the roots. Above 1, rows and columns of the result are no
             longer than 1, which fresh roots of a sum cannot exceed.
-        max_size: sides longer than this (None: none) are left alone, and the other side takes the power -1/2: a side
-            of 30,000 would cost 7 GB.
+        max_size: a longer side has no preconditioner, and the other side takes the power -1/2: a side of 30,000
+            would cost 7 GB. None: no limit.
         adjust_lr: None leaves the size of a step to the statistics (the paper); ``"rms"`` and ``"slice_rms"`` rescale
             as in `ASGO`.
         maximize: ascend instead of descend.
         rounding: how bfloat16 and float16 parameters are written, see `asgo.optimizer.rounding`.
-        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, as far as they should be
-            others than ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
-        packed_state: keep symmetric state as triangles, in half its memory, see `asgo.structures.Packed`.
+        adamw: ``lr``, ``betas``, ``eps`` and ``weight_decay`` of parameters without a view, where they differ from
+            the matrices' ``lr``, ``(0.9, 0.95)``, ``1e-8`` and 0.
+        packed_state: store symmetric matrices as triangles, in half the memory, see `asgo.structures.Packed`.
         adjust_lr_fn: another name of `adjust_lr`, see `ASGO`.
 
     Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DECAY = 0.999
-"""Decay of the mean square that spikes are compared with: that of Adam's second moment."""
+"""Decay of the mean square that spikes are compared with, as of Adam's second moment."""
 ARMED = 20
 """Steps after each reset before spikes are clipped, as released: the mean square must have seen some gradients."""
 FAINT = 0.99

@@ -10,7 +10,7 @@ rescaling; `torch.optim.Muon` and classes of other packages see those matrices a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -30,10 +30,7 @@ from asgo.lab.optimizers.factories import (
 )
 from asgo.lab.optimizers.muon import Muon
 from asgo.lab.optimizers.soap import SOAP, AveragedShampoo
-from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
-
-ASGO_PAPER = "ASGO: Adaptive Structured Gradient Optimization (An, Liu, Pan, Ren, Ma, Goldfarb, Zhang)"
-BAG_PAPER = "Blockwise Adaptivity: Faster Training and Better Generalization in Deep Learning (Zheng, Kwok)"
+from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 
 MUON_PAPER = (
     "Muon: An optimizer for hidden layers in neural networks (Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein)"
@@ -98,161 +95,107 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         "`ASGO`, this library's defaults",
         by_route(ASGO),
         ASGO,
-        lr=1.4e-2,
         adamw_lr=None,
         weight_decay=0.1,
         routing=_ROUTING,
-        paper=ASGO_PAPER,
-        year=2025,
-        memory="d + 2 k^2 + 2 o",
-        cost="4 d k + root k^3",
+        **asdict(ASGO.info),
     ),
     "asgo-paper": OptimizerSpec(
         "`ASGO.paper`",
         by_route(ASGO.paper),
         ASGO.paper,
-        lr=1e-2,
         adamw_lr=None,
         weight_decay=0.1,
         routing=_ROUTING,
-        paper=ASGO_PAPER,
-        year=2025,
-        memory="d + 2 k^2",
-        cost="4 d k + root k^3",
+        **asdict(replace(ASGO.info, lr=1e-2, memory="d + 2 k^2")),
     ),
     "dasgo": OptimizerSpec(
         "`DASGO`",
         by_route(DASGO),
         DASGO,
-        lr=5e-3,
         adamw_lr=None,
         weight_decay=0.1,
         routing=_ROUTING,
-        paper=ASGO_PAPER,
-        year=2025,
-        memory="d + n",
-        cost="4 d",
+        **asdict(DASGO.info),
     ),
     "bag": OptimizerSpec(
         "`BAG`",
         by_route(BAG),
         BAG,
-        lr=1e-2,
         adamw_lr=5e-3,
         weight_decay=0.0,
         routing=_ROUTING,
-        paper=BAG_PAPER,
-        year=2019,
-        memory="d + blocks",
-        cost="4 d",
+        **asdict(BAG.info),
     ),
     "bagm": OptimizerSpec(
         "`BAGM`",
         by_route(BAGM),
         BAGM,
-        lr=5e-3,
         adamw_lr=None,
         weight_decay=0.1,
         routing=_ROUTING,
-        paper=BAG_PAPER,
-        year=2019,
-        memory="d + blocks",
-        cost="4 d",
+        **asdict(BAGM.info),
     ),
     "adagram": OptimizerSpec(
         "`AdaGram`",
         by_route(AdaGram),
         AdaGram,
-        lr=3e-1,
         adamw_lr=5e-3,
         weight_decay=0.0,
         routing=_ROUTING,
-        paper=(
-            "Dynamic Low-rank Approximation of Full-Matrix Preconditioner for Training Generalized Linear "
-            "Models (Matveeva, Katrutsa, Frolov)"
-        ),
-        year=2025,
-        memory="d (2 r + 2)",
-        cost="16 d r^2",
+        **asdict(AdaGram.info),
     ),
     "one-sided-shampoo": OptimizerSpec(
         "`OneSidedShampoo`",
         by_route(OneSidedShampoo),
         OneSidedShampoo,
-        lr=5e-2,
         adamw_lr=5e-3,
         weight_decay=0.0,
         routing=_ROUTING,
-        paper=("Structured Preconditioners in Adaptive Optimization: A Unified Analysis (Xie, Wang, Reddi, Kumar, Li)"),
-        year=2025,
-        memory="d + 2 k^2",
-        cost="4 d k + root k^3",
+        **asdict(OneSidedShampoo.info),
     ),
     "shampoo": OptimizerSpec(
         "`Shampoo`",
         by_route(Shampoo),
         Shampoo,
-        lr=1.0,
         adamw_lr=5e-3,
         weight_decay=0.0,
         routing=_ROUTING,
-        paper="Shampoo: Preconditioned Stochastic Tensor Optimization (Gupta, Koren, Singer)",
-        year=2018,
-        memory="d + 2 m^2 + 2 n^2",
-        cost="4 d (m + n) + root m^3 + n^3",
+        **asdict(Shampoo.info),
     ),
     "adablock": OptimizerSpec(
         "`AdaBlock`",
         by_route(AdaBlock),
         AdaBlock,
-        lr=1e-2,
         adamw_lr=None,
         weight_decay=0.1,
         routing=_ROUTING,
-        paper=("AdaBlock: SGD with Practical Block Diagonal Matrix Adaptation for Deep Learning (Yun, Lozano, Yang)"),
-        year=2019,
-        memory="d (1 + 2 s)",
-        cost="4 d s + root d s^2",
+        **asdict(AdaBlock.info),
     ),
     "adam-mini": OptimizerSpec(
         "`AdamMini`, of everything",
         adam_mini,
         AdamMini,
-        lr=7e-3,
         adamw_lr=None,
         weight_decay=0.1,
-        paper="Adam-mini: Use Fewer Learning Rates To Gain More (Zhang, Chen, Li, Ding, Wu, Kingma, Ye, Luo, Sun)",
-        year=2024,
-        memory="d + blocks",
-        cost="4 d",
+        **asdict(AdamMini.info),
     ),
     "agd": OptimizerSpec(
         "`AGD`",
         by_route(AGD),
         AGD,
-        lr=6e-4,
         adamw_lr=5e-3,
         weight_decay=0.1,
         routing=_ROUTING,
-        paper=(
-            "AGD: an Auto-switchable Optimizer using Stepwise Gradient Difference for Preconditioning Matrix"
-            " (Yue, Ye, Jiang, Liu, Zhang)"
-        ),
-        year=2023,
-        memory="3 d",
-        cost="8 d",
+        **asdict(AGD.info),
     ),
     "spam": OptimizerSpec(
         "`SPAM` around AdamW",
         spam,
         spam_adamw,
-        lr=5.7e-3,
         adamw_lr=None,
         weight_decay=0.1,
-        paper=("SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training (Huang, Zhu, Jin, Liu, Wang, Liu)"),
-        year=2025,
-        memory="3 d",
-        cost="8 d",
+        **asdict(SPAM.info),
     ),
     "adamw": OptimizerSpec(
         "`torch.optim.AdamW`",

@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
 
-from asgo import SPAM, StructuredOptimizer
 from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import command
 from asgo.lab.config.runs import TrainConfig
@@ -44,6 +43,7 @@ from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.schedule import factor, scheduler
 from asgo.lab.training.snapshot import FORMAT, check_identity, random_state, set_random_state
 from asgo.lab.training.stopping import Stopped, StopSignal
+from asgo.optimizer.step import structured
 
 
 class Diverged(LabError):
@@ -132,7 +132,7 @@ class Trainer:
             tokens += targets.numel() * self.accelerator.num_processes
         self.grad_norm = self.parallel.clip(self.model, self.config.clip or math.inf)
         every = self.config.cadence.metrics_every
-        recorder = self.optimizer if isinstance(self.optimizer, (StructuredOptimizer, SPAM)) and every else None
+        recorder = structured(self.optimizer) if every else None
         if recorder is not None:
             recorder.record_metrics((self.step + 1) % every == 0)
         self.meter.clock.start()
