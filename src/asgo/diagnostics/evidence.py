@@ -54,13 +54,7 @@ class Evidence:
 
 
 class Trial:
-    """ASGO with a learning rate of 0 on a parameter of its own: the real step, on gradients that move nothing.
-
-    Args:
-        like: a gradient.
-        view: through which it is read.
-        statistic: which one, with its betas.
-    """
+    """ASGO with a learning rate of 0 on a parameter of its own: the real step, on gradients that move nothing."""
 
     def __init__(self, like: Tensor, view: View, statistic: str) -> None:
         self.param, self.view, self.beta1 = nn.Parameter(torch.zeros_like(like)), view, STATISTICS[statistic][0]

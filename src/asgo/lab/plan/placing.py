@@ -67,12 +67,7 @@ class Part:
 
 
 def read_parts(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Part]:
-    """Every part of every parameter of an optimizer (on the meta device), in its order.
-
-    Args:
-        optimizer: any.
-        tp_plan: how tensor parallel cuts modules, as transformers tells.
-    """
+    """Every part of every parameter of an optimizer, by preference on the meta device, in its order."""
     found: list[Part] = []
     names = names_of(optimizer)
     for group in optimizer.param_groups:
@@ -165,13 +160,7 @@ class Placed:
 
 
 def place(parts: Sequence[Part], mesh: Mesh, interval: int) -> list[Placed]:
-    """The parts on a mesh, with the owners and refresh phases that the optimizer chooses.
-
-    Args:
-        parts: of all parameters.
-        mesh: the ranks.
-        interval: steps between refreshes of a root.
-    """
+    """The parts on a mesh, with the owners and refresh phases that the optimizer chooses."""
     found = [_place(part, mesh) for part in parts]
     stacks = [(i, s, part.stack) for i, part in enumerate(parts) if (s := part.structure) is not None]
     phases = balanced_phases([stack[0] * s.root_flops(*stack[1:]) for _, s, stack in stacks], interval)
@@ -225,13 +214,7 @@ def _numel(box: Region | None) -> int:
 
 
 def memory(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> dict[str, Ranks]:
-    """Bytes that every rank keeps, by the names of `KEPT`; activations and temporaries are not among them.
-
-    Args:
-        placed: all parts.
-        mesh: the ranks.
-        itemsize: bytes of a number of a parameter and of its gradient.
-    """
+    """Bytes that every rank keeps, by the names of `KEPT`; activations and temporaries are not among them."""
     found = {name: np.zeros(mesh.shape) for name in KEPT}
     for p in placed:
         for name in ("params", "gradients"):
@@ -263,12 +246,6 @@ def traffic(placed: Sequence[Placed], mesh: Mesh, interval: int, itemsize: int) 
     """Bytes that every rank sends and receives in each step of an interval, ``(2, replicate, fsdp, tp)``.
 
     Not in it is what gradients cost on the way to their ranks, which is the same for every optimizer.
-
-    Args:
-        placed: all parts.
-        mesh: the ranks.
-        interval: steps between refreshes of a root.
-        itemsize: bytes of a number of a parameter and of its gradient.
     """
     flows = [sum((sent_always(p, itemsize) for p in placed), np.zeros((2, *mesh.shape), np.int64))] * interval
     for p in placed:
@@ -330,11 +307,6 @@ def gradient_bytes(numbers: int, mesh: Mesh, itemsize: int) -> float:
     """What each rank sends for the gradients, whatever the optimizer: a ring's all-reduce or reduce-scatter.
 
     ``2 (N - 1)/N`` of the bytes for copies, ``(F - 1)/F`` for shards and then the copies of a shard.
-
-    Args:
-        numbers: of the whole model.
-        mesh: the ranks.
-        itemsize: bytes of a number of a gradient.
     """
     local = numbers * itemsize / mesh.tp
     scattered = local * (mesh.fsdp - 1) / mesh.fsdp
