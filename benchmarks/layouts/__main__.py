@@ -24,7 +24,6 @@ COMMANDS = {
     "timm": ("vision", "timm_table"),
     "litgpt": ("language", "litgpt_table"),
     "diffusers": ("diffusion", "diffusers_table"),
-    "apart": ("apart", "measure"),
 }
 
 

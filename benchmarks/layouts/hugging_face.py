@@ -146,10 +146,10 @@ def run_family(kind: str) -> tuple[nn.Module, dict[str, Rows]]:
     raise error
 
 
-def transformers_table() -> None:
-    """Print the table of all families that run."""
+def transformers_table(*kinds: str) -> None:
+    """Print the table of these families, by default all that run."""
     ran, failed, table = 0, collections.Counter[str](), Table()
-    for kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+    for kind in kinds or transformers.models.auto.configuration_auto.CONFIG_MAPPING:
         try:
             table.add(kind, *run_family(kind))
         except Exception as error:

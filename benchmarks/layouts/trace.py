@@ -264,7 +264,7 @@ def judge(decision: Decision, rows: Rows) -> Verdict | None:
 
 
 class Table:
-    """Rows of a record, printed as they come, each once."""
+    """Rows of a record, printed as they come: one for each kind of weight, number of parts and verdict of a family."""
 
     def __init__(self) -> None:
         self.counts = collections.Counter[str]()
@@ -277,8 +277,9 @@ class Table:
             self.counts[verdict.verdict] += 1
             parts = "+".join(map(str, verdict.parts))
             row = (family, generic(verdict.name), parts, verdict.view, verdict.verdict, verdict.how)
-            if row not in self._shown:
-                self._shown.add(row)
+            kind = (family, *row[1].split(".")[-2:], str(len(verdict.parts)), verdict.verdict)
+            if kind not in self._shown:
+                self._shown.add(kind)
                 print("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |", flush=True)
 
 

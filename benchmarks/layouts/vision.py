@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from asgo.views.vocabulary import words
 from benchmarks.layouts.trace import Rows, Table, time_limit, trace
 
 SMALL = ("test_", "atto", "femto", "pico", "nano", "xxs", "tiny", "xs", "_b0", "_s0", "_0", "small", "_s", "_18")
@@ -47,18 +48,26 @@ def built(name: str, size: int) -> nn.Module:
         return timm.create_model(name)
 
 
-def timm_table() -> None:
-    """Print the table of all files of models that run."""
+def has_attention(name: str) -> bool:
+    """Whether a model has parameters called like parts of attention or of what stands in its place."""
+    with torch.device("meta"):
+        parameters = timm.create_model(name).named_parameters()
+    found = {word for parameter, _ in parameters for word in words(parameter)}
+    return bool(found & {"attn", "attention", "qkv", "qk", "kv", "mixer", "modulation", "queries", "qkvs"})
+
+
+def timm_table(*names: str) -> None:
+    """Print the table of these models, by default of one small model of every file of models with attention."""
     table, failed, ran = Table(), collections.Counter[str](), 0
-    for module in timm.list_modules():
-        names = timm.list_models(module=module)
-        if not names:
-            continue
+    files = [found for module in timm.list_modules() if (found := timm.list_models(module=module))]
+    for name in names or map(smallest, files):
         try:
-            table.add(smallest(names), *run(smallest(names)))
+            if not names and not has_attention(name):
+                continue
+            table.add(name, *run(name))
             ran += 1
         except Exception as error:
             failed[type(error).__name__] += 1
-            print(f"{smallest(names)}: {type(error).__name__}: {str(error)[:90]!r}", file=sys.stderr)
-    print(f"\ntimm {timm.__version__}, torch {torch.__version__}: one model of {ran} files each.")
+            print(f"{name}: {type(error).__name__}: {str(error)[:90]!r}", file=sys.stderr)
+    print(f"\ntimm {timm.__version__}, torch {torch.__version__}: {ran} models.")
     print(f"Weights: {dict(table.counts)}. Not built or not run here: {dict(failed)}.")

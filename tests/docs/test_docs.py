@@ -18,7 +18,8 @@ import asgo
 from asgo import ASGO, Rule, View, checkpoint, route, views
 from asgo.linalg import inverse_root
 from asgo.optimizer import hyperparameters
-from asgo.views.layouts import LAYOUTS, QUERY_KEY
+from asgo.views.layouts import LAYOUTS
+from asgo.views.projections import QUERY_KEY
 from asgo.views.routing import DEFAULT
 
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers

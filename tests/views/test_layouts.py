@@ -182,6 +182,20 @@ APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]]]] = 
     "a hyper-connection": (Holder(hc_mult=3, fn=(15, D)), "fn", blocks(3, 3, 9)),
     "one number per query": (Holder(embed_dim=D, qkv_proj=(49, D)), "qkv_proj", blocks(1, 24, 24)),
     "focal modulation": (Holder(focal_level=2, projection_in=(51, D)), "projection_in", blocks(24, 24, 3)),
+    "focal modulation, as a convolution": (Holder(focal_level=2, f=nn.Conv2d(D, 51, 1)), "f", blocks(24, 24, 3)),
+    "queries and keys alone": (Holder(num_heads=4, qk=(48, D), v=(D, D)), "qk", blocks(24, 24)),
+    "a list with one for each head": (
+        Holder(key_dim=3, val_dim=6, qkvs=nn.ModuleList(Holder(conv=nn.Conv2d(6, 12, 1)) for _ in range(2))),
+        "qkvs.0.conv",
+        blocks(3, 3, 6),
+    ),
+    "with an MLP beside it": (
+        Holder(heads=4, head_dim=6, inner_dim=24, mlp_hidden_dim=36, to_qkv_mlp_proj=(144, D), to_out=(D, 60)),
+        "to_qkv_mlp_proj",
+        blocks(24, 24, 24, 36, 36),
+    ),
+    "EfficientViM": (Holder(d_inner=24, hz_proj=(48, D)), "hz_proj", blocks(24, 24)),
+    "EfficientViM's selection": (Holder(state_dim=5, BCdt_proj=nn.Conv1d(D, 15, 1)), "BCdt_proj", blocks(5, 5, 5)),
     "an index": (
         Holder(index_n_heads=4, index_kv_heads=1, index_head_dim=6, index_qk_proj=(30, D)),
         "index_qk_proj",
@@ -255,7 +269,7 @@ def test_a_part_that_alone_has_a_gradient_moves_as_a_matrix_of_its_own(model, sl
         before, weight.grad = weight.detach().clone(), torch.zeros_like(weight)
         weight.grad[part.flatten()] = torch.randn(part.numel(), *weight.shape[1:], generator=generator)
         optimizer.step()
-        moved = (weight.detach() - before).square().mean(1)
+        moved = (weight.detach() - before).flatten(1).square().mean(1)
         assert moved[part.flatten()].mean().sqrt() == pytest.approx(0.2, rel=1e-3)
         assert moved.count_nonzero() == part.numel()
 
@@ -332,6 +346,10 @@ HEADS = {
     "of a narrower stream": (
         Holder(num_heads=4, head_dim=6, channel_shrink_ratio=2, layout_query=(12, D), layout_key=(12, D)),
         {"layout_query.weight": 4, "layout_key.weight": 4},
+    ),
+    "smaller than those of the values": (
+        Holder(num_heads=4, q_proj=(12, D), k_proj=(12, D), v_proj=(D, D), o_proj=(D, D)),
+        {"q_proj.weight": 4, "k_proj.weight": 4},
     ),
     "a multiple of the heads that is none": (
         Holder(num_attention_heads=4, head_dim=6, q_proj=(72, D), k_proj=(12, D)),

@@ -58,6 +58,10 @@ HEADS = {
         nn.ModuleDict({"embed": nn.Embedding(50257, D), "head": nn.Linear(D, 50304)}),
         ["head.weight"],
     ),
+    "padded much, the last": (
+        nn.ModuleDict({"embed": nn.Embedding(1000, D), "blocks": nn.ModuleList([block()]), "out": nn.Linear(D, 1024)}),
+        ["out.weight"],
+    ),
     "factorised": (
         nn.ModuleDict({"embed": nn.Embedding(V, 8), "project": nn.Linear(8, D), "to_logits": nn.Linear(D, V)}),
         ["to_logits.weight"],

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from asgo.views.gates import gated
-from asgo.views.layouts import Reading, read
+from asgo.views.layouts import read
 from asgo.views.model_scan import Site
 from asgo.views.patterns import MATRIX
+from asgo.views.projections import Reading
 from asgo.views.sizes import Place, number, width
 from asgo.views.view import View
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from asgo.views.adapters import adapter
 from asgo.views.gates import beside, gated, gated_convolution
 from asgo.views.head_axes import with_head_axes
-from asgo.views.layouts import Reading, read
+from asgo.views.layouts import read
 from asgo.views.model_scan import Site
 from asgo.views.patterns import GATES, MATRIX, STACK, TRANSPOSED, conv, default_view, per_expert
+from asgo.views.projections import Reading
 from asgo.views.roles import EXACT, LAYERS, named_table, table_or_gain
 from asgo.views.sizes import HEAD_DIM, HEADS, Place, number
 from asgo.views.view import View

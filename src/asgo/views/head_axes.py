@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from math import prod
 
-from asgo.views.layouts import FUSED, Reading
+from asgo.views.layouts import FUSED
 from asgo.views.patterns import STACK
+from asgo.views.projections import Reading
 from asgo.views.sizes import HEAD_DIM, HEADS, KEY_HEADS, Place
 from asgo.views.view import View
 

@@ -15,49 +15,8 @@ from functools import partial
 
 from asgo.views import sizes as rows_of
 from asgo.views.patterns import Order, fused, heads
+from asgo.views.projections import Reading, by_head_of
 from asgo.views.sizes import HEAD_DIM, Place, Sizes
-from asgo.views.view import View
-
-QUERY_KEY = (
-    ("q_proj", "k_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, GPT-J, GPT-Neo, BART, Whisper, CLIP, wav2vec 2.0
-    ("q_proj", "kv_b_proj"),  # DeepSeek's latent attention without a low-rank query,
-    ("q_b_proj", "kv_b_proj"),  # and with one
-    ("wq", "wkv_b"),  # the same as DeepSeek wrote it
-    ("wq_b", "wkv_b"),
-    ("q_b_proj", "kv_proj"),  # DeepSeek-V4
-    ("query", "key"),  # BERT, RoBERTa, ELECTRA, ALBERT, ViT, Swin
-    ("query_proj", "key_proj"),  # DeBERTa-v2
-    ("q_lin", "k_lin"),  # DistilBERT, XLM
-    ("q", "k"),  # T5
-    ("linear_q", "linear_k"),  # Conformers
-    ("to_q", "to_k"),  # diffusers, x-transformers
-    ("to_q", "to_kv"),  # GraniteSpeech, Evolla, lucidrains
-    ("add_q_proj", "add_k_proj"),  # the text stream of diffusers' joint attention
-    ("Wq", "Wk"),  # CTRL
-    ("wq", "wk"),  # Llama as Meta wrote it
-    ("w_q", "w_k"),
-    ("W_q", "W_k"),
-    ("w_qs", "w_ks"),
-    ("lin_q", "lin_k"),
-    ("q_linear", "k_linear"),
-    ("project_q", "project_k"),  # CPM-Ant
-    ("q_head", "k_head"),  # Funnel
-    ("layout_query", "layout_key"),  # LiLT
-    ("query_global", "key_global"),  # Longformer
-    ("w2e_query", "key"),  # LUKE
-    ("e2w_query", "key"),
-    ("e2e_query", "key"),
-    ("projection_query", "projection_key"),  # CvT
-    ("queries", "keys_values"),  # LeViT
-    ("q", "kv"),  # PVT, MPViT
-    ("q_attn", "c_attn"),  # GPT-2's cross attention, where c_attn holds key and value
-    ("q_proj_weight", "k_proj_weight"),  # torch.nn.MultiheadAttention with kdim or vdim
-)
-"""Names of the query's and the key's projection in one attention module, and where they were seen."""
-
-_QUERIES = {query: [key for q, key in QUERY_KEY if q == query] for query, _ in QUERY_KEY}
-_FUSED_KEYS = {"kv_b_proj", "wkv_b", "kv_proj", "to_kv", "keys_values", "kv", "c_attn"}
-_KEYS = {key: [query for query, k in QUERY_KEY if k == key] for _, key in QUERY_KEY if key not in _FUSED_KEYS}
 
 
 @dataclass(frozen=True)
@@ -137,7 +96,25 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(("qkv_proj",), ("q", "v", "k"), "in blocks", rows_of.codegen, "CodeGen", ("CodeGenAttention",), heads=_QKV),
     Layout(("qkv_proj",), _QKV, "blocks", rows_of.one_query, "MobileViTV2", needs=("embed_dim|out_proj",)),
-    Layout(("projection_in",), ("q", "context", "gates"), "blocks", rows_of.focal, "FocalNet", needs=("focal_level",)),
+    Layout(
+        ("projection_in", "f"), ("q", "context", "gates"), "blocks", rows_of.focal, "FocalNet", needs=("focal_level",)
+    ),
+    Layout(("qk",), _QK, "blocks", partial(rows_of.multiples, 2), "ConViT", heads=_QK),
+    Layout(
+        ("qkvs",),
+        _QKV,
+        "blocks",
+        lambda p: rows_of.add_up(p, *rows_of.known(p, "key_dim", "key_dim", "val_dim")),
+        "EfficientViT",
+    ),
+    Layout(
+        ("to_qkv_mlp_proj",),
+        (*_QKV, "gate", "up"),
+        "blocks",
+        lambda p: rows_of.add_up(p, *rows_of.known(p, *("inner_dim",) * 3, *("mlp_hidden_dim",) * 2)),
+        "FLUX.2",
+        heads=_QK,
+    ),
     Layout(("wqkv",), _QKV, "by group", rows_of.query_rows_per_group, "InternLM2", ("InternLM2Attention",), heads=_QKV),
     Layout(
         ("linear_qkv",),
@@ -275,16 +252,27 @@ LAYOUTS: tuple[Layout, ...] = (
         ("in_proj",), ("B", "C", "x"), "blocks", partial(rows_of.multiples, 3), "LFM2, LFM3", needs=("conv", "out_proj")
     ),
     Layout(("fn",), ("pre", "post", "comb"), "blocks", rows_of.hyper_connection, "DeepSeek-V4", needs=("hc_mult",)),
+    Layout(("hz_proj",), ("x", "z"), "blocks", rows_of.halves_of("d_inner"), "EfficientViM"),
+    Layout(
+        ("BCdt_proj",),
+        ("B", "C", "dt"),
+        "blocks",
+        lambda p: rows_of.add_up(p, *rows_of.known(p, *("state_dim",) * 3)),
+        "EfficientViM",
+    ),
     # -- modulation -----------------------------------------------------------------------------------------------
     Layout(
-        ("adaLN_modulation", "adaln_modulation", "modulation", "adaLN", "adaln", "ada_lin"),
+        (
+            *("adaLN_modulation", "adaln_modulation", "modulation", "adaLN", "adaln", "ada_lin", "adaln_proj"),
+            *("img_mod", "txt_mod", "time_mod_proj", "t_block"),
+        ),
         ("shift", "scale", "gate"),
         "blocks",
         rows_of.chunks,
         "DiT",
     ),
     Layout(
-        ("linear",),
+        ("linear", "lin"),
         ("shift", "scale", "gate"),
         "blocks",
         rows_of.chunks,
@@ -296,6 +284,14 @@ LAYOUTS: tuple[Layout, ...] = (
             "AdaLayerNormContinuous",
             "AdaLayerNorm",
             "SD35AdaLayerNormZeroX",
+            *(
+                "Modulation",
+                "Flux2Modulation",
+                "AuraFlowPreFinalBlock",
+                "HunyuanVideoAdaNorm",
+                "CogVideoXLayerNormZero",
+            ),
+            *("HunyuanVideoTokenReplaceAdaLayerNormZero", "LuminaRMSNormZero", "EasyAnimateLayerNormZero"),
         ),
     ),
 )
@@ -306,16 +302,6 @@ FUSED = tuple(dict.fromkeys(name for row in LAYOUTS if row.parts[:3] == ("q", "k
 """Names of weights that hold query, key and value."""
 
 _SURELY_FUSED = {*_IN_BLOCKS, "query_key_value", "in_proj_weight", "to_kv", "kv"} - {"c_attn"}
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a weight was found to be: its view with and without heads, and why."""
-
-    view: View | None
-    by_head: View | None
-    how: str
-    known: bool = True
 
 
 def read(place: Place, ndim: int = 2, transposed: bool = False) -> Reading | None:
@@ -333,7 +319,7 @@ def read(place: Place, ndim: int = 2, transposed: bool = False) -> Reading | Non
         sizes = row.sizes(place)
         if sizes is not None and place.rows > 0:
             return _reading(row, place, sizes, ndim, transposed)
-    separate = _separate(place, ndim, transposed)
+    separate = by_head_of(place, ndim, transposed)
     if separate is None and rows and place.slot in _SURELY_FUSED:
         d = place.number(*HEAD_DIM)
         by_head = heads(place.rows // d, transposed) if d and place.rows % d == 0 and ndim == 2 else None
@@ -379,31 +365,3 @@ def _head_rows(row: Layout, place: Place, sizes: Sequence[int]) -> int:
         d = place.number(*HEAD_DIM) or (q // place.heads if place.heads and q % place.heads == 0 else 0)
         return d if row.order != "in blocks" or not d or q % d == 0 else 0
     return place.head_dim or (sizes[0] // place.heads if place.heads and sizes[0] % place.heads == 0 else 0)
-
-
-def _separate(place: Place, ndim: int, transposed: bool) -> Reading | None:
-    """A query's or key's projection of its own: heads if their size or number is known and all adds up."""
-    is_query = any(hasattr(place.module, key) for key in _QUERIES.get(place.slot, ()))
-    queries = [query for query in _KEYS.get(place.slot, ()) if hasattr(place.module, query)]
-    if not (is_query or queries):
-        return None
-    h, d, rows = place.heads, place.head_dim, place.rows
-    if not h or not rows:
-        return Reading(None, None, f"{place.slot}: the number of heads is not known")
-    if place.slot.startswith("layout_"):
-        d //= place.number("channel_shrink_ratio") or 1
-    if place.has("key_dim") and rows == h * place.number("key_dim"):
-        d = place.number("key_dim")
-    if queries:
-        given, d = d, d or place.sibling(queries[0]) // h
-        count = rows // d if d and rows % d == 0 else 0
-        fits = count > 0 and h % count == 0 and (given > 0 or count == (place.key_heads or count))
-    else:
-        d, count = d or rows // h, h
-        fits = rows == h * d
-    if not fits:
-        return Reading(None, None, f"{place.slot}: {rows} rows are not the heads that the module tells", known=False)
-    by_head = heads(count, transposed) if count > 1 else None
-    if by_head is not None and ndim > 2:
-        by_head = fused(parts={"q": rows}, ndim=ndim, head_dim=rows // count, heads=("q",))
-    return Reading(None, by_head, f"{place.slot}: {count} heads")

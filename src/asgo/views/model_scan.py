@@ -57,6 +57,9 @@ class Site:
         below = self.module
         for module, slot in self.ancestors:
             yield module, slot
+            if isinstance(module, nn.ModuleList):  # one of several alike
+                below = module
+                continue
             layers = [child for child in module.children() if any(p.ndim >= 2 for p in child.parameters())]
             if len(layers) > 1 or any(p.ndim >= 2 for p in module.parameters(recurse=False)) or below not in layers:
                 return

@@ -23,8 +23,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from asgo.views.defaults import default_reading
-from asgo.views.layouts import Reading
 from asgo.views.model_scan import Site, find_sites
+from asgo.views.projections import Reading
 from asgo.views.view import View
 
 Predicate: TypeAlias = Callable[[str, nn.Module, nn.Parameter], bool]

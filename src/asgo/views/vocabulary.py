@@ -80,13 +80,18 @@ class Vocabulary:
             return ends or (named and self._is_padded(out))
         if out in self.sizes and (named or module is self.last):
             return True
-        if module is self.last and out > FEWEST and out - 1 in self.sizes:
-            return True  # with the blank of a transducer
+        if (named or module is self.last) and self._is_filled_up(out):
+            return True
         if inner == out or out < 2:
             return False
         gives = out not in self.widths and (out in self.sizes or (inner in self.widths and self._is_padded(out)))
         reads = inner not in self.widths and inner in self.sizes and inner > out
         return max(out, inner) >= FEWEST and (gives or reads)
+
+    def _is_filled_up(self, out: int) -> bool:
+        """A vocabulary's length and a blank, or as much as makes it a multiple of 64; of an output layer only."""
+        sizes = [size for size in self.sizes if size >= FEWEST]
+        return out - 1 in sizes or any(out % 64 == 0 <= out - size < min(128, size // 10) for size in sizes)
 
     def _is_padded(self, out: int) -> bool:
         """A vocabulary's length, or up to padding: a row more or less, or up to a multiple of 128."""
