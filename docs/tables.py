@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from asgo.lab.models.architectures import PRESETS
-from asgo.lab.optimizers.registry import OPTIMIZERS
+from asgo.lab.optimizers.table import EXTERNAL, OPTIMIZERS
 from benchmarks.speed.optimizers import BENCH_OPTIMIZERS
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
@@ -30,6 +30,7 @@ def optimizers() -> str:
     rows = (
         (f"`{name}`", s.about, s.lr, "the same as `lr`" if s.adamw_lr is None else s.adamw_lr, s.weight_decay)
         for name, s in OPTIMIZERS.items()
+        if name not in EXTERNAL
     )
     return table(columns, rows)
 

@@ -10,6 +10,7 @@ from torch.optim import SGD
 
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
 from asgo.lab.models.language import build_model
+from asgo.lab.optimizers.momenta import MomentaASGO, decays
 from asgo.lab.optimizers.muon import COEFFICIENTS, Muon
 from asgo.lab.optimizers.registry import build_optimizer
 from asgo.lab.optimizers.slices import Sliced
@@ -185,6 +186,34 @@ def test_asgo_with_a_second_moment_of_every_entry(shape, root):
     np.testing.assert_allclose(got, descend(grads, direction, nesterov=True), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("root", ["auto", "square_root"])
+@pytest.mark.parametrize("momenta", [2, 3])
+def test_several_momenta(shape, root, momenta):
+    """Ages from 10 / 4 to 10 times 4; each looks ahead as Nesterov's, divided by the weight of what it has seen."""
+    rates = {2: (0.6, 0.975), 3: (0.6, 0.9, 0.975)}[momenta]
+    np.testing.assert_allclose(decays(0.9, momenta, 4.0), rates)
+    (m, n), V, seen = shape, 0.0, []
+
+    def direction(_, G):
+        nonlocal V
+        seen.append(G)
+        D = 0.0
+        for b in rates:
+            weights = [(1 - b) * b ** (len(seen) - i) for i in range(len(seen))]
+            weights[-1] += 1 - b
+            D = D + sum(w * g for w, g in zip(weights, seen, strict=True)) / sum(weights) / momenta
+        V = 0.2 * V + 0.8 * (D @ D.T if m < n else D.T @ D)
+        values, Q = np.linalg.eigh(V)
+        Z = (Q * values**-0.5) @ Q.T
+        return Z @ D if m < n else D @ Z
+
+    grads = stream(shape)
+    options = {"momenta": momenta, "spread": 4.0, "cross_normalize": False, "root": root}
+    got = train(lambda p: MomentaASGO(p, LR, (0.9, 0.2), 1e-13, DECAY, **options), grads)
+    np.testing.assert_allclose(got, descend(grads, direction), rtol=1e-5)
+
+
 # ---- classes of other libraries -----------------------------------------------------------------------
 
 
@@ -259,6 +288,7 @@ def test_matrices_of_a_view_are_parameters_of_the_inner_optimizer(view, shape):
         (lambda p: SOAP(p, sides="left"), "SOAP: sides must be 'both' or 'short'; got 'left'"),
         (lambda p: AveragedShampoo(p, power=2.0), "power must be None or from 0 .* got 2.0"),
         (lambda p: Muon(p, momentum=1.0), "betas must be"),
+        (lambda p: MomentaASGO(p, momenta=1), "momenta must be 2 or more and spread above 1; got 1, 3.0"),
     ],
 )
 def test_what_the_peers_refuse(make, message):

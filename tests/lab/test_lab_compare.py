@@ -6,25 +6,34 @@ import csv
 import json
 import math
 import os
+import shlex
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from rich.console import Console
+from scipy.stats import ttest_rel
 
+from asgo.lab.cli import main
 from asgo.lab.compare import compare as compare_module
+from asgo.lab.compare import search as search_module
 from asgo.lab.compare.compare import compare
-from asgo.lab.compare.paired_test import all_pairs, paired_test
+from asgo.lab.compare.paired_test import all_pairs, paired_test, steps_ratio
 from asgo.lab.compare.summary import Outcome, cells, choose_target, summarize
 from asgo.lab.compare.tune import search
+from asgo.lab.config.codec import command
 from asgo.lab.config.runs import CadenceConfig, CompareConfig, MachineConfig, ModelConfig
 from asgo.lab.data.batches import DataConfig
 from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.errors import LabError
 from asgo.lab.figures import Curve, draw_comparison
-from asgo.lab.optimizers.spec import parse_spec
+from asgo.lab.optimizers.registry import build_optimizer
+from asgo.lab.optimizers.spec import parse_entry, parse_spec
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import Stopped
 from asgo.lab.training.train import Trainer
@@ -154,6 +163,100 @@ def test_tuning_gives_each_optimizer_the_same_number_of_runs(config):
     assert "Learning rates" in (config.out / "report.html").read_text()
 
 
+def test_a_search_gives_each_optimizer_the_same_trials_and_goes_on_where_it_was(config, monkeypatch):
+    """Interrupted in its third trial it repeats no trial and ends where an uninterrupted one does; its rows repeat."""
+    config = replace(
+        config, search=4, seeds=(0,), steps=4, reference="adamw:steps_factor=2",
+        optimizers=("muon", "adamw:steps_factor=2"), model=replace(config.model, dropout=0.0),
+    )  # fmt: skip
+    whole = compare(replace(config, out=config.out.with_name("whole")))
+    original, count = compare_module.run_job, []
+
+    def run_job(job, *args):
+        count.append(job.key)
+        if len(count) == 3:
+            raise Stopped("as after Ctrl-C")
+        return original(job, *args)
+
+    monkeypatch.setattr("asgo.lab.compare.runner.run_job", run_job)
+    with pytest.raises(Stopped, match="asgo compare --out .* --resume"):
+        compare(config)
+    results = compare(replace(config, resume=True))
+    assert results["search"] == whole["search"]
+    assert [row["val_loss"] for row in results["rows"]] == [row["val_loss"] for row in whole["rows"]]
+    trials = [json.loads(line) for line in (config.out / "search.jsonl").read_text().splitlines()]
+    assert len(count) - 1 == len({trial["job"] for trial in trials}) + 2 == len(trials) + 2
+    assert not (config.out / "search").exists()
+
+    trials = [trial["result"] for trial in trials]
+    for text, steps in (("muon", 4), ("adamw:steps_factor=2", 8)):
+        own = [trial for trial in trials if trial["optimizer"] == text]
+        assert [(t["stage"], t["steps"], t["seed"]) for t in own] == [
+            *[("wide", steps // 4, 1000)] * 2, *[("near", steps // 4, 1000)] * 2, ("full", steps, 1000)
+        ]  # fmt: skip
+        best = min(own[:4], key=lambda trial: trial["val_loss"])
+        assert results["search"][text]["values"] == {key: best[key] for key in search_module.WIDTHS}
+        assert results["search"][text]["trials"] == 5
+        for run in results["runs"][text]:
+            assert run["steps"] == steps
+        again = main([*shlex.split(results["again"][text])[1:], "--out", str(config.out / "again" / text[:4])])
+        assert again == 0
+        repeated = RunFolder(config.out / "again" / text[:4]).result()
+        assert repeated["val_loss"] == results["runs"][text][0]["val_loss"]
+        written = parse_spec(results["search"][text]["entry"].replace(",steps_factor=2", ""))
+        assert (written.lr, written.weight_decay) == (best["lr"], best["weight_decay"])
+    assert [test["second"] for test in results["tests"]] == ["adamw:steps_factor=2"]
+    assert [ratio["reference"] for ratio in results["steps_ratios"]] == ["adamw:steps_factor=2"]
+    table, report = ((config.out / name).read_text() for name in ("table.md", "report.html"))
+    for part in (
+        "against adamw:steps_factor=2, by final loss with p < 0.05",
+        "of 5 trials",
+        "asgo train --corpus.name",
+    ):
+        assert part in table
+    assert "The same trials for each" in report
+
+
+@pytest.mark.slow
+def test_a_comparison_of_several_processes_that_was_killed_goes_on(config):
+    """A real kill -9 of all its processes; the rest is done by another number of processes."""
+    config = replace(config, search=4, seeds=(0,), steps=8, optimizers=("muon", "adamw"))
+    words = shlex.split(command("asgo.lab compare", replace(config, jobs=2)))
+    start = {"start_new_session": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-m", *words], **start)
+    try:
+        record = config.out / "search.jsonl"
+        while process.poll() is None and not (record.exists() and record.read_text().count("\n") > 1):
+            time.sleep(0.05)
+        assert process.poll() is None
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = record.read_text().splitlines()
+    results = compare(replace(config, resume=True))
+    whole = compare(replace(config, out=config.out.with_name("whole")))
+    assert record.read_text().splitlines()[:2] == before[:2]
+    assert results["search"] == whole["search"]
+    assert [row["val_loss"] for row in results["rows"]] == [row["val_loss"] for row in whole["rows"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": 2}, "--search 2 is too small: pass 4 trials or more"),
+        ({"search": 8, "tune": 2}, "--tune and --search both choose learning rates"),
+        ({"search": 8, "tune_seed": 1}, "--tune-seed 1 is also one of --seeds: hyperparameters must be chosen"),
+        ({"reference": "muon"}, "--reference muon is not compared: pass one of --optimizers asgo adamw:lr=0.002"),
+        ({"jobs": 0}, "--jobs 0 is out of range: pass a number of processes"),
+        ({"optimizers": ("asgo:steps_factor=0",)}, "steps_factor must be above 0"),
+    ],
+)
+def test_what_a_comparison_refuses(config, changes, message):
+    with pytest.raises(LabError, match=message):
+        compare(replace(config, **changes))
+    assert not config.out.exists()
+
+
 def test_a_diverged_run_is_counted_and_the_rest_goes_on(config, capsys):
     config = replace(config, optimizers=("adamw", "sgd:lr=1e30"), seeds=(0,), cadence=CadenceConfig(log_every=1))
     results = compare(config, Console(width=300))
@@ -234,6 +337,80 @@ def test_search_walks_away_from_divergence():
     assert found.bracketed
 
 
+@pytest.mark.parametrize("name", ["asgo", "muon", "adamw", "soap", "torch-muon", "sgd"])
+@pytest.mark.parametrize("best", [0.5, 1.0, 2.0, 1e3])
+def test_a_search_comes_near_the_best_and_says_where_it_may_lie_beyond(name, best):
+    """Of a loss that is smallest at `best` times the middle of every range."""
+    entry, budget = parse_entry(name), 64
+    middle = search_module.centre(entry)
+    assert ("weight_decay" in middle) == (name != "sgd")
+    assert (middle["momentum"], middle["adamw_lr"]) == (0.9, parse_spec("adamw").lr)
+
+    def distances(values):
+        odds = {key: 1 - value if key == "momentum" else value for key, value in values.items()}
+        base = {key: 1 - value if key == "momentum" else value for key, value in middle.items()}
+        return {key: math.log(odds[key] / base[key] / best) for key in odds}
+
+    losses, trials = {}, search_module.wide(entry, budget)
+    for stage in search_module.STAGES:
+        trials += search_module.next_trials(stage, entry.text, budget, losses, trials)
+        losses |= {t.key: sum(d * d for d in distances(t.values).values()) for t in trials}
+    counts = [sum(trial.stage == stage for trial in trials) for stage in search_module.STAGES]
+    assert counts == [32, 32, 16]
+    assert search_module.share(budget) == 64 / 4 + 16
+    found = search_module.conclude(losses, trials)
+    assert found.val_loss == min(losses.values())
+    if best < 3:
+        assert all(abs(distance) < math.log(2) for distance in distances(found.values).values())
+        assert not found.edges
+    else:
+        assert set(found.edges) & {"lr", "adamw_lr"}
+    config = search_module.configured(entry.optimizer, found.values)
+    build_optimizer(torch.nn.Linear(3, 2), config)
+    assert config.lr == found.values["lr"]
+    if name in ("muon", "torch-muon", "sgd"):
+        assert config.options[-1] == f"momentum={found.values['momentum']:g}"
+    else:
+        assert config.betas == (found.values["momentum"], {"asgo": 0.2, "adamw": 0.95, "soap": 0.95}[name])
+
+
+def test_what_is_written_is_the_middle_of_a_search_and_zero_stays_zero():
+    middle = search_module.centre(parse_entry("asgo:lr=1e-4,weight_decay=0"))
+    assert middle == {"lr": 1e-4, "momentum": 0.9, "adamw_lr": 1e-4}
+    assert search_module.centre(parse_entry("muon:adamw_lr=3e-5"))["adamw_lr"] == 3e-5
+
+
+def test_steps_to_a_loss_are_compared_by_their_ratio():
+    """Against scipy's own paired test, on logarithms."""
+    ours, theirs = [80.0, 90.0, 85.0, 70.0], [100.0, 120.0, 90.0, 95.0]
+    found = steps_ratio("a", "b", list(zip(ours, theirs, strict=True)))
+    logs = [[math.log(x) for x in some] for some in (theirs, ours)]
+    expected = ttest_rel(*logs)
+    low, high = expected.confidence_interval(0.95)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
+    assert found.ratio == pytest.approx(math.prod(b / a for a, b in zip(ours, theirs, strict=True)) ** 0.25)
+    assert "steps of b / steps of a to the target: 1.2" in str(found)
+    assert "not reached by both on 1 of 2 seeds" in str(steps_ratio("a", "b", [(None, 3.0), (1.0, 2.0)]))
+    assert "1.500, no test" in str(steps_ratio("a", "b", [(2.0, 3.0)]))
+    assert "no seed" in str(steps_ratio("a", "b", []))
+    curve = Curve((0, 10, 20, 30), (0.0, 0.0, 0.0, 0.0), (4.0, 3.0, 3.5, 1.5))
+    assert [curve.crosses(x) for x in (5.0, 3.5, 3.0, 2.5, 1.0)] == [10, 5.0, 10.0, 25.0, None]
+
+
+def test_verdicts():
+    """By the sign of the difference, where it is told apart."""
+    noise = [0.01, -0.01, 0.02, -0.02]
+    pairs = [(1.0 + x, 2.0) for x in noise], [(2.0 + x, 1.0) for x in noise], [(1.0 + x, 1.0) for x in noise]
+    assert [paired_test("a", "b", some).verdict for some in pairs] == ["win", "loss", "tie"]
+    assert paired_test("a", "b", [(1.0, 2.0)]).verdict == "-"
+    expected = ttest_rel(*zip(*pairs[0], strict=True)).confidence_interval(0.95)
+    test = paired_test("a", "b", pairs[0])
+    assert (test.low, test.high) == pytest.approx((expected.low, expected.high))
+    some = {name: {0: 1.0, 1: 2.0} for name in "abc"}
+    assert [(t.first, t.second) for t in all_pairs(some, "b")] == [("a", "b"), ("c", "b")]
+
+
 def outcome(losses, seed=0, status="finished"):
     steps = tuple(10 * i for i in range(len(losses)))
     result = {"status": status, "val_loss": losses[-1], "seconds_per_step": 0.1, "optimizer_share": 0.5}
@@ -246,6 +423,7 @@ def test_rows_of_the_table():
     assert choose_target("auto", {"a": runs}) == 2.0
     assert choose_target("1.5", {"a": runs}) == 1.5
     assert choose_target("auto", {"a": runs[2:]}) is None
+    assert choose_target("auto", {"a": runs, "b": runs[:1]}, "b") == 1.0
     row = summarize("a", 0.01, runs, 2.0)
     assert (row.val_loss, row.best, row.runs, row.diverged) == (1.5, 1.0, 3, 1)
     assert (row.reached, row.steps_to_target, row.seconds_to_target) == (2, 15, 7.5)

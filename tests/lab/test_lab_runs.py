@@ -197,6 +197,31 @@ def test_every_peer_trains(config, name):
     assert "transformer.wte.weight" in (config.out / "routing.txt").read_text()
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_losses_at_the_mean_of_the_last_weights(config, monkeypatch, share):
+    """That of an average of the weights seen, to the bit of float32; a resumed run has it from its checkpoint."""
+    config = replace(config, tail_average=share, cadence=replace(config.cadence, checkpoint_every=5))
+    original, seen = Trainer._train_step, []
+
+    def train_step(self):
+        original(self)
+        seen.append({key: value.double().clone() for key, value in self.raw.state_dict().items()})
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", train_step)
+        with pytest.raises(Stopped):
+            train(config)
+        result = train(replace(config, resume=True))
+    last = seen[-round(share * config.steps) :]
+    trainer = Trainer(replace(config, out=config.out.with_name("other"), tail_average=0.0))
+    trainer.raw.load_state_dict({key: sum(each[key] for each in last) / len(last) for key in last[0]})
+    assert result["val_loss"] == pytest.approx(trainer._validation_loss(config.cadence.eval_blocks), rel=1e-6)
+    with pytest.raises(LabError, match="pass another --parallel than fsdp2"):
+        Trainer(replace(config, machine=replace(config.machine, parallel="fsdp2")))
+
+
 def test_llama_in_bf16(config):
     config = replace(
         config,

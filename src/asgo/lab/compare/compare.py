@@ -181,6 +181,7 @@ def _tuned(entry: Entry, found: search.Found | None) -> Entry:
 def _train_config(config: CompareConfig, entry: Entry, seed: int, out: Path, share: float = 1.0) -> TrainConfig:
     shared = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
     shared["steps"] = _steps(config, entry, share)
+    shared["tail_average"] = config.tail_average if entry.tail_average is None else entry.tail_average
     return TrainConfig(**shared, optimizer=entry.optimizer, seed=seed, out=out, resume=True)
 
 
@@ -272,7 +273,7 @@ def _chosen(results: Mapping[str, Any]) -> list[str]:
     """What a search has chosen, and where its best lies at an edge."""
     lines = []
     for text, best in results["search"].items():
-        edge = f"; nothing was tried beyond its {', '.join(best['edges'])}" if best["edges"] else ""
+        edge = f"; at the edge of what was tried: {', '.join(best['edges'])}" if best["edges"] else ""
         lines.append(f"{text}: {best['entry']} of {best['trials']} trials{edge}")
     return lines
 

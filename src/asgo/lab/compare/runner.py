@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from asgo.lab import tables
 from asgo.lab.config.runs import TrainConfig
-from asgo.lab.pool import work_through, workers
+from asgo.lab.pool import Results, work_through, workers
 from asgo.lab.training.progress import LiveLine, clock
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import Stopped, StopSignal
@@ -87,7 +87,7 @@ class Runner:
             for job, result in results:
                 keep(job, result)
 
-    def _alone(self, jobs: Sequence[RunJob]) -> Iterator[tuple[RunJob, Mapping[str, Any]]]:
+    def _alone(self, jobs: Sequence[RunJob]) -> Results[RunJob]:
         for number, job in enumerate(jobs, 1):
             left = self._left()
             title = f"[{number}/{len(jobs)}{f', {left} left' if left else ''}] {job.entry} {job.what}"
@@ -95,7 +95,7 @@ class Runner:
             self._finish(job, result)
             yield job, result
 
-    def _together(self, jobs: Sequence[RunJob]) -> Iterator[tuple[RunJob, Mapping[str, Any]]]:
+    def _together(self, jobs: Sequence[RunJob]) -> Results[RunJob]:
         count = 0
         with StopSignal() as stop, LiveLine(self.console, "runs", self.total, self._table) as line:
             line.begin(self.done)

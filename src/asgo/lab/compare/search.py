@@ -25,6 +25,8 @@ MOMENTUM = 0.9
 """The middle of every optimizer's range."""
 WIDTHS = {"lr": 4.0, "momentum": 4.0, "weight_decay": 8.0, "adamw_lr": 4.0}
 """By which factor the first box reaches to either side; of the momentum, for 1 minus it."""
+EDGE = 0.1
+"""Share of the range tried, at either end, that counts as its edge."""
 STAGES = ("wide", "near", "full")
 SOBOL_SEED = 0
 """All optimizers get the same points of the unit cube."""
@@ -66,7 +68,7 @@ class Found:
         val_loss: their final loss on the tuning seed.
         trials: how many there were, short and full.
         diverged: how many of them ended without a finite loss.
-        edges: the hyperparameters of which nothing was tried beyond the best value, on one side.
+        edges: the hyperparameters whose best value lies in the outer tenth, in logarithms, of what was tried.
     """
 
     values: Mapping[str, float]
@@ -135,13 +137,15 @@ def loss_of(result: Mapping[str, Any]) -> float:
 def conclude(losses: Mapping[str, float], trials: Sequence[Trial]) -> Found:
     """The best of the full trials, and whether it lies at an edge of what was tried."""
     best = min((t for t in trials if t.stage == "full"), key=lambda trial: losses[trial.key])
-    edges = []
-    for name, value in best.values.items():
-        tried = [trial.values[name] for trial in trials]
-        if len(set(tried)) > 1 and value in (min(tried), max(tried)):
-            edges.append(name)
+    edges = [name for name in best.values if _is_at_edge(name, best, trials)]
     diverged = sum(not math.isfinite(losses[trial.key]) for trial in trials)
     return Found(best.values, losses[best.key], len(trials), diverged, tuple(edges))
+
+
+def _is_at_edge(name: str, best: Trial, trials: Sequence[Trial]) -> bool:
+    at = [math.log(1 - t.values[name] if name == "momentum" else t.values[name]) for t in (best, *trials)]
+    low, high = min(at), max(at)
+    return low < high and not EDGE <= (at[0] - low) / (high - low) <= 1 - EDGE
 
 
 def configured(config: OptimizerConfig, values: Mapping[str, float]) -> OptimizerConfig:
@@ -161,6 +165,7 @@ def written(entry: Entry) -> str:
     words = [f"{name}={getattr(config, name):.6g}" for name in WIDTHS if getattr(config, name, None) is not None]
     words += [f"betas={config.betas[0]:.6g}/{config.betas[1]:.6g}"] if config.betas else []
     words += [*config.options, *([f"steps_factor={entry.steps_factor:g}"] if entry.steps_factor != 1 else [])]
+    words += [] if entry.tail_average is None else [f"tail_average={entry.tail_average:g}"]
     return f"{config.name}:{','.join(words)}"
 
 

@@ -147,6 +147,8 @@ class RunConfig:
         steps: optimizer steps.
         grad_accumulation: batches whose gradients are averaged into one step.
         clip: largest norm of the whole gradient; 0: no clipping.
+        tail_average: share of the steps, at the end, whose weights are averaged; losses are measured at the mean of
+            those so far. 0: no average.
     """
 
     data: Annotated[DataConfig, tyro.conf.arg(name="")] = field(default_factory=DataConfig)
@@ -157,6 +159,7 @@ class RunConfig:
     steps: Annotated[int, STEPS] = 600
     grad_accumulation: Annotated[int, Range(1, 1e6, "a number of batches per step")] = 1
     clip: Annotated[float, Range(0, 1e12, "the largest gradient norm; 0 means no clipping")] = 1.0
+    tail_average: Annotated[float, Range(0, 1, "a share of the steps")] = 0.0
 
     @property
     def model_data(self) -> DataConfig:

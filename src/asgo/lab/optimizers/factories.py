@@ -93,6 +93,8 @@ def installed(module: str, name: str) -> Callable[..., Optimizer]:
         precondition_frequency: int = 10,
     ) -> Optimizer:
         kind = getattr(import_module(module), name)
+        if module == "heavyball":  # it would compile and autotune for minutes, with the same results
+            import_module("heavyball.utils").compile_mode = None  # pyright: ignore[reportAttributeAccessIssue]
         params = [param for _, param in named]
         made = kind(
             params, lr=lr, betas=betas, weight_decay=weight_decay, precondition_frequency=precondition_frequency

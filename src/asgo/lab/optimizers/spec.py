@@ -10,6 +10,7 @@ from asgo.lab.errors import LabError
 from asgo.lab.optimizers.registry import parse_options, resolve
 
 _NUMBERS = ("lr", "weight_decay", "adamw_lr")
+_OF_THE_RUN = ("steps_factor", "tail_average")
 
 
 @dataclass(frozen=True)
@@ -20,30 +21,34 @@ class Entry:
         text: as it was written.
         optimizer: what it describes, without open fields.
         steps_factor: it runs this many times the steps of the comparison, with a schedule of that length.
+        tail_average: as of a run; None: that of the comparison.
         given: the keys that were written.
     """
 
     text: str
     optimizer: OptimizerConfig
     steps_factor: float
+    tail_average: float | None
     given: frozenset[str]
 
 
 def parse_entry(text: str) -> Entry:
-    """The entry that `text` describes: as `parse_spec`, and ``steps_factor``.
+    """The entry that `text` describes: as `parse_spec`, with ``steps_factor`` and ``tail_average`` besides.
 
     Raises:
-        LabError: as `parse_spec`, and for a factor that is not above 0.
+        LabError: as `parse_spec`, and for a factor that is not above 0 or a share that is not from 0 to 1.
     """
     name, _, rest = text.partition(":")
-    words = list(filter(None, rest.split(",")))
-    own = [word for word in words if word.startswith("steps_factor=")]
-    factor = _number(text, own[-1], own[-1].partition("=")[2]) if own else 1.0
+    words = [word.partition("=") for word in filter(None, rest.split(","))]
+    own = {key: _number(text, f"{key}={value}", value) for key, _, value in words if key in _OF_THE_RUN}
+    factor, tail = own.get("steps_factor", 1.0), own.get("tail_average")
     if not 0 < factor < 1e6:
         raise LabError(f"optimizer {text!r}: steps_factor must be above 0. Write it as in adamw:steps_factor=2.")
-    left = [word for word in words if word not in own]
+    if tail is not None and not 0 <= tail <= 1:
+        raise LabError(f"optimizer {text!r}: tail_average must be a share of the steps, from 0 to 1.")
+    left = ["".join(word) for word in words if word[0] not in own]
     optimizer = parse_spec(f"{name}:{','.join(left)}" if left else name)
-    return Entry(text, optimizer, factor, frozenset(word.partition("=")[0] for word in left))
+    return Entry(text, optimizer, factor, tail, frozenset(word.partition("=")[0] for word in left))
 
 
 def parse_spec(text: str) -> OptimizerConfig:

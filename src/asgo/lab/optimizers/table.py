@@ -28,6 +28,7 @@ from asgo.lab.optimizers.factories import (
     spam,
     spam_adamw,
 )
+from asgo.lab.optimizers.momenta import MomentaASGO
 from asgo.lab.optimizers.muon import Muon
 from asgo.lab.optimizers.soap import SOAP, AveragedShampoo
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
@@ -302,6 +303,9 @@ OPTIMIZERS |= {
         "d + 2 k^2",
         "4 d k + root k^3 / 10",
     ),
+    "momenta-asgo": _form(
+        "asgo", "`MomentaASGO`: the mean of three momenta of different length", MomentaASGO, "4 d + 2 k^2 + 2 o"
+    ),
     "two-sided-asgo": replace(
         _form(
             "averaged-shampoo",
@@ -318,10 +322,18 @@ OPTIMIZERS |= {
         build=beside_adamw(TorchMuon, TORCH_MUON),
     ),
 }
-for _name, _module in (("hb-soap", "heavyball"), ("po-soap", "pytorch_optimizer")):
-    if find_spec(_module) is not None:  # rows of what is installed
+EXTERNAL = {"hb-soap": "heavyball", "po-soap": "pytorch_optimizer"}
+"""Rows that there are where these modules are installed."""
+
+for _name, _module in EXTERNAL.items():
+    if find_spec(_module) is not None:
         _make = installed(_module, "SOAP")
-        _about = f"`{_module}.SOAP`, on ASGO's matrices"
         OPTIMIZERS[_name] = replace(
-            OPTIMIZERS["soap"], about=_about, build=on_matrices(_make), constructor=_make, routing=frozenset()
+            OPTIMIZERS["soap"],
+            about=f"`{_module}.SOAP`, on ASGO's matrices",
+            build=on_matrices(_make),
+            constructor=_make,
+            lr=2e-3,  # their updates have a root mean square of about 1
+            adamw_lr=OPTIMIZERS["adamw"].lr,
+            routing=frozenset(),
         )

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import command
@@ -108,6 +109,15 @@ class Trainer:
         self.meter, self.step = Meter(self.device), 0
         self._divide(config.grad_accumulation, world)
         self.grad_norm = torch.zeros(())
+        self.average = self._new_average(config)
+
+    def _new_average(self, config: TrainConfig) -> AveragedModel | None:
+        """The mean of the last weights, where one is asked for."""
+        if not config.tail_average:
+            return None
+        if config.machine.parallel == "fsdp2":
+            raise LabError("--tail-average is of whole weights: pass another --parallel than fsdp2, or leave it out.")
+        return AveragedModel(self.raw)
 
     def run(self, stop: StopSignal, progress: RunProgress) -> dict[str, Any]:
         """Train from the last checkpoint, or from the start, to the last step."""
@@ -144,6 +154,8 @@ class Trainer:
         self.stepper.zero_grad()
         self.meter.add(self.accelerator.reduce(total, "mean"), tokens)  # pyright: ignore[reportArgumentType]
         self.step += 1
+        if self.average is not None and self.step > (1 - self.config.tail_average) * self.config.steps:
+            self.average.update_parameters(self.raw)
 
     def _add_metrics(self, found: dict[str, dict[str, float]]) -> None:
         self.folder.board.add(
@@ -229,11 +241,12 @@ class Trainer:
     @torch.no_grad()
     def _measure(self, pairs: Iterable[Pair], name: str) -> dict[str, float]:
         """Mean loss, and of images the share of right answers."""
-        self.model.eval()
+        model = self.model if self.average is None or not self.average.n_averaged else self.average
+        model.eval()
         total, right, count = torch.zeros((), dtype=torch.float64), 0, 0
         for pair in pairs:
             inputs, targets = self._to_device(pair)
-            logits = self.model(inputs).logits
+            logits = model(inputs).logits
             counted = int((pair[1] != IGNORED).sum())
             total += cross_entropy(logits, targets).double().cpu() * counted
             count += counted
@@ -283,6 +296,7 @@ class Trainer:
             "meter": self.meter.state_dict(),
             "ranks": ranks,
             "world": self.world,
+            "average": None if self.average is None else self.average.state_dict(),
         }
         self.parallel.save(self.folder, state, self.raw, self.optimizer)
 
@@ -294,6 +308,8 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         if len(state["ranks"]) == self.accelerator.num_processes:
             local = state["ranks"][self.accelerator.process_index]
             self.data.batches.load_state_dict(local["data"])
