@@ -111,8 +111,10 @@ def vision(config: VisionConfig, console: Console | None = None) -> dict[str, An
         where = f"{config.folder}; the Debian package dataset-fashion-mnist puts it there"
         console.print(f"digits instead of Fashion-MNIST, which is not in {where}", highlight=False, soft_wrap=True)
     data = images.load(name, config.folder, config.images)
-    if len(data.train.labels) < config.batch:
-        raise LabError(f"--batch {config.batch} is more than the {len(data.train.labels)} training images: pass fewer.")
+    if len(data.train.targets) < config.batch:
+        raise LabError(
+            f"--batch {config.batch} is more than the {len(data.train.targets)} training images: pass fewer."
+        )
     return run_experiment(
         "vision",
         config,

@@ -16,10 +16,13 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 from asgo.lab.config.runs import ScheduleConfig
+from asgo.lab.data.images import CLASSES
+from asgo.lab.data.rows import Rows
+from asgo.lab.models import architectures
 from asgo.lab.optimizers.registry import state_bytes
 from asgo.lab.training.schedule import scheduler
 from asgo.presets import BAGM
-from experiments.vision.images import Part, load
+from experiments.vision.images import load
 
 Build = Callable[..., Optimizer]
 
@@ -33,7 +36,6 @@ METHODS: dict[str, Build] = {
 }
 """Nesterov's momentum, Adam, and BAGM with the paper's four kinds of blocks; decay rates are the usual ones."""
 
-CLASSES = 10
 EVALUATION_BATCH = 1000
 
 
@@ -87,24 +89,24 @@ class Training:
         begun = time.perf_counter()
         losses = self._train(model, optimizer, data.train)
         seconds = time.perf_counter() - begun
-        steps = self.epochs * (len(data.train.labels) // self.batch)
+        steps = self.epochs * (len(data.train.targets) // self.batch)
         found = {"losses": losses, "seconds_per_step": seconds / steps, "state_bytes": state_bytes(optimizer)}
         if not self.final:
             return found | {"validation": measure(model, data.validation)}
         return found | {"train": measure(model, data.train), "test": measure(model, data.test)}
 
-    def _train(self, model: nn.Module, optimizer: Optimizer, part: Part) -> list[float]:
+    def _train(self, model: nn.Module, optimizer: Optimizer, part: Rows) -> list[float]:
         """The mean loss of each epoch, while it was being trained; infinite, and no more, after divergence."""
         generator = torch.Generator().manual_seed(self.seed)
-        steps = len(part.labels) // self.batch
+        steps = len(part.targets) // self.batch
         schedule = scheduler(optimizer, self.schedule, self.epochs * steps)
         losses: list[float] = []
         model.train()
         for _ in range(self.epochs):
             total = torch.zeros(())
-            order = torch.randperm(len(part.labels), generator=generator)
+            order = torch.randperm(len(part.targets), generator=generator)
             for rows in order[: steps * self.batch].view(steps, self.batch):
-                loss = F.cross_entropy(logits(model, part.images[rows]), part.labels[rows])
+                loss = F.cross_entropy(logits(model, part.inputs[rows]), part.targets[rows])
                 loss.backward()
                 optimizer.step()
                 schedule.step()
@@ -118,19 +120,9 @@ class Training:
 
 def resnet(widths: tuple[int, ...], depths: tuple[int, ...], seed: int) -> nn.Module:
     """A ResNet of basic blocks for one channel and ten classes; the seed decides the weights."""
-    from transformers import ResNetConfig, ResNetForImageClassification  # noqa: PLC0415 (takes seconds; --help should not)
-
-    config = ResNetConfig(
-        num_channels=1,
-        embedding_size=16,
-        hidden_sizes=list(widths),
-        depths=list(depths),
-        layer_type="basic",
-        num_labels=CLASSES,  # pyright: ignore[reportCallIssue] (a field of the base class)
-    )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return ResNetForImageClassification(config)
+        return architectures.resnet(widths, depths, CLASSES, channels=1, layer_type="basic")
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -139,12 +131,12 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, part: Part) -> dict[str, float]:
+def measure(model: nn.Module, part: Rows) -> dict[str, float]:
     """Mean loss and share of wrong answers, with the statistics of batch normalisation that training left."""
     model.eval()
     loss = wrong = 0.0
-    for images, labels in zip(part.images.split(EVALUATION_BATCH), part.labels.split(EVALUATION_BATCH), strict=True):
+    for images, labels in zip(part.inputs.split(EVALUATION_BATCH), part.targets.split(EVALUATION_BATCH), strict=True):
         found = logits(model, images)
         loss += float(F.cross_entropy(found, labels, reduction="sum"))
         wrong += float((found.argmax(1) != labels).sum())
-    return {"loss": loss / len(part.labels), "error": wrong / len(part.labels)}
+    return {"loss": loss / len(part.targets), "error": wrong / len(part.targets)}

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from asgo.lab.compare.paired_test import paired_test
+from asgo.lab.data.rows import Rows
 from asgo.lab.errors import LabError
 from experiments.vision import experiment, images
 from experiments.vision.__main__ import main
 from experiments.vision.experiment import VisionConfig
-from experiments.vision.images import Part, load
+from experiments.vision.images import load
 from experiments.vision.training import METHODS, Training, measure, resnet
 
 pytest.importorskip("sklearn")
@@ -55,24 +56,24 @@ def job(folder, **change):
 
 
 def test_fashion_mnist_is_read_split_and_standardised(folder):
-    data = load.__wrapped__("fashion-mnist", folder, 30)
-    assert [len(part.labels) for part in (data.train, data.validation, data.test)] == [30, 8, 10]
-    assert data.train.images.shape == (30, 1, 28, 28)
-    assert float(data.train.images.mean()) == pytest.approx(0, abs=1e-5)
-    assert float(data.train.images.std()) == pytest.approx(1, abs=1e-2)
-    assert data.test.labels.tolist() == list(range(10))
-    marks = [set(part.images[:, 0, 0, 0].tolist()) for part in (data.train, data.validation)]
+    data = load("fashion-mnist", folder, 30)
+    assert [len(part.targets) for part in (data.train, data.validation, data.test)] == [30, 8, 10]
+    assert data.train.inputs.shape == (30, 1, 28, 28)
+    assert float(data.train.inputs.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(data.train.inputs.std()) == pytest.approx(1, abs=1e-2)
+    assert data.test.targets.tolist() == list(range(10))
+    marks = [set(part.inputs[:, 0, 0, 0].tolist()) for part in (data.train, data.validation)]
     assert len(marks[0] | marks[1]) == 38  # no image in both
     for part in (data.train, data.validation, data.test):  # brightness is the class
-        brightness = part.images[:, 0, 5, 5]
-        assert torch.equal(brightness.argsort(stable=True), part.labels.argsort(stable=True))
+        brightness = part.inputs[:, 0, 5, 5]
+        assert torch.equal(brightness.argsort(stable=True), part.targets.argsort(stable=True))
 
 
 def test_digits_stand_in():
-    data = load.__wrapped__("digits", Path("/nowhere"), 10_000)
-    assert [len(part.labels) for part in (data.train, data.validation, data.test)] == [1151, 287, 359]
-    assert data.train.images.shape[1:] == (1, 28, 28)
-    assert set(data.test.labels.tolist()) == set(range(10))
+    data = load("digits", Path("/nowhere"), 10_000)
+    assert [len(part.targets) for part in (data.train, data.validation, data.test)] == [1151, 287, 359]
+    assert data.train.inputs.shape[1:] == (1, 28, 28)
+    assert set(data.test.targets.tolist()) == set(range(10))
 
 
 def test_auto_is_what_is_there(folder, tmp_path):
@@ -85,11 +86,11 @@ def test_files_that_are_not_there_or_broken(folder, tmp_path):
     with pytest.raises(
         LabError, match=r"has no file train-images-idx3-ubyte in .* Debian package dataset-fashion-mnist"
     ):
-        load.__wrapped__("fashion-mnist", tmp_path, 10)
+        load("fashion-mnist", tmp_path, 10)
     for content in (b"\0\0\x08\x01\0\0\0\x05ab", b"not idx"):
         (tmp_path / NAMES[0]).write_bytes(content)
         with pytest.raises(LabError, match="is not an IDX file of bytes, or it was cut short"):
-            load.__wrapped__("fashion-mnist", tmp_path, 10)
+            load("fashion-mnist", tmp_path, 10)
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_errors_are_counted():
             scores = torch.nn.functional.one_hot(pixel_values.flatten(1)[:, 0].long(), 10)
             return type("Output", (), {"logits": scores.float() * 20})
 
-    part = Part(torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None, None], torch.tensor([1, 2, 3, 5]))
+    part = Rows(torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None, None], torch.tensor([1, 2, 3, 5]))
     found = measure(Fixed(), part)
     assert found["error"] == 0.25
     assert found["loss"] == pytest.approx(5.0, abs=1e-3)

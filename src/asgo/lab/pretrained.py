@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def load_tokenizer(name: str) -> Any:
         LabError: if there is none that can be read.
     """
     transformers = need("transformers", "--model.pretrained", INSTALL)
-    found = _load(transformers.AutoTokenizer.from_pretrained, name, "tokenizer")
+    found = _load(transformers.AutoTokenizer.from_pretrained, name, "tokenizer", {})
     if not found.is_fast:
         raise LabError(
             f"the tokenizer of {name} is not one of the library tokenizers: pass a model with tokenizer.json."
@@ -38,33 +38,35 @@ def as_pretrained(serialized: str) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(serialized))
 
 
-def load_model(name: str, **options: Any) -> nn.Module:
+def load_model(name: str, options: Mapping[str, Any]) -> nn.Module:
     """A causal language model with its weights.
 
     Args:
         name: a folder, a .gguf file, or a name of the hub.
-        options: for `from_pretrained`: dtype, or fields of its config.
+        options: for `from_pretrained`, as dtype, or fields of its config.
 
     Raises:
         LabError: if there is none that can be read.
     """
     transformers = need("transformers", "--model.pretrained", INSTALL)
-    return _load(transformers.AutoModelForCausalLM.from_pretrained, name, "causal language model", **options)
+    if _gguf(Path(name).expanduser()) and hasattr(transformers, "GgufConfig"):  # Else they stay packed, and untrained.
+        options = {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
+    return _load(transformers.AutoModelForCausalLM.from_pretrained, name, "causal language model", options)
 
 
-def load_config(name: str, **options: Any) -> Any:
-    """What `load_model` reads before any weights."""
-    transformers = need("transformers", "--model.pretrained", INSTALL)
-    return _load(transformers.AutoConfig.from_pretrained, name, "model", **options)
+def _gguf(path: Path) -> Path | None:
+    """The .gguf file that a path names, or that a folder has instead of a config.json."""
+    if path.is_file():
+        return path
+    return None if (path / "config.json").exists() else min(path.glob("*.gguf"), default=None)
 
 
-def _load(read: Callable[..., Any], name: str, what: str, **options: Any) -> Any:
+def _load(read: Callable[..., Any], name: str, what: str, options: Mapping[str, Any]) -> Any:
     path = Path(name).expanduser()
     try:
         if path.exists():
-            files = [path] if path.is_file() else [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-            gguf = {"gguf_file": files[0].name} if files else {}
-            return read(path.parent if path.is_file() else path, **gguf, **options)
+            file = _gguf(path)
+            return read(path, **options) if file is None else read(file.parent, gguf_file=file.name, **options)
         if name.count("/") != 1 or name.startswith((".", "~", "/")):
             raise ValueError("there is no such folder")
         return read(name, **options)

@@ -52,6 +52,14 @@ WORKLOADS: dict[str, RunConfig] = {
         cadence=_every(25, 500),
         steps=300,
     ),
+    "finetune": RunConfig(
+        data=DataConfig(block_size=64, batch_size=8),
+        model=ModelConfig(pretrained="runs/pretrained/model"),
+        machine=ONE_THREAD,
+        cadence=_every(25, 128),
+        steps=300,
+    ),
 }
 """By name: characters of Shakespeare with a GPT-2, byte pairs of botocore's documentation with a Llama, Fashion-MNIST
-with a ViT and a ResNet."""
+with a ViT and a ResNet, and Shakespeare again with what ``asgo train --workload bpe --optimizer.name adamw --steps 1500
+--save-model --out runs/pretrained`` has made."""

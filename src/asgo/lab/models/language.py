@@ -109,8 +109,8 @@ def build_model(config: ModelConfig, vocab_size: int, block_size: int, seed: int
 
 
 def _of_pretrained(config: ModelConfig, name: str, vocab_size: int, block_size: int) -> nn.Module:
-    options = {} if config.layers is None else {"num_hidden_layers": config.layers}
-    model: Any = load_model(name, dtype=getattr(torch, config.dtype), **options)
+    layers = {} if config.layers is None else {"num_hidden_layers": config.layers}
+    model: Any = load_model(name, {"dtype": getattr(torch, config.dtype), **layers})
     model.config.use_cache = False
     longest = getattr(model.config, "max_position_embeddings", block_size)
     if longest < block_size:

@@ -19,6 +19,7 @@ PACKAGES = (
     "accelerate",
     "datasets",
     "tokenizers",
+    "peft",
     "numpy",
     "tyro",
     "rich",

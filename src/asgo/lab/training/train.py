@@ -359,7 +359,10 @@ class Trainer:
     def _export(self, path: Path) -> None:
         self.parallel.export(self.raw, path)
         name, tokenizer = self.config.model.pretrained, getattr(self.data, "tokenizer", None)
-        if self.accelerator.is_main_process and (name or isinstance(tokenizer, BpeTokenizer)):
-            found = load_tokenizer(name) if name else as_pretrained(tokenizer.serialized)
-            with writing(path):
-                found.save_pretrained(path)
+        if not self.accelerator.is_main_process:
+            return
+        with writing(path):
+            if name is not None:
+                load_tokenizer(name).save_pretrained(path)
+            elif isinstance(tokenizer, BpeTokenizer):
+                as_pretrained(tokenizer.serialized).save_pretrained(path)
