@@ -356,13 +356,30 @@ def test_flat_memory_in_place_of_matrices_is_refused_by_name():
     optimizer.param_groups[0]["params"] = [flat]
     give_gradients([flat])
     before = flat.detach().clone()
-    with pytest.raises(ValueError, match=r"a vector \(56,\) where it had a matrix \(8, 6\).*fully_shard.*shard_state"):
+    with pytest.raises(ValueError, match=r"a vector \(56,\) where it had matrices.*fully_shard.*shard_state"):
         optimizer.step()
     assert torch.equal(before, flat)
     flattened = nn.Parameter(torch.ones(4))
     flattened._fsdp_flattened = True
     with pytest.raises(ValueError, match="is flattened by FullyShardedDataParallel.*fully_shard"):
         ASGO([flattened])
+    partitioned = nn.Parameter(torch.ones(0))
+    partitioned.ds_id = 0
+    with pytest.raises(ValueError, match="is partitioned by DeepSpeed's ZeRO-3.*fully_shard"):
+        ASGO([partitioned])
+
+
+def test_flat_memory_is_refused_where_the_parameters_have_lost_their_shapes_first():
+    """As ZeRO-3 does."""
+    net = Net()
+    optimizer = ASGO(list(net.a.named_parameters()))
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in net.a.parameters()]))
+    for param in net.a.parameters():
+        param.data = torch.empty(0)
+    optimizer.param_groups[0]["params"] = [flat]
+    give_gradients([flat])
+    with pytest.raises(ValueError, match=r"a vector \(56,\) where it had matrices"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("view", [MATRIX, None], ids=str)

@@ -132,6 +132,11 @@ def _check_flat(what: str, param: Tensor) -> None:
             f"{what} is flattened by FullyShardedDataParallel, so its matrices cannot be seen. Shard the model with "
             "torch.distributed.fsdp.fully_shard instead."
         )
+    if hasattr(param, "ds_id"):
+        raise ValueError(
+            f"{what} is partitioned by DeepSpeed's ZeRO-3, so its matrices cannot be seen. Use ZeRO stage 0, or shard "
+            "the model with torch.distributed.fsdp.fully_shard without DeepSpeed."
+        )
 
 
 def _check_together(caller: str, values: Mapping[str, Any]) -> None:

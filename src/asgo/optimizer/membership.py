@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from asgo.optimizer.param_groups import complete_names, names_of_group, plain
-from asgo.views import View
+from asgo.views import View, axes_of
 
 Group = dict[str, Any]
 
@@ -115,13 +115,19 @@ def _given(caller: str, group: Group, names: Sequence[str | None], seen: Sequenc
     return given
 
 
+def _axes(view: View) -> int:
+    """The number of axes of a parameter with this view."""
+    return len(axes_of(view.pattern_of(0).split("->")[0]))
+
+
 def _refuse_flat(what: str, gone: Sequence[Tensor], group: Group, views: Mapping[Tensor, View | None]) -> None:
     """Raise `ValueError` if a vector stands where matrices were, as in optimizers that flatten parameters."""
-    lost = [param for param in gone if views[param] is not None and param.ndim > 1]
+    # Their views tell: ZeRO-3 has taken the shapes of the parameters themselves.
+    lost = [param for param in gone if (view := views[param]) is not None and _axes(view) > 1]
     came = [param for param in group["params"] if param not in views]
     if lost and came and all(param.ndim == 1 for param in came):
         raise ValueError(
-            f"{what} has a vector {tuple(came[0].shape)} where it had a matrix {tuple(lost[0].shape)}: its parameters "
+            f"{what} has a vector {tuple(came[0].shape)} where it had matrices: its parameters "
             "were flattened, so their matrices cannot be seen. Use torch's fully_shard or optimizer.distribute("
             "shard_state=True) in place of FSDP1 or DeepSpeed's ZeRO."
         )

@@ -101,10 +101,10 @@ def is_wrapper(module: nn.Module, inner: str) -> bool:
 
 
 def _site(modules: Mapping[str, nn.Module], param: nn.Parameter, names: Sequence[str], vocabulary: Vocabulary) -> Site:
-    if is_lazy(param) or getattr(param, "_fsdp_flattened", False):
+    if is_lazy(param) or getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
         raise ValueError(
-            f"{names[0]!r} has no shape of its own: run a lazy model once before routing, and use "
-            "DistributedDataParallel, which keeps parameters whole, instead of FullyShardedDataParallel."
+            f"{names[0]!r} has no shape of its own: run a lazy model once before routing, and use fully_shard or "
+            "DistributedDataParallel instead of FullyShardedDataParallel or DeepSpeed's ZeRO-3."
         )
     places = [_place(modules, name, param) for name in names]
     heads = [place for place in places if modules[place[0]] in vocabulary.heads]
