@@ -116,11 +116,19 @@ def measure(
     return torch.cat(cosines), torch.cat(errors)
 
 
-def table(seen: list[Seen]) -> list[Row]:
+def merged(kept: list[Row], rows: list[Row]) -> list[Row]:
+    """The rows that are kept, each as it was measured last."""
+    fresh = {(r.statistic, r.beta2, r.precision, r.gram): r for r in rows}
+    return [fresh.get((r.statistic, r.beta2, r.precision, r.gram), r) for r in kept]
+
+
+def table(seen: list[Seen], precisions: list[str]) -> list[Row]:
     rows, plans = [], dict(polar.PLANS)
     for statistic, beta2 in itertools.product(("momentum", "gradient"), (0.2, 0.5, 0.8, 0.95)):
         wanted = exact(seen, statistic, beta2)
         for precision, gram in VARIANTS:
+            if precision not in precisions:
+                continue
             polar.PLANS[precision] = replace(plans[precision], gram=gram)
             steps = seen[:STEPS_FP16] if precision.startswith("fp16") else seen
             cosines, errors = measure(steps, wanted, precision, statistic, beta2)
@@ -171,14 +179,20 @@ def text(rows: list[Row], simulated: dict[str, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    known = list(dict.fromkeys(precision for precision, _ in VARIANTS))
+    parser.add_argument("--precisions", nargs="+", choices=known, default=known, help="rows to measure anew")
+    args = parser.parse_args()
+    out = args.out
     torch.set_num_threads(1)
     names = ("bf16", "bf16_fast", "fp16", "fp16_fast")
     simulated = {
         name: [worst(replace(polar.PLANS[name], gram=g)) for g in range(min(4, len(polar.PLANS[name].steps)) + 1)]
         for name in names
     }
-    rows = table(gradients(STEPS))
+    rows = table(gradients(STEPS), args.precisions)
+    if args.precisions != known:
+        kept = [Row(**row) for row in json.loads((out / "accuracy.json").read_text())["rows"]]
+        rows = merged(kept, rows)
     record = {"torch": torch.__version__, "rows": [vars(row) for row in rows], "simulated": simulated}
     (out / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "accuracy.md").write_text(text(rows, simulated))

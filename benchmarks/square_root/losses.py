@@ -4,7 +4,18 @@ python benchmarks/square_root/losses.py --out benchmarks/square_root/losses.json
 
 One simple loop steps all: momentum .95 with Nesterov, decoupled decay, an update of root mean square 0.2, AdamW for the
 rest, so that forms differ in their preconditioner alone. The form "exact" has eps 1e-6, "exact 4.7e-6" another. Runs of
-one seed have the same weights and batches. Each run is a line of the output; those that are there are not repeated.
+one seed have the same weights and batches. Each run is a line of the output; those that are there are not repeated, so
+that the command can be stopped and given again.
+
+The whole table, by width, five seeds at 128 and three at 384, in minutes of one core of an AMD EPYC without units for
+bfloat16: 300 steps take 0.9 (exact), 1.6 (bf16, fp16) and 1.1 (fp32) at 128, and 12, 17 and 10 at 384::
+
+    for statistic in momentum gradient; do
+        python benchmarks/square_root/losses.py --out benchmarks/square_root/losses.jsonl --statistic $statistic \\
+            --beta2 0.2 0.8 0 0.5 0.95 --forms exact bf16 fp16 fp32 --seeds 0 1 2 3 4                   # 130
+        python benchmarks/square_root/losses.py --out benchmarks/square_root/losses.jsonl --statistic $statistic \\
+            --beta2 0.2 0.8 --forms exact bf16 fp32 --seeds 0 1 2 --width 384                            # 230
+    done
 """
 
 from __future__ import annotations

@@ -146,9 +146,9 @@ def main() -> None:
             shown = "" if products is None else f"{products:.2f}"
             lines.append(f"| {name} | {form_name} | {beta2} | {median:.2f} | {low:.2f} to {high:.2f} | {shown} |")
             print(lines[-1], flush=True)
-    record = {"machine": machine, "threads": args.threads, "rows": rows}
-    (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.out / "speed.md").write_text("\n".join(lines) + "\n")
+            record = {"machine": machine, "threads": args.threads, "rows": rows}
+            (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+            (args.out / "speed.md").write_text("\n".join(lines) + "\n")
 
 
 def counted(shapes: list[tuple[int, int, int]], plan: polar.Plan, beta2: float) -> float:

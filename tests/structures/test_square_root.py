@@ -152,6 +152,7 @@ def test_an_unknown_precision_is_refused():
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("beta2", B2[1:])
+@pytest.mark.slow
 def test_the_square_of_s_follows_the_statistic_for_a_thousand_steps(precision, beta2):
     """Within `step_error` of what one step makes of the last S, hence within ``step_error / (1 - b2)`` of V."""
     structure, plan = SquareRoot("left", precision), PLANS[precision]
@@ -292,6 +293,16 @@ def test_a_direction_that_the_statistic_lacks_is_amplified_no_more_than_damping_
     assert ok.all()
     wanted = 2.0 * amplification(precision) / norm
     assert update[0, 1, 1] == pytest.approx(wanted, rel=len(plan.steps) * 4 * unit(plan))
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_the_precision_follows_the_device(units, monkeypatch):
+    """What is on "meta" is taken for what will be on the CPU, so that its memory is known before."""
+    monkeypatch.setitem(polar.UNITS, torch.bfloat16, units)
+    found = {name: polar.plan_for("auto", torch.float32, torch.device(name)) for name in ("cpu", "meta", "cuda", "xpu")}
+    on_cpu = PLANS["bf16" if units else "fp32"]
+    assert found == {"cpu": on_cpu, "meta": on_cpu, "cuda": PLANS["fp16"], "xpu": PLANS["bf16"]}
+    assert polar.plan_for("auto", torch.float64, torch.device("cuda")) == PLANS["fp64"]
 
 
 def test_what_is_carried_along_is_not_in_bfloat16_unless_asked(monkeypatch):
@@ -586,6 +597,7 @@ def test_one_graph_holds_it(beta2, precision, statistic):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.slow
 def test_a_whole_step_is_compiled_once(precision):
     torch._dynamo.reset()
     counter, results = CompileCounter(), []

@@ -177,7 +177,8 @@ def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
         return plans()["fp64"]
     if device.type == "cuda":
         return plans()["fp16"]
-    return plans()["bf16" if has_units(device, torch.bfloat16) else "fp32"]
+    slow = device.type in ("cpu", "meta") and not UNITS[torch.bfloat16]  # what is on "meta" will be on this CPU
+    return plans()["fp32" if slow else "bf16"]
 
 
 def has_units(device: torch.device, dtype: torch.dtype) -> bool:

@@ -100,7 +100,8 @@ class Momenta(OneCall):
 class MomentaASGO(StructuredOptimizer):
     """`ASGO` with the mean of several momenta, see `Momenta`, in the place of one.
 
-    Their ages ``1 / (1 - b_k)`` lie evenly in logarithms from that of ``betas[0]`` divided by `sharded_keys` to `sharded_keys`
+    Their ages ``1 / (1 - b_k)`` lie evenly in logarithms from that of ``betas[0]`` divided by `sharded_keys` to
+    `sharded_keys`
     times it. Vectors, embeddings and output heads are AdamW's.
 
     Args:

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from asgo import ASGO
 from asgo.structures import SquareRoot
@@ -143,6 +145,45 @@ def test_all_ranks_remember_the_same(worlds, size):
         found = worlds(size)(trained, layout, torch.float32, {"precision": "bf16"})
         for name in MATRICES if layout == "ddp" else SUMMED:
             assert all(torch.equal(roots[name], found[0][3][name]) for *_, roots in found)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 40), nn.Linear(40, 5)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def mlp(layout):
+    """The parameters of a model that torch itself has cut, after training, and their kinds of placement."""
+    torch.manual_seed(0)
+    model, share = Mlp().double(), slice(None)
+    if layout == "tensor parallel":
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+    elif layout:
+        fully_shard(model)
+        share = slice(dist.get_rank(), None, dist.get_world_size())
+    optimizer = ASGO(list(model.named_parameters()), root="square_root")
+    for step in range(STEPS):
+        x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))[share]
+        (model(x) - x.flip(1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    named = dict(model.named_parameters())
+    kinds = {name: where.kind for name, p in named.items() if (where := optimizer._division._placements.get(p))}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named.items()}, kinds
+
+
+@pytest.mark.parametrize(("layout", "name"), [("fully_shard", "up.weight"), ("tensor parallel", "down.weight")])
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_torch_cuts(worlds, layout, name, size):
+    expected, _ = mlp(None)
+    for params, kinds in worlds(size)(mlp, layout):
+        assert max(distances(params, expected).values()) < 1e-8
+        assert kinds[name] == "summed"
 
 
 def work(layout):
