@@ -35,7 +35,7 @@ from asgo.lab.inspection.gradients import GradientsConfig
 from asgo.lab.inspection.routing import RoutingConfig
 from asgo.lab.models.language import shape_of
 from asgo.lab.optimizers import registry
-from asgo.lab.optimizers.spec import parse_spec
+from asgo.lab.optimizers.spec import parse_entry
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.config import check as check_plan
 from asgo.lab.plan.mesh import parse as parse_mesh
@@ -200,7 +200,7 @@ def check_command(words):
         validate(parsed)
         shape_of(parsed.model)
     if isinstance(parsed, CompareConfig):
-        assert all(parse_spec(text).lr for text in parsed.optimizers)
+        assert all(parse_entry(text).optimizer.lr for text in parsed.optimizers)
     elif isinstance(parsed, cli.OptimizersConfig):
         shape_of(parsed.model)
     elif isinstance(parsed, PlanConfig):
