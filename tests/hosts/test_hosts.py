@@ -507,7 +507,7 @@ def test_zero_is_refused_by_name(stage):
 
 # ---- the page "Switch it on" ---------------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).parents[1] / "docs/hosts.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/hosts.md").read_text()
 SCRIPTS = dict(re.findall(r'^```py title="(\w+)"\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL))
 
 
