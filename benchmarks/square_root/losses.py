@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from workload import CharGPT, batches, exact_root, tokens
 
-from asgo.linalg.masked import blend
+from asgo.linalg.masked import masked_lerp_
 from asgo.structures import SquareRoot
 
 BETA1, LR, DECAY, RMS, EPS, CROSS = 0.95, 0.014, 0.1, 0.2, 1e-6, 0.95
@@ -75,7 +75,7 @@ class Hidden:
         direction = self.momentum.lerp(grad, 1 - BETA1)
         U = self.form.update(direction, direction if self.statistic == "momentum" else grad, self.beta2)
         square = U.square().mean(self.axis, keepdim=True)
-        blend(self.cross, square, 1 - CROSS, square.sum((1, 2), keepdim=True) > 0)
+        masked_lerp_(self.cross, square, 1 - CROSS, square.sum((1, 2), keepdim=True) > 0)
         U = U * self.cross.clamp_min(1e-38).rsqrt()
         U = U * (RMS * math.sqrt(U[0].numel()) / torch.linalg.vector_norm(U, dim=(1, 2), keepdim=True))
         for p, u in zip(self.params, U, strict=True):

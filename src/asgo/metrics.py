@@ -82,7 +82,7 @@ class Recorder:
             self._placements |= dict(zip(plan.entries, plan.where, strict=True))
             self._matrices |= dict.fromkeys(plan.entries, 1)
             for bucket in plan.buckets:
-                for member in bucket.everyone:
+                for member in bucket.all_parts:
                     self._placements[member.param] = member.placement
                     self._matrices[member.param] = sum(b for b, _, _ in member.view.shapes(member.param.shape))
             params = [*plan.viewed, *plan.entries]
@@ -128,7 +128,7 @@ class Recorder:
         """The rows of sharded parameters, added up over the ranks that hold them."""
         by_ranks: dict[tuple[int, ...], list[Tensor]] = {}
         for param, where in self._placements.items():  # in the same order on all ranks
-            if param in table and where.kind not in ("alone", "shared"):
+            if param in table and where.kind not in ("local", "root_sharing"):
                 by_ranks.setdefault(where.ranks, []).append(param)
         found: dict[Tensor, tuple[list[float], float]] = {}
         for ranks in sorted(by_ranks):

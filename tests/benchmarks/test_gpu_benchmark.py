@@ -245,7 +245,7 @@ def test_products_and_errors_of_a_form_are_those_of_its_root(form):
     name = group["root"]
     if name == "square_root":  # of a square matrix: its iteration on [D | S], and the new S where there is one
         square = SquareRoot(precision="bf16")
-        with_root = square.cost(64, 64) / 64**3 + square.work(64, 64) / 64**3
+        with_root = square.root_flops(64, 64) / 64**3 + square.step_flops(64, 64) / 64**3
         alone = PLANS["bf16"].products(64, 64)
         assert form.products == round(with_root if group["betas"][1] > 0 else alone)
     elif form.products is not None:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asgo import ASGO, DASGO, route
 from asgo.checkpoint import sharded
-from asgo.distributed.ownership import Unit, cost, owners, turns_of
+from asgo.distributed.ownership import WorkItem, owner_cost, owners, refresh_phases
 from asgo.optimizer.param_groups import views_of
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
 from family import PRESETS
@@ -352,7 +352,7 @@ def traffic(layout, names):
         optimizer.step()
     sizes = [(param.to_local() if isinstance(param, DTensor) else param).numel() for _, param in params]
     roots = [state["root"].numel() for state in optimizer.state.values() if "root" in state]
-    return counted.sent, sizes, roots, [optimizer._division._owners.get(param) for _, param in params]
+    return counted.sent, sizes, roots, [optimizer._partition._owners.get(param) for _, param in params]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -390,20 +390,22 @@ def test_adamw_sends_one_flag_per_parameter(worlds):
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize("interval", [1, 10])
-@pytest.mark.parametrize("kind", ["shared", "owned"])
+@pytest.mark.parametrize("kind", ["root_sharing", "owner_computes"])
 def test_root_work_of_gpt2_is_balanced(ranks, interval, kind):
     """Cubes of all roots, per rank: within 15 % of an equal share."""
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     optimizer = ASGO(route(model), precondition_frequency=interval)
-    turn_of = turns_of(optimizer.param_groups, optimizer._members.views, optimizer.structure)
+    phase_of = refresh_phases(optimizer.param_groups, optimizer._members.views, optimizer.structure)
     units, cubes = [], []
     for group in optimizer.param_groups:
         structure = optimizer.structure(group)
         for param, view in zip(group["params"], views_of(group), strict=True):
             for part, shape in enumerate(view.shapes(param.shape) if view else ()):
-                units.append(Unit(cost(structure, kind, shape), tuple(range(ranks)), (interval, turn_of[param, part])))
-                cubes.append(shape[0] * structure.cost(*shape[1:]))
+                units.append(
+                    WorkItem(owner_cost(structure, kind, shape), tuple(range(ranks)), (interval, phase_of[param, part]))
+                )
+                cubes.append(shape[0] * structure.root_flops(*shape[1:]))
     chosen = owners(units)
     load = [sum(c for c, owner in zip(cubes, chosen, strict=True) if owner == rank) for rank in range(ranks)]
     assert max(load) <= 1.15 * sum(cubes) / ranks

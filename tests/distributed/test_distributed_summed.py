@@ -155,7 +155,7 @@ def values(model):
 
 def kinds(optimizer):
     return {
-        name: optimizer._division._placements[param].kind
+        name: optimizer._partition._placements[param].kind
         for group in optimizer.param_groups
         for name, param in zip(group["param_names"], group["params"], strict=True)
     }
@@ -192,7 +192,7 @@ def test_rows_and_columns_are_stepped_as_on_one_process(worlds, layout, size, sh
     found = worlds(size)(trained, layout, ASGO, {"steps": steps})
     for params, kind, _ in found:
         assert far(params, expected) == {}
-        assert {name: kind[name] == "summed" for name in MATRICES} == {
+        assert {name: kind[name] == "partial_sums" for name in MATRICES} == {
             name: shards in matrix.on for name, matrix in MATRICES.items()
         }
     told = {name: sum(counts.get(name, 0) for *_, counts in found) for name in MATRICES}
@@ -204,7 +204,7 @@ def test_what_is_no_sum_or_would_send_more_is_gathered(worlds, size):
     names = (*GATHERED, "tall")
     for params, kind, _ in worlds(size)(trained, "shards", ASGO, {"steps": 3}, part_of(*names)):
         assert far(params, alone(names=names, steps=3)[0]) == {}
-        assert kind == dict.fromkeys(GATHERED, "owned") | {"tall": "summed"}
+        assert kind == dict.fromkeys(GATHERED, "owner_computes") | {"tall": "partial_sums"}
 
 
 def measured(layout, steps):
@@ -239,7 +239,7 @@ def test_squares_of_columns_are_added_up_on_all_ranks(worlds, layout, size):
     expected, _, failures = alone(DASGO, names, steps=18)
     for params, kind, counts in worlds(size)(trained, layout, DASGO, {"steps": 18}, part_of(*names)):
         assert far(params, expected) == {}
-        assert kind == {"tall": "summed", "wide": "owned", "square": "summed"}
+        assert kind == {"tall": "partial_sums", "wide": "owner_computes", "square": "partial_sums"}
         assert {name: counts[name] for name in ("tall", "square")} == {
             name: failures[name] for name in ("tall", "square")
         }
@@ -286,7 +286,7 @@ def test_what_torch_cuts(worlds, layout, name, make):
     expected, _ = mlp(None, make)
     for params, kind in worlds(2)(mlp, layout, make):
         assert far(params, expected) == {}
-        assert kind[name] == "summed"
+        assert kind[name] == "partial_sums"
 
 
 # ---- what travels --------------------------------------------------------------------------------------------
@@ -493,4 +493,4 @@ def distributed_on_top():
 def test_distribute_leaves_what_is_cut(worlds):
     for params, kind in worlds(2)(distributed_on_top):
         assert far(params, alone(names=SOME, steps=3)[0]) == {}
-        assert (kind["tall"], kind["plain"]) == ("summed", "owned")
+        assert (kind["tall"], kind["plain"]) == ("partial_sums", "owner_computes")

@@ -146,15 +146,15 @@ def test_shards_owners_and_bytes_are_those_of_torch_chunks(odd, mesh):
         mine = [np.intersect1d(x.flatten().numpy(), own.flatten().numpy()) for x in held]
         if part.tp_dim is not None or mesh.tp == 1:
             assert placed.held == tuple(map(len, mine))
-        if view is None or placed.kind == "alone":
+        if view is None or placed.kind == "local":
             continue
         stacks = view.stack(part.index, own).flatten(1).numpy()
         whole = [all(np.isin(stack, rank).all() or not np.isin(stack, rank).any() for stack in stacks) for rank in mine]
-        if placed.kind == "aligned":
+        if placed.kind == "whole_slices":
             assert all(whole)
             counts = [int(np.isin(stacks[:, 0], rank).sum()) for rank in mine[:: mesh.tp // placed.across]]
             assert counts == list(placed.matrices)
-        elif placed.kind == "summed":
+        elif placed.kind == "partial_sums":
             check_sums(placed, mesh, view.stack(part.index, own).numpy(), mine)
         else:
             check_bytes(placed, mesh, mine)
@@ -259,14 +259,14 @@ def test_bytes_in_closed_form():
 
 def test_heads_and_experts_that_shards_do_not_cut_send_one_number_each(odd):
     kinds = {p.part.name: p.kind for p in place(odd, Mesh(fsdp=4), 1) if p.part.view is not None}
-    assert kinds == dict.fromkeys(VIEWS, "owned") | {"heads.weight": "aligned"}
-    assert {p.part.name for p in place(odd, Mesh(tp=2), 1) if p.kind == "aligned"} == {"heads.weight"}
-    experts, heads = (p for p in place(odd, Mesh(fsdp=2), 1) if p.kind == "aligned")
+    assert kinds == dict.fromkeys(VIEWS, "owner_computes") | {"heads.weight": "whole_slices"}
+    assert {p.part.name for p in place(odd, Mesh(tp=2), 1) if p.kind == "whole_slices"} == {"heads.weight"}
+    experts, heads = (p for p in place(odd, Mesh(fsdp=2), 1) if p.kind == "whole_slices")
     assert (experts.matrices, heads.matrices) == ((3, 2), (2, 2))
     assert traffic([heads], Mesh(fsdp=2), 1, 4)[0][0].tolist() == [[[8], [8]]]
     assert traffic([experts], Mesh(fsdp=2), 1, 4)[0][0].tolist() == [[[12], [12]]]  # room for three from each
     kinds = {p.part.name: p.kind for p in place(odd, Mesh(fsdp=5), 1)}
-    assert (kinds["experts"], kinds["heads.weight"]) == ("aligned", "owned")
+    assert (kinds["experts"], kinds["heads.weight"]) == ("whole_slices", "owner_computes")
 
 
 @pytest.mark.parametrize("mesh", [Mesh(2), Mesh(4), Mesh(8), Mesh(8, zero1=True), Mesh(fsdp=8), Mesh(2, 4)], ids=str)
@@ -276,7 +276,7 @@ def test_owners_share_the_roots_of_gpt2_evenly(gpt2, mesh):
         for placed in place(gpt2, mesh, interval):
             if placed.owner is not None:
                 b, m, n = placed.part.stack
-                load[placed.owner] += b * placed.part.structure.cost(m, n)
+                load[placed.owner] += b * placed.part.structure.root_flops(m, n)
         assert max(load.values()) <= 1.15 * sum(load.values()) / mesh.ranks
 
 

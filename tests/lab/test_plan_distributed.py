@@ -114,7 +114,7 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(worlds, mesh, interval):
     params = sizes.pop("params")
     del sizes["gradients"]
     state = sum(sizes.values())
-    summed = {p.part.name.partition(".")[0] for p in placed if p.kind == "summed"}
+    summed = {p.part.name.partition(".")[0] for p in placed if p.kind == "partial_sums"}
     rows = {2: {"long", "twin", "out"}, 4: {"long", "twin"}}.get(mesh.fsdp, set())
     wanted = {"wide", "down"} if mesh == Mesh(tp=2) else rows - {"out"} if mesh.tp > 1 else rows
     if interval > 1:  # triangles are half as large, so that more of them are less than the gradient

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from asgo import ASGO
 from asgo.linalg.inverse_root import ROOTS
 from asgo.optimizer.hyperparameters import adamw_of
-from asgo.optimizer.step import WARM_STEPS
+from asgo.optimizer.step import WARMUP_STEPS
 from asgo.views import MATRIX, heads
 from family import BAD, LARGEST, PRESETS, every_preset, without_decay
 
@@ -496,7 +496,7 @@ def test_where_flags_travel_the_second_try_comes_one_step_later(monkeypatch):
     optimizer = ASGO(net.named_parameters(), precondition_frequency=100)
     train(net, optimizer, x, y, 9)
     for bucket in optimizer._plans[0].buckets:
-        bucket.ladder.deferred = True
+        bucket.root_retry.deferred = True
     monkeypatch.setitem(ROOTS, "auto", fails_first)
     state = optimizer.state[net.b.weight]
     kept = state["root"].clone()
@@ -583,15 +583,15 @@ def test_the_interval_is_kept_after_the_first_steps_and_turns_are_staggered(inte
     params = [nn.Parameter(torch.randn(6, 9)) for _ in range(interval)]
     optimizer = ASGO(params, precondition_frequency=interval)
     refreshed = []
-    for _ in range(WARM_STEPS + 2 * interval):
+    for _ in range(WARMUP_STEPS + 2 * interval):
         before = [optimizer.state[p]["root"].clone() for p in params]
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
         refreshed.append([not torch.equal(b, optimizer.state[p]["root"]) for b, p in zip(before, params, strict=True)])
-    assert all(all(step) for step in refreshed[:WARM_STEPS])
-    assert all(sum(step) == 1 for step in refreshed[WARM_STEPS:])
-    assert [sum(column) for column in zip(*refreshed[WARM_STEPS:], strict=True)] == [2] * interval
+    assert all(all(step) for step in refreshed[:WARMUP_STEPS])
+    assert all(sum(step) == 1 for step in refreshed[WARMUP_STEPS:])
+    assert [sum(column) for column in zip(*refreshed[WARMUP_STEPS:], strict=True)] == [2] * interval
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from torch._dynamo.testing import CompileCounter
 
 import asgo
 from asgo import ASGO, route
-from asgo.distributed.ownership import turns, turns_of
+from asgo.distributed.ownership import balanced_phases, refresh_phases
 from asgo.linalg import matmul, spectral
 from asgo.linalg.inverse_root import ROOTS
-from asgo.linalg.masked import choose, holds
+from asgo.linalg.masked import known_all_true, where
 from asgo.optimizer import bucket
 from asgo.optimizer.param_groups import views_of
 from asgo.views import MATRIX, TRANSPOSED, View, heads
@@ -121,17 +121,19 @@ def test_no_step_has_much_more_roots_than_the_median_step(interval, per_head):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     optimizer = ASGO(route(model, per_head=per_head), precondition_frequency=interval)
     load = [0.0] * interval
-    turn_of = turns_of(optimizer.param_groups, optimizer._members.views, optimizer.structure)
+    phase_of = refresh_phases(optimizer.param_groups, optimizer._members.views, optimizer.structure)
     for group in optimizer.param_groups:
         for param, view in zip(group["params"], views_of(group), strict=True):
             for part, (b, m, n) in enumerate(view.shapes(param.shape) if view else ()):
-                load[turn_of[param, part]] += b * min(m, n) ** 3
+                load[phase_of[param, part]] += b * min(m, n) ** 3
     assert max(load) <= 1.5 * statistics.median(load)
 
 
 def test_turns_are_balanced_by_cost():
     costs = [8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert sorted(sum(c for c, t in zip(costs, turns(costs, 2), strict=True) if t == i) for i in range(2)) == [8, 8]
+    assert sorted(
+        sum(c for c, t in zip(costs, balanced_phases(costs, 2), strict=True) if t == i) for i in range(2)
+    ) == [8, 8]
 
 
 @pytest.mark.parametrize("interval", [2, 3])
@@ -167,12 +169,12 @@ def test_the_step_reads_nothing_from_the_device(options):
 
 def test_masks_are_read_on_the_cpu_only():
     true = torch.ones(3, dtype=torch.bool)
-    assert holds(true)
-    assert not holds(~true)
-    assert not holds(true.to("meta"))
+    assert known_all_true(true)
+    assert not known_all_true(~true)
+    assert not known_all_true(true.to("meta"))
     x = torch.arange(3.0)
-    assert choose(true, x, 0.0) is x
-    assert choose(~true, x, 7.0).tolist() == [7.0] * 3
+    assert where(true, x, 0.0) is x
+    assert where(~true, x, 7.0).tolist() == [7.0] * 3
 
 
 # ---- compiled and captured ----------------------------------------------------------------------------------------

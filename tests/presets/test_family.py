@@ -340,7 +340,7 @@ def test_the_factor_without_a_limit_is_a_factor_of_the_statistic():
     state = structure.init(grads[0])
     total = 1e-2 * torch.eye(12, dtype=torch.float64)
     for grad in grads:
-        structure.fold(state, structure.measure(grad), 1.0)
+        structure.update_statistic(state, structure.compute_statistic(grad), 1.0)
         total += torch.outer(grad.reshape(-1), grad.reshape(-1))
         direction = structure.precondition(state, grad)
         wanted = torch.as_tensor(power(total.numpy(), -0.5)) @ grad.reshape(-1)

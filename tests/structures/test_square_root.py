@@ -439,12 +439,12 @@ def test_shards_whose_measurements_are_summed_step_as_the_whole(side, statistic,
     structure, dim = SquareRoot(side, cross_normalize=True), 2 if side == "left" else 1
     directions, gradients = (list(stream((2, 6, 6), 5, seed=s, dtype=torch.float64, noise=1.0)) for s in (0, 1))
     seen = directions if statistic == "momentum" else gradients
-    assert structure.additive("columns" if side == "left" else "rows", 6, 6)
+    assert structure.is_shard_additive("columns" if side == "left" else "rows", 6, 6)
     whole = structure.init(directions[0])
     shards = [structure.init(x) for x in directions[0].chunk(2, dim)]
     for D, G in zip(directions, seen, strict=True):
         update, _ = structure.update(whole, D, D if statistic == "momentum" else G, beta2)
-        R = sum(structure.measure(x) for x in G.chunk(2, dim))
+        R = sum(structure.compute_statistic(x) for x in G.chunk(2, dim))
         results = [
             structure.update_from(state, x, R, beta2, lambda norms: norms)
             for state, x in zip(shards, D.chunk(2, dim), strict=True)
@@ -461,8 +461,8 @@ def test_the_four_calls_of_every_structure_do_the_same(beta2):
     state = structure.init(torch.zeros(2, 4, 6, dtype=torch.float64))
     seen = list(stream((2, 4, 6), 5, dtype=torch.float64))
     for D in seen:
-        structure.fold(state, structure.measure(D), beta2)
-        assert structure.refresh(state, None, 0.0).all()
+        structure.update_statistic(state, structure.compute_statistic(D), beta2)
+        assert structure.compute_root(state, None, 0.0).all()
         update = structure.precondition(state, D)
     wanted, other = run(structure, seen, beta2)
     assert relative(update, wanted) < 1e-6
@@ -474,7 +474,7 @@ def test_a_state_of_gram_and_root_goes_on_as_a_square_root_and_back():
     old, new = OneSided("left", cross_normalize=True), SquareRoot("left", cross_normalize=True)
     state = old.init(seen[0])
     for D in seen[:3]:
-        old.fold(state, old.measure(D), 0.5)
+        old.update_statistic(state, old.compute_statistic(D), 0.5)
     state = from_gram(state | {"exp_avg": seen[0]}, torch.float64)
     assert set(state) == {"exp_avg", "cross", "cross_weight", "sqrt"}
     for D in seen[3:]:
@@ -503,7 +503,7 @@ def test_nothing_reads_the_device(name, beta2):
     for seen in (like, torch.zeros_like(like)):
         update, ok = structure.update(state, like, seen, beta2)
         assert (update.shape, update.dtype, ok.shape) == (like.shape, torch.float32, (2,))
-    update, ok = structure.update_from(state, like, structure.measure(like), beta2)
+    update, ok = structure.update_from(state, like, structure.compute_statistic(like), beta2)
     assert (update.shape, update.dtype, ok.shape) == (like.shape, torch.float32, (2,))
 
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from asgo.linalg.inverse_root import ROOTS, TOLERANCE
 from asgo.structures import (
     Algebra,
-    Blockwise,
-    DenseBlocks,
-    Difference,
-    Kronecker,
+    BlockDiagonal,
+    BlockMean,
     LowRankFactor,
     LowRankSymmetric,
+    MomentumChange,
     OneSided,
     Packed,
     SquareRoot,
+    TwoSided,
 )
 
 ONE_SIDED = {
@@ -32,17 +32,17 @@ ONE_SIDED = {
     "right, mean": OneSided("right", mean=True),
 }
 STRUCTURES = ONE_SIDED | {
-    "one number": Blockwise("matrix", 1e-12),
-    "rows": Blockwise("row", 1e-12),
-    "columns": Blockwise("column", 1e-12),
-    "entries": Blockwise("entry", 1e-12),
-    "fewer": Blockwise("auto", 1e-12),
-    "columns, total": Blockwise("column", 1e-12, total=True, inside=True),
-    "one number, total": Blockwise("matrix", 1e-12, total=True),
-    "rows, total": Blockwise("row", 1e-12, total=True),
-    "rows, corrected": Blockwise("row", 1e-8, corrected=True, momentum=0.9),
-    "both sides": Kronecker(),
-    "both sides up to 5": Kronecker(5),
+    "one number": BlockMean("matrix", 1e-12),
+    "rows": BlockMean("row", 1e-12),
+    "columns": BlockMean("column", 1e-12),
+    "entries": BlockMean("entry", 1e-12),
+    "fewer": BlockMean("auto", 1e-12),
+    "columns, total": BlockMean("column", 1e-12, total=True, inside=True),
+    "one number, total": BlockMean("matrix", 1e-12, total=True),
+    "rows, total": BlockMean("row", 1e-12, total=True),
+    "rows, corrected": BlockMean("row", 1e-8, corrected=True, momentum=0.9),
+    "both sides": TwoSided(),
+    "both sides up to 5": TwoSided(5),
     "low rank, psi": LowRankFactor(2, 1e-2, "psi"),
     "low rank, bug": LowRankFactor(2, 1e-2, "bug"),
     "low rank, eig": LowRankFactor(2, 1e-2, "eig"),
@@ -50,14 +50,14 @@ STRUCTURES = ONE_SIDED | {
     "low rank, symmetric": LowRankSymmetric(2, 1e-2, "eig"),
     "low rank, symmetric, bug": LowRankSymmetric(2, 1e-2, "bug", compensate=False),
     "low rank, symmetric, exact": LowRankSymmetric(None, 1e-2, "eig"),
-    "blocks along columns": DenseBlocks(2, 1e-12, 0.9),
-    "blocks along columns, clipped": DenseBlocks(3, 1e-4, 0.9, "diagonal", 0.5, 1.0),
-    "differences": Difference(0.9, 1e-5),
+    "blocks along columns": BlockDiagonal(2, 1e-12, 0.9),
+    "blocks along columns, clipped": BlockDiagonal(3, 1e-4, 0.9, "diagonal", 0.5, 1.0),
+    "differences": MomentumChange(0.9, 1e-5),
     "left, limited": OneSided("left", limit=0.5),
     "right, cross, limited": OneSided("right", cross_normalize=True, limit=0.5),
     "auto, mean, limited": OneSided("auto", mean=True, limit=0.2),
-    "both sides, limited": Kronecker(limit=0.2),
-    "blocks along columns, limited": DenseBlocks(2, 1e-12, 0.9, limit=0.5),
+    "both sides, limited": TwoSided(limit=0.2),
+    "blocks along columns, limited": BlockDiagonal(2, 1e-12, 0.9, limit=0.5),
     "left, cross, limited, packed": Packed(OneSided("left", cross_normalize=True, limit=0.5)),
     "square root, left": SquareRoot("left"),
     "square root, right, cross": SquareRoot("right", cross_normalize=True),
@@ -66,10 +66,10 @@ STRUCTURES = ONE_SIDED | {
     "right, cross, packed": Packed(OneSided("right", cross_normalize=True)),
     "auto, packed": Packed(OneSided("auto")),
     "left, mean, packed": Packed(OneSided("left", mean=True)),
-    "both sides, packed": Packed(Kronecker()),
-    "both sides up to 5, packed": Packed(Kronecker(5)),
-    "blocks along columns, packed": Packed(DenseBlocks(2, 1e-12, 0.9)),
-    "blocks along columns, clipped, packed": Packed(DenseBlocks(3, 1e-4, 0.9, "diagonal", 0.5, 1.0)),
+    "both sides, packed": Packed(TwoSided()),
+    "both sides up to 5, packed": Packed(TwoSided(5)),
+    "blocks along columns, packed": Packed(BlockDiagonal(2, 1e-12, 0.9)),
+    "blocks along columns, clipped, packed": Packed(BlockDiagonal(3, 1e-4, 0.9, "diagonal", 0.5, 1.0)),
 }
 MIRROR = {"left": "right", "right": "left", "row": "column", "column": "row"}
 ALGEBRAS = {
@@ -107,8 +107,8 @@ def stacks(shape, count, seed=0):
 def run(structure, grads, direction, beta2=0.7, root="eigh"):
     state = structure.init(direction)
     for grad in grads:
-        structure.fold(state, structure.measure(grad), beta2)
-        assert structure.refresh(state, ROOTS[root], EPS).all()
+        structure.update_statistic(state, structure.compute_statistic(grad), beta2)
+        assert structure.compute_root(state, ROOTS[root], EPS).all()
         result = structure.precondition(state, direction)
     return result, state
 
@@ -149,7 +149,7 @@ def test_rotation_law(structure, shape):
 @every_two_sided
 def test_transpose_law(structure):
     def change(inner):
-        field = {OneSided: "side", SquareRoot: "side", Blockwise: "blocks"}.get(type(inner))
+        field = {OneSided: "side", SquareRoot: "side", BlockMean: "blocks"}.get(type(inner))
         return {} if field is None else {field: MIRROR.get(getattr(inner, field), getattr(inner, field))}
 
     mirror = remake(structure, change)
@@ -167,7 +167,7 @@ def test_shards_law(structure, axis):
     """Shards give what the whole gives just where a structure says so."""
     for shape in CUT_SHAPES:
         shards = adds_up(structure, axis, shape) and preconditions_shards(structure, axis, shape)
-        assert structure.additive(axis, *shape[1:]) == shards
+        assert structure.is_shard_additive(axis, *shape[1:]) == shards
 
 
 DIMS = {"rows": 1, "columns": 2}
@@ -175,19 +175,19 @@ DIMS = {"rows": 1, "columns": 2}
 
 def adds_up(structure, axis, shape):
     grad = stacks(shape, 1)[0]
-    whole, fixed = structure.measure(grad), structure.fixed(*shape[1:])
-    parts = [fixed.measure(shard) for shard in grad.split(2, DIMS[axis])]
+    whole, fixed = structure.compute_statistic(grad), structure.with_side_of(*shape[1:])
+    parts = [fixed.compute_statistic(shard) for shard in grad.split(2, DIMS[axis])]
     return all(part.shape == whole.shape for part in parts) and close(sum(parts), whole)
 
 
 def preconditions_shards(structure, axis, shape):
-    """From the whole state, of which only `spread` is cut, also where one shard of a direction is zero."""
+    """From the whole state, of which only `sharded_keys` is cut, also where one shard of a direction is zero."""
     _, state = run(structure, stacks(shape, 3), stacks(shape, 1, seed=1)[0])
-    direction, dim, fixed = stacks(shape, 1, seed=2)[0], DIMS[axis], structure.fixed(*shape[1:])
+    direction, dim, fixed = stacks(shape, 1, seed=2)[0], DIMS[axis], structure.with_side_of(*shape[1:])
     direction.narrow(dim, 0, 2).zero_()
     pieces, norms = direction.split(2, dim), []
     places = range(len(pieces))
-    cut = {key: state[key].split(2, dim) for key in structure.spread}
+    cut = {key: state[key].split(2, dim) for key in structure.sharded_keys}
     states = [{key: (cut[key][i] if key in cut else x).clone() for key, x in state.items()} for i in places]
     for piece, own in zip(pieces, states, strict=True):  # to learn all norms, on copies
         copy = {key: x.clone() for key, x in own.items()}
@@ -195,7 +195,7 @@ def preconditions_shards(structure, axis, shape):
     joined = torch.stack(norms).square().sum(0).sqrt() if norms else None
     found = [fixed.precondition_shard(states[i], pieces[i], lambda of: joined) for i in places]
     want = structure.precondition(state, direction)
-    kept = all(close(torch.cat([own[key] for own in states], dim), state[key]) for key in structure.spread)
+    kept = all(close(torch.cat([own[key] for own in states], dim), state[key]) for key in structure.sharded_keys)
     return kept and close(torch.cat(found, dim), want)
 
 
@@ -203,11 +203,11 @@ def preconditions_shards(structure, axis, shape):
 @every_structure
 def test_a_fixed_structure_is_the_same_and_knows_its_side(structure):
     for shape in CUT_SHAPES:
-        fixed = structure.fixed(*shape[1:])
+        fixed = structure.with_side_of(*shape[1:])
         grads, direction = stacks(shape, 3), stacks(shape, 1, seed=1)[0]
         assert torch.equal(run(fixed, grads, direction)[0], run(structure, grads, direction)[0])
         like = torch.zeros(1, 1, shape[2])  # one row of it
-        if structure.additive("rows", *shape[1:]):
+        if structure.is_shard_additive("rows", *shape[1:]):
             first = next(iter(fixed.init(like)))
             assert fixed.init(like)[first].shape[1:] == structure.init(direction)[first].shape[1:]
 
@@ -221,8 +221,8 @@ def test_idle_law(structure, beta2):
     before = {key: tensor.clone() for key, tensor in state.items()}
     idle, rest = stacks(shape, 1, seed=5)[0], direction.clone()
     idle[1], rest[1] = 0, 0
-    structure.fold(state, structure.measure(idle), beta2)
-    structure.refresh(state, ROOTS["eigh"], EPS)
+    structure.update_statistic(state, structure.compute_statistic(idle), beta2)
+    structure.compute_root(state, ROOTS["eigh"], EPS)
     result = structure.precondition(state, rest)
     assert not result[1].any()
     for key in state:

@@ -7,7 +7,7 @@ import torch
 
 from asgo import ASGO, AdaBlock, OneSidedShampoo, Shampoo
 from asgo.linalg.inverse_root import ROOTS
-from asgo.structures import DenseBlocks, OneSided, Packed, opened
+from asgo.structures import BlockDiagonal, OneSided, Packed, opened
 from asgo.structures.base import reach
 
 DECAY = 0.95
@@ -99,8 +99,8 @@ def test_the_limit_of_a_momentums_own_statistic_touches_no_fresh_row(side, beta2
         state, momentum = structure.init(torch.zeros(1, 5, 5, dtype=torch.float64)), torch.zeros(1, 5, 5).double()
         for step in range(40):
             momentum = momentum.lerp(wild((5, 5), step)[None], 0.05)
-            structure.fold(state, structure.measure(momentum), beta2)
-            structure.refresh(state, ROOTS["eigh"], 1e-6)
+            structure.update_statistic(state, structure.compute_statistic(momentum), beta2)
+            structure.compute_root(state, ROOTS["eigh"], 1e-6)
             found.append(structure.precondition(state, momentum))
     for one, other in zip(found[:40], found[40:], strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=0)
@@ -183,8 +183,8 @@ def evolve(structure, directions):
     """The last result and the state, with a fresh root at every step."""
     state = structure.init(directions[0])
     for direction in directions:
-        structure.fold(state, structure.measure(direction), 0.2)
-        structure.refresh(state, ROOTS["eigh"], 1e-6)
+        structure.update_statistic(state, structure.compute_statistic(direction), 0.2)
+        structure.compute_root(state, ROOTS["eigh"], 1e-6)
         result = structure.precondition(state, direction)
     return result, opened(structure, state)[1]
 
@@ -229,7 +229,7 @@ def test_a_state_without_weights_goes_on_as_before(side):
     """Earlier versions divided by the average as it was: what they imply is a weight of 1."""
     structure = OneSided(side, cross_normalize=True)
     assert structure.added == Packed(structure).added == {"cross_weight": 1.0}
-    assert OneSided(side).added == DenseBlocks(2, 1e-4, 0.9).added == {}
+    assert OneSided(side).added == BlockDiagonal(2, 1e-4, 0.9).added == {}
     directions = [draw((2, 4, 6), step) for step in range(5)]
     _, state = evolve(structure, directions)
     state["cross_weight"].fill_(structure.added["cross_weight"])

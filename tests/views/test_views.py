@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asgo.distributed.placement import part_boxes, pieces
+from asgo.distributed.placement import part_regions, pieces
 from asgo.views import (
     MATRIX,
     STACK,
@@ -216,7 +216,7 @@ def test_repeated_parts_are_the_rows_at_their_places_in_every_repetition(sizes, 
     view = fused(parts=sizes, order="by group", head_dim=d, heads=["part 0"], transposed=transposed)
     held = torch.from_numpy(x.T if transposed else x)
     place, begin = np.arange(times * unit) % unit, 0
-    boxes = part_boxes(view, tuple(held.shape))
+    boxes = part_regions(view, tuple(held.shape))
     for part, (size, stack) in enumerate(zip(sizes.values(), view.matrices(held), strict=True)):
         rows = (place >= begin) & (place < begin + size)
         expected = x[rows].reshape(-1, d, n) if part == 0 else x[rows][None]

@@ -54,17 +54,17 @@ def load_named_state_dict(optimizer: Optimizer, saved: Mapping[str, Any]) -> Non
     Raises:
         ValueError: parameters that are missing on either side, state of other shapes; nothing has changed then.
     """
-    who, own = type(optimizer).__name__, named_state_dict(optimizer)["state"]
+    caller, own = type(optimizer).__name__, named_state_dict(optimizer)["state"]
     if saved.get("format") != FORMAT:
         raise ValueError(
-            f"{who}: the checkpoint has format {saved.get('format')!r}, known is {FORMAT}. Pass what "
+            f"{caller}: the checkpoint has format {saved.get('format')!r}, known is {FORMAT}. Pass what "
             "asgo.checkpoint.named_state_dict gave."
         )
     differing = sorted(own.keys() ^ saved["state"].keys())
     if differing:
         side = "the model" if differing[0] in own else "the checkpoint"
         raise ValueError(
-            f"{who}: {len(differing)} parameters are not on both sides, first {differing[0]!r}, only in {side}: the "
+            f"{caller}: {len(differing)} parameters are not on both sides, first {differing[0]!r}, only in {side}: the "
             "checkpoint is of another model. Build the model it was saved from."
         )
     named, views = _named(optimizer), _views(optimizer)

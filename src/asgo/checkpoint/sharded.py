@@ -169,17 +169,17 @@ def _fitting(path: Path, model: nn.Module, optimizer: Optimizer) -> tuple[dict[s
 
 def _check(path: Path, about: Mapping[str, Any], optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Raise `ValueError` naming the first thing that the checkpoint and this run do not share."""
-    who = type(optimizer).__name__
-    if (about.get("format"), about.get("optimizer")) != (by_name.FORMAT, who):
+    caller = type(optimizer).__name__
+    if (about.get("format"), about.get("optimizer")) != (by_name.FORMAT, caller):
         raise ValueError(
-            f"{who}: {path} has format {about.get('format')!r} and is of {about.get('optimizer')}; known is format "
+            f"{caller}: {path} has format {about.get('format')!r} and is of {about.get('optimizer')}; known is format "
             f"{by_name.FORMAT}. Build the optimizer it was saved from."
         )
     try:
         found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     except Exception as error:  # whatever a damaged pickle raises
         raise ValueError(f"{path} is not a whole checkpoint: its .metadata is damaged; use another one.") from error
-    _check_views(path, who, about["groups"], optimizer)
+    _check_views(path, caller, about["groups"], optimizer)
     saved = {key: tuple(of.size) for key, of in found.items() if isinstance(of, TensorStorageMetadata)}
     own = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
     for name, tensors in state["optimizer"].items():
@@ -187,12 +187,13 @@ def _check(path: Path, about: Mapping[str, Any], optimizer: Optimizer, state: Ma
     for key in sorted(own.keys() | saved.keys()):
         if own.get(key) != saved.get(key):
             raise ValueError(
-                f"{who}: {key} is {saved.get(key, 'not there')} in {path}, here {own.get(key, 'not there')}. It is of "
+                f"{caller}: {key} is {saved.get(key, 'not there')} in {path}, here {own.get(key, 'not there')}. It "
+                f"is of "
                 "another model, view or optimizer; build both the same way."
             )
 
 
-def _check_views(path: Path, who: str, groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+def _check_views(path: Path, caller: str, groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
     """Raise `ValueError` naming the first parameter that was read through another view when it was saved."""
     saved = {name: view for group in groups for name, view in by_name.views_of_saved(group) if view is not ...}
     for group in optimizer.param_groups:
@@ -200,7 +201,7 @@ def _check_views(path: Path, who: str, groups: Sequence[Mapping[str, Any]], opti
             shape = tuple(param.shape)
             if name in saved and not same_reading(View.of(saved[name]), view, shape):
                 raise ValueError(
-                    f"{who}: {name} {shape} is read as {View.of(saved[name]) or 'None (AdamW)'} in {path}, here as "
+                    f"{caller}: {name} {shape} is read as {View.of(saved[name]) or 'None (AdamW)'} in {path}, here as "
                     f"{view or 'None (AdamW)'}. Build the optimizer with the views it was saved with."
                 )
 

@@ -172,12 +172,12 @@ def _candidates(model: nn.Module) -> tuple[dict[str, dict[str, View]], dict[str,
 
 
 def _gradients(loss: Any, params: Sequence[Tensor], number: int) -> list[Tensor | None]:
-    who = f"advise, batch {number}"
+    caller = f"advise, batch {number}"
     if isinstance(loss, Tensor) and loss.numel() == 1 and not math.isfinite(float(loss.detach())):
         raise ValueError(
-            f"{who}: the loss is {float(loss.detach())}. Leave the batch out, or look for what is wrong with it."
+            f"{caller}: the loss is {float(loss.detach())}. Leave the batch out, or look for what is wrong with it."
         )
-    return gradients(who, loss, params)
+    return gradients(caller, loss, params)
 
 
 def _note(gradient: Tensor | None, number: int) -> str:

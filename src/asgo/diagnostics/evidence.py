@@ -54,13 +54,7 @@ class Evidence:
 
 
 class Trial:
-    """ASGO with a learning rate of 0 on a parameter of its own: the real step, on gradients that move nothing.
-
-    Args:
-        like: a gradient.
-        view: through which it is read.
-        statistic: which one, with its betas.
-    """
+    """ASGO with a learning rate of 0 on a parameter of its own: the real step, on gradients that move nothing."""
 
     def __init__(self, like: Tensor, view: View, statistic: str) -> None:
         self.param, self.view, self.beta1 = nn.Parameter(torch.zeros_like(like)), view, STATISTICS[statistic][0]
@@ -69,7 +63,7 @@ class Trial:
         self.old: list[Tensor] = []
 
     def take(self, gradient: Tensor, refresh: bool) -> None:
-        """One step; without `refresh`, roots may stay as they are."""
+        """One step; without `compute_root`, roots may stay as they are."""
         self.optimizer.param_groups[0]["precondition_frequency"] = 1 if refresh else RARELY
         self.param.grad = gradient
         self.optimizer.step()
@@ -162,7 +156,7 @@ class Collector:
                 keys = [(word, part, OneSided(side).left(m, n)) for part, (_, m, n) in enumerate(shapes)]
                 if all(key in sums for key in keys):
                     bound[word, side] = sum(sums[key] for key in keys)
-                    cost[word, side] = sum(b * OneSided(side).cost(m, n) for b, m, n in shapes)
+                    cost[word, side] = sum(b * OneSided(side).root_flops(m, n) for b, m, n in shapes)
         return bound, cost
 
     def _noise_share(self) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def gradients(who: str, loss: Any, params: Sequence[Tensor]) -> list[Tensor | None]:
+def gradients(caller: str, loss: Any, params: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradient of every parameter; None where the loss does not depend on it. ``.grad`` is not touched.
 
     Raises:
@@ -18,14 +18,15 @@ def gradients(who: str, loss: Any, params: Sequence[Tensor]) -> list[Tensor | No
     """
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"{who}: the loss must be a tensor of one number; got {type(loss).__name__}. Do not call item()."
+            f"{caller}: the loss must be a tensor of one number; got {type(loss).__name__}. Do not call item()."
         )
     if loss.numel() != 1:
         raise ValueError(
-            f"{who}: the loss must be one number; got a tensor {tuple(loss.shape)}. Reduce it, e.g. by loss.mean()."
+            f"{caller}: the loss must be one number; got a tensor {tuple(loss.shape)}. Reduce it, e.g. by loss.mean()."
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"{who}: the loss depends on no parameter that is trained. Compute it by the model, without torch.no_grad."
+            f"{caller}: the loss depends on no parameter that is trained. Compute it by the model, without "
+            f"torch.no_grad."
         )
     return list(torch.autograd.grad(loss.sum(), params, allow_unused=True))

@@ -81,9 +81,6 @@ class GradientProbe:
         ``probe.split(loss(model(x), y) for x, y in zip(inputs.chunk(4), targets.chunk(4)))``. Before steps that are
         not `due`, nothing is computed.
 
-        Args:
-            losses: each the mean over its part.
-
         Raises:
             TypeError, ValueError: a loss that is not one number, or depends on no parameter.
         """

@@ -99,7 +99,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
                 continue
             shapes = view.shapes(param.shape)
             structure = optimizer.structure(group)
-            cubes = sum(b * structure.cost(m, n) for b, m, n in shapes)
+            cubes = sum(b * structure.root_flops(m, n) for b, m, n in shapes)
             flops = 2 * _products(group, param) * cubes
             matrices = " + ".join("x".join(map(str, shape)) for shape in shapes)
             kept = _remembered(structure, state)

@@ -13,7 +13,7 @@ from asgo.diagnostics.spectra import eigenvalues
 from asgo.linalg import spectral
 from asgo.linalg.matmul import exact_matmul, gram
 from asgo.state_keys import part_key
-from asgo.structures import Kronecker, OneSided, Packed, Structure, opened
+from asgo.structures import OneSided, Packed, Structure, TwoSided, opened
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -59,13 +59,13 @@ def conditioning(
 ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]] | None:
     """Condition of the damped statistic and residual of the root in use, ``(b,)`` each; None for other structures.
 
-    Of the structures with a gram and a root of it, packed or not: `OneSided`, and `Kronecker`, of whose two sides the
+    Of the structures with a gram and a root of it, packed or not: `OneSided`, and `TwoSided`, of whose two sides the
     worse counts.
     A root that is not refreshed at every step (`precondition_frequency`) is held against the statistic of now, so
     that its residual shows how stale it is.
     """
     inner = structure.inner if isinstance(structure, Packed) else structure
-    if not isinstance(inner, (OneSided, Kronecker)):
+    if not isinstance(inner, (OneSided, TwoSided)):
         return None
     _, own = opened(structure, {key: state[part_key(key, part)] for key in inner.symmetric})
     if isinstance(inner, OneSided):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from asgo._types import State
-from asgo.distributed.ownership import Division
+from asgo.distributed.ownership import WorkPartition
 from asgo.linalg.inverse_root import ROOTS
 from asgo.optimizer.step import StructuredOptimizer, structured
 
@@ -106,7 +106,7 @@ def step_bytes(optimizer: Optimizer) -> int | None:
         None for parameters that several ranks share, and where torch cannot run the step without data.
     """
     inner = structured(optimizer)
-    if inner is None or not inner.is_alone():
+    if inner is None or not inner.is_local():
         return None
     _fill_caches(inner.param_groups)
     threads = torch.get_num_threads()
@@ -141,7 +141,7 @@ def _fill_caches(groups: Sequence[Mapping[str, Any]]) -> None:
 def _twin(optimizer: StructuredOptimizer) -> StructuredOptimizer:
     """An optimizer with the same groups, of parameters, gradients and state without data."""
     twin = object.__new__(type(optimizer))
-    twin.__setstate__({"defaults": dict(optimizer.defaults), "_division": Division(), **_contents(optimizer)})
+    twin.__setstate__({"defaults": dict(optimizer.defaults), "_partition": WorkPartition(), **_contents(optimizer)})
     twin.step_hooks = optimizer.step_hooks
     for hook in twin.step_hooks:
         hook.before_peak(twin.param_groups)

@@ -20,7 +20,9 @@ Wait: TypeAlias = Callable[[], None]
 _groups: dict[tuple[object, tuple[int, ...]], ProcessGroup] = {}
 
 
-def know(ranks: tuple[int, ...] | None, mesh: DeviceMesh | None = None, dim: int | None = None) -> tuple[int, ...]:
+def ensure_group(
+    ranks: tuple[int, ...] | None, mesh: DeviceMesh | None = None, dim: int | None = None
+) -> tuple[int, ...]:
     """Make sure that a group of these ranks can be found; all of them must call this in the same order.
 
     Args:
@@ -39,7 +41,7 @@ def know(ranks: tuple[int, ...] | None, mesh: DeviceMesh | None = None, dim: int
     return ranks or ()
 
 
-def register(group: ProcessGroup | None) -> tuple[int, ...]:
+def register_group(group: ProcessGroup | None) -> tuple[int, ...]:
     """The ranks of a group, by which it is found from now on; None is the default group."""
     group = group or dist.group.WORLD
     ranks = tuple(dist.get_process_group_ranks(group))
@@ -66,7 +68,7 @@ def _key(ranks: tuple[int, ...]) -> tuple[object, tuple[int, ...]]:
     return id(dist.group.WORLD), tuple(ranks)
 
 
-def exchange(
+def all_to_all(
     ranks: tuple[int, ...],
     me: int,
     outgoing: Sequence[Sequence[Tensor]],
@@ -79,7 +81,7 @@ def exchange(
 
     Args:
         ranks: of the group; all of them must call this in the same order.
-        me: this rank's place among them.
+        group_rank: this rank's place among them.
         outgoing: the tensors for every rank, in its order.
         incoming: where those from every rank go, in the order in which it sends them.
         like: a tensor of the dtype and device of all of them.
@@ -103,7 +105,7 @@ def _unpack(work: Any, buffer: Tensor, arrived: Tensor, targets: Sequence[Tensor
         target.copy_(piece.view(target.shape))
 
 
-def agree(flags: Tensor, ranks: Sequence[tuple[int, ...]]) -> Tensor:
+def all_reduce_and(flags: Tensor, ranks: Sequence[tuple[int, ...]]) -> Tensor:
     """The flags that hold on all ranks.
 
     Args:
@@ -119,7 +121,7 @@ def agree(flags: Tensor, ranks: Sequence[tuple[int, ...]]) -> Tensor:
     return flags
 
 
-def join(norms: Tensor, ranks: tuple[int, ...]) -> Wait:
+def all_reduce_norm(norms: Tensor, ranks: tuple[int, ...]) -> Wait:
     """Start to make the norms of shards those of what they are shards of, in place: ``sqrt(sum of squares)``."""
     found = [torch.empty_like(norms) for _ in ranks]
     work = dist.all_gather(found, norms, group=group_of(ranks), async_op=True)
@@ -131,7 +133,7 @@ def join(norms: Tensor, ranks: tuple[int, ...]) -> Wait:
     return arrive
 
 
-def add_up(tensor: Tensor, ranks: tuple[int, ...]) -> Wait:
+def all_reduce_sum(tensor: Tensor, ranks: tuple[int, ...]) -> Wait:
     """Start to add up a tensor over ranks, in place."""
     work = dist.all_reduce(tensor, group=group_of(ranks), async_op=True)
 
@@ -141,7 +143,7 @@ def add_up(tensor: Tensor, ranks: tuple[int, ...]) -> Wait:
     return arrive
 
 
-def collect(norms: Tensor, ranks: tuple[int, ...], most: int) -> Tensor:
+def all_gather(norms: Tensor, ranks: tuple[int, ...], most: int) -> Tensor:
     """The norms of the matrices of every parameter wherever they are, ``(members, ranks * most)``, zeros in between.
 
     Args:

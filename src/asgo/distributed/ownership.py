@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from asgo._types import State
-from asgo.distributed.collectives import Wait, exchange, register
-from asgo.distributed.placement import Placement, find, keeps, local, on_all, whole, within
+from asgo.distributed.collectives import Wait, all_to_all, register_group
+from asgo.distributed.placement import Placement, find, holds_state, local, replicated, whole, within
 from asgo.distributed.summing import summed
 from asgo.optimizer.bucket import Member
 from asgo.structures import OneCall, Structure
@@ -23,39 +23,42 @@ ROOT_PRODUCTS = 20.0
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkItem:
     """One part of one parameter, as a piece of work.
 
     Args:
         cost: of all its matrices.
         ranks: who may own it.
-        turn: the interval of its roots and the step on which they are due.
+        refresh_phase: the interval of its roots and the step on which they are due.
         owner: the place of its owner among the ranks; None: not chosen yet.
     """
 
     cost: float
     ranks: tuple[int, ...]
-    turn: tuple[int, int]
+    refresh_phase: tuple[int, int]
     owner: int | None = None
 
 
-def cost(structure: Structure, kind: str, shape: tuple[int, int, int]) -> float:
+def owner_cost(structure: Structure, kind: str, shape: tuple[int, int, int]) -> float:
     """What an owner does for a stack ``(b, m, n)``: its roots, and all the rest where the state is the owner's too."""
     b, m, n = shape
-    if kind in ("shared", "summed"):
-        return b * structure.cost(m, n) * (1 if kind == "shared" else ROOT_PRODUCTS)
-    return b * (ROOT_PRODUCTS * structure.cost(m, n) + structure.work(m, n) + m * n)
+    if kind in ("root_sharing", "partial_sums"):
+        return b * structure.root_flops(m, n) * (1 if kind == "root_sharing" else ROOT_PRODUCTS)
+    return b * (ROOT_PRODUCTS * structure.root_flops(m, n) + structure.step_flops(m, n) + m * n)
 
 
-def owners(units: Sequence[Unit]) -> list[int]:
+def owners(units: Sequence[WorkItem]) -> list[int]:
     """An owner for each unit: the dearest first, each to the rank that has least to do on its turn, then in all.
 
     Those that have an owner keep it.
     """
     load: dict[Hashable, list[float]] = {}
 
-    def loads(unit: Unit) -> list[list[float]]:
-        return [load.setdefault(key, [0.0] * len(unit.ranks)) for key in ((unit.ranks, unit.turn), (unit.ranks, None))]
+    def loads(unit: WorkItem) -> list[list[float]]:
+        return [
+            load.setdefault(key, [0.0] * len(unit.ranks))
+            for key in ((unit.ranks, unit.refresh_phase), (unit.ranks, None))
+        ]
 
     chosen = [-1 if unit.owner is None else unit.owner for unit in units]
     for i in sorted(range(len(units)), key=lambda i: (units[i].owner is None, -units[i].cost)):
@@ -67,7 +70,7 @@ def owners(units: Sequence[Unit]) -> list[int]:
     return chosen
 
 
-def spread(params: Sequence[Tensor], placements: Sequence[Placement]) -> list[Wait]:
+def exchange_rows(params: Sequence[Tensor], placements: Sequence[Placement]) -> list[Wait]:
     """Start to bring the rows that other ranks have updated here, of parameters that all ranks hold whole."""
     sorts: dict[tuple[object, ...], list[tuple[Tensor, Placement]]] = {}
     for param, placement in zip(params, placements, strict=True):
@@ -81,13 +84,13 @@ def spread(params: Sequence[Tensor], placements: Sequence[Placement]) -> list[Wa
             [param[within(placement.boxes[rank], whole(param))] for param, placement in alike]
             for rank in range(len(where.ranks))
         ]
-        outgoing = [rows[where.me] if rank != where.me else [] for rank in range(len(where.ranks))]
-        rows[where.me] = []
-        waits.append(exchange(where.ranks, where.me, outgoing, rows, like))
+        outgoing = [rows[where.group_rank] if rank != where.group_rank else [] for rank in range(len(where.ranks))]
+        rows[where.group_rank] = []
+        waits.append(all_to_all(where.ranks, where.group_rank, outgoing, rows, like))
     return waits
 
 
-def turns(costs: Sequence[float], interval: int) -> list[int]:
+def balanced_phases(costs: Sequence[float], interval: int) -> list[int]:
     """A step in ``[0, interval)`` for each cost so that all steps carry about the same (greedy, dearest first)."""
     load = [0.0] * interval
     result = [0] * len(costs)
@@ -97,7 +100,7 @@ def turns(costs: Sequence[float], interval: int) -> list[int]:
     return result
 
 
-def turns_of(
+def refresh_phases(
     groups: Sequence[dict[str, Any]],
     views: Mapping[Tensor, View | None],
     structure_of: Callable[[dict[str, Any]], Structure],
@@ -109,14 +112,14 @@ def turns_of(
         for param in group["params"]:
             view = views[param]
             for part, (b, m, n) in enumerate(() if view is None else view.shapes(param.shape)):
-                of_interval[param, part] = b * structure.cost(m, n)
+                of_interval[param, part] = b * structure.root_flops(m, n)
     found: dict[tuple[Tensor, int], int] = {}
     for interval, alike in costs.items():
-        found |= dict(zip(alike, turns(list(alike.values()), interval), strict=True))
+        found |= dict(zip(alike, balanced_phases(list(alike.values()), interval), strict=True))
     return found
 
 
-class Division:
+class WorkPartition:
     """Which rank does what for the parameters of one optimizer; plain data, so that optimizers can be copied.
 
     Attributes:
@@ -135,8 +138,8 @@ class Division:
             found = find(param, view, "a parameter")
             if view is not None and structure is not None:
                 found = summed(found, param, view, structure)
-            if found.kind == "alone" and self._shared is not None:
-                found = on_all(param, view, *self._shared)
+            if found.kind == "local" and self._shared is not None:
+                found = replicated(param, view, *self._shared)
             self._placements[param] = found
         return self._placements[param]
 
@@ -149,7 +152,7 @@ class Division:
         params: Sequence[Tensor],
         views: Mapping[Tensor, View | None],
         structure: Structure,
-        turn_of: Mapping[tuple[Tensor, int], int],
+        phase_of: Mapping[tuple[Tensor, int], int],
         places: Mapping[Tensor, int],
     ) -> list[Member]:
         """The parts of parameters that have views."""
@@ -158,7 +161,7 @@ class Division:
                 param,
                 view,
                 part,
-                turn_of[param, part],
+                phase_of[param, part],
                 self.placement(param, view, structure),
                 owner,
                 places[param] + part,
@@ -182,22 +185,26 @@ class Division:
             structure_of: gives the structure of a group.
         """
         self.begun = True
-        units: dict[tuple[Tensor, int], Unit] = {}
-        turn_of: Mapping[tuple[Tensor, int], int] | None = None
+        units: dict[tuple[Tensor, int], WorkItem] = {}
+        phase_of: Mapping[tuple[Tensor, int], int] | None = None
         for group in groups:
             structure, interval = structure_of(group), group["precondition_frequency"]
             for param in group["params"]:
                 view = views[param]
                 where = self.placement(param, view, None if view is None else structure)
-                shared = where.kind == "shared" and isinstance(structure, OneCall)
-                divided = where.kind == "owned" or (where.kind in ("shared", "summed") and structure.derived) or shared
+                shared = where.kind == "root_sharing" and isinstance(structure, OneCall)
+                divided = (
+                    where.kind == "owner_computes"
+                    or (where.kind in ("root_sharing", "partial_sums") and structure.root_keys)
+                    or shared
+                )
                 if view is None or not divided:
                     continue
-                turn_of = turn_of or turns_of(groups, views, structure_of)
+                phase_of = phase_of or refresh_phases(groups, views, structure_of)
                 known = self.owners(param, view)
                 for part, shape in enumerate(view.shapes(param.shape)):
-                    price, turn = cost(structure, where.kind, shape), (interval, turn_of[param, part])
-                    units[param, part] = Unit(price, where.ranks, turn, known[part])
+                    price, turn = owner_cost(structure, where.kind, shape), (interval, phase_of[param, part])
+                    units[param, part] = WorkItem(price, where.ranks, turn, known[part])
         chosen: dict[Tensor, list[int]] = {}
         for (param, _), owner in zip(units, owners(list(units.values())), strict=True):
             chosen.setdefault(param, []).append(owner)
@@ -213,7 +220,7 @@ class Division:
         self._owners.pop(param, None)
         self._placements.pop(param, None)
 
-    def share(self, who: str, group: ProcessGroup | None, sharded: bool) -> None:
+    def share(self, caller: str, group: ProcessGroup | None, sharded: bool) -> None:
         """From now on, the ranks of a group share the work on parameters that all of them hold whole.
 
         Raises:
@@ -222,12 +229,12 @@ class Division:
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
-                f"{who}: distribute needs torch.distributed, which is not initialized. Call "
+                f"{caller}: distribute needs torch.distributed, which is not initialized. Call "
                 "torch.distributed.init_process_group first, or leave distribute out on a single process."
             )
         if self._shared is not None:
-            raise ValueError(f"{who}: its work is distributed already; call distribute once.")
-        ranks = register(group)
+            raise ValueError(f"{caller}: its work is distributed already; call distribute once.")
+        ranks = register_group(group)
         if len(ranks) > 1:
             self._shared = (ranks, ranks.index(dist.get_rank()), sharded)
             self._placements.clear()
@@ -252,7 +259,11 @@ class Division:
             name, _, part = key.partition(".")
             if where.rows and name in ("exp_avg", "exp_avg_sq", "residual"):
                 state[key] = tensor[within(where.box, whole(param))].clone()
-            elif where.kind == "owned" and name not in WHOLE and not keeps(where, owned_by[int(part or 0)]):
+            elif (
+                where.kind == "owner_computes"
+                and name not in WHOLE
+                and not holds_state(where, owned_by[int(part or 0)])
+            ):
                 state[key] = tensor[:0].clone()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asgo._types import State
 from asgo.distributed.dtensor import is_dtensor
-from asgo.distributed.placement import Cut, Placement
+from asgo.distributed.placement import Placement, ShardSpec
 from asgo.state_keys import is_own
 
 if TYPE_CHECKING:
@@ -42,19 +42,19 @@ def _exported(key: str, tensor: Tensor, param: Tensor, placement: Placement, own
     name, _, part = key.partition(".")
     if not is_own(key):
         return tensor
-    if key in ("spike_sq", "residual") or (placement.kind == "entries" and name.startswith("exp_avg")):
+    if key in ("spike_sq", "residual") or (placement.kind == "elementwise" and name.startswith("exp_avg")):
         return _entries(key, tensor, param, placement)
-    if key == "step" or placement.kind in ("alone", "shared", "entries"):
+    if key == "step" or placement.kind in ("local", "root_sharing", "elementwise"):
         return tensor
-    if placement.kind == "aligned" and is_dtensor(param):
+    if placement.kind == "whole_slices" and is_dtensor(param):
         share = [math.prod(hi - lo for lo, hi in box) for box in placement.boxes]
-        matrices = len(tensor) * sum(share) // share[placement.me]
+        matrices = len(tensor) * sum(share) // share[placement.group_rank]
         return _world(tensor, param.device_mesh, _along(0, param), (matrices, *tensor.shape[1:]))
     from torch.distributed.tensor import Replicate
 
     number = int(part or 0)
     stack = placement.view.shapes(param.shape)[number]  # pyright: ignore[reportOptionalMemberAccess]
-    if placement.cut is not None and name not in placement.cut.owned:
+    if placement.cut is not None and name not in placement.cut.owner_keys:
         return _shard(name, tensor, param, placement.cut, stack)
     mesh = _mesh(param.device.type, (placement.ranks[owners[number] or 0],))
     return _world(tensor, mesh, (Replicate(),), (stack[0], *tensor.shape[1:]))
@@ -71,9 +71,9 @@ def _entries(key: str, tensor: Tensor, param: Tensor, placement: Placement) -> T
     return tensor
 
 
-def _shard(name: str, tensor: Tensor, param: Tensor, cut: Cut, stack: tuple[int, int, int]) -> Tensor:
+def _shard(name: str, tensor: Tensor, param: Tensor, cut: ShardSpec, stack: tuple[int, int, int]) -> Tensor:
     """A tensor of a matrix of which ranks have rows or columns, cut as those are or whole on every rank."""
-    if not is_dtensor(param) or (name != "exp_avg" and name not in cut.spread):
+    if not is_dtensor(param) or (name != "exp_avg" and name not in cut.sharded_keys):
         return tensor
     shape = [*tensor.shape[: cut.axis], stack[cut.axis], *tensor.shape[cut.axis + 1 :]]
     return _world(tensor, param.device_mesh, _along(cut.axis, param), shape)

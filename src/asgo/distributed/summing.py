@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from asgo.distributed.collectives import know
+from asgo.distributed.collectives import ensure_group
 from asgo.distributed.dtensor import is_dtensor
-from asgo.distributed.placement import Cut, Placement
+from asgo.distributed.placement import Placement, ShardSpec
 from asgo.structures import Structure
 from asgo.structures.base import Axis
 from asgo.views import View, axes_of, lengths
@@ -22,7 +22,8 @@ AXES: dict[Axis, int] = {"rows": 1, "columns": 2}
 
 
 def summed(found: Placement, param: Tensor, view: View, structure: Structure) -> Placement:
-    """The placement ``"summed"`` where it is possible and sends less than ``"owned"``, else the one that was found.
+    """The placement ``"partial_sums"`` where it is possible and sends less than ``"owner_computes"``, else the one
+    that was found.
 
     Possible: one dimension of the mesh cuts one axis of the parameter, which is the axis of rows, or that of columns,
     of all its matrices and no more than that; and shards along it are additive for the structure.
@@ -39,7 +40,7 @@ def summed(found: Placement, param: Tensor, view: View, structure: Structure) ->
         view: through which it is read as a whole.
         structure: of its group.
     """
-    if found.kind != "owned" or not is_dtensor(param):
+    if found.kind != "owner_computes" or not is_dtensor(param):
         return found
     cuts = [(i, placed) for i, placed in enumerate(param.placements) if not placed.is_replicate()]
     shape, mesh, (along, placed) = tuple(param.shape), param.device_mesh, cuts[0]
@@ -50,15 +51,15 @@ def summed(found: Placement, param: Tensor, view: View, structure: Structure) ->
     if axis is None or mesh.size(along) > most_shards(view, shape, dim, structure):
         return found
     keys = {*structure.init(torch.empty(1, 1, 1, device="meta")), "failures"}
-    owned = keys - {*structure.derived, *structure.spread} if structure.derived else set()
-    cut = Cut(AXES[axis], know(None, mesh, along), structure.spread, tuple(sorted(owned)))
-    return replace(found, kind="summed", view=piece, cut=cut)
+    owned = keys - {*structure.root_keys, *structure.sharded_keys} if structure.root_keys else set()
+    cut = ShardSpec(AXES[axis], ensure_group(None, mesh, along), structure.sharded_keys, tuple(sorted(owned)))
+    return replace(found, kind="partial_sums", view=piece, cut=cut)
 
 
 def most_shards(view: View, shape: Sequence[int], dim: int, structure: Structure) -> int:
     """Into how many shards an axis of a parameter may be cut so that statistics are summed; 0: never. See `summed`."""
     (axis, _), stacks = _cut(view, shape, dim), view.shapes(shape)
-    if axis is None or 0 in shape or not all(structure.additive(axis, m, n) for _, m, n in stacks):
+    if axis is None or 0 in shape or not all(structure.is_shard_additive(axis, m, n) for _, m, n in stacks):
         return 0
     return (2 * math.prod(shape) - 1) // sum(b * sum(sent(structure, m, n)) for b, m, n in stacks)
 
@@ -67,8 +68,8 @@ def most_shards(view: View, shape: Sequence[int], dim: int, structure: Structure
 def sent(structure: Structure, m: int, n: int) -> tuple[int, int]:
     """Numbers that go from and to a shard of an ``m x n`` matrix: a measurement; roots, or without any that again."""
     like = torch.empty(1, m, n, device="meta")
-    measured, state = structure.measure(like).numel(), structure.init(like)
-    return measured, sum(state[key].numel() for key in structure.derived) or measured
+    measured, state = structure.compute_statistic(like).numel(), structure.init(like)
+    return measured, sum(state[key].numel() for key in structure.root_keys) or measured
 
 
 def _cut(view: View, shape: Sequence[int], dim: int) -> tuple[Axis | None, View]:

@@ -61,11 +61,7 @@ COMMANDS: dict[type[Any], Callable[[Any, Console], Any]] = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code, as `exit_code` does.
-
-    Args:
-        args: the words after ``asgo``; None: those of the process.
-    """
+    """Run the command and return its exit code, as `exit_code` does."""
     words = list(sys.argv[1:] if args is None else args)
     if words == ["--version"]:
         print(f"asgo {version('asgo')}")
@@ -91,9 +87,6 @@ def parse(args: Sequence[str]) -> Command | None:
     """The config that the words describe; None if they asked for help, which is then printed.
 
     With ``--resume``, fields that are not given are those of the run in the folder, not the usual defaults.
-
-    Raises:
-        LabError: for flags that do not exist or do not fit.
     """
     if args[:1] == ["bench"]:
         raise LabError(f"benchmarks are programs of the repository: in a clone of it run {_benchmark(args[1:])}.")

@@ -75,12 +75,7 @@ def draw_run(metrics: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def draw_comparison(curves: Mapping[str, Sequence[Curve]], target: float | None) -> bytes:
-    """Validation loss against steps and against training time: mean over seeds, band from lowest to highest.
-
-    Args:
-        curves: the runs of each optimizer, one per seed.
-        target: the loss of steps-to-target, drawn as a thin line; None: no line.
-    """
+    """Validation loss against steps and against training time: mean over seeds, band from lowest to highest."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for number, (name, runs) in enumerate(curves.items()):

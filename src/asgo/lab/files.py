@@ -55,11 +55,7 @@ def write_results(out: Path, contents: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        LabError: for a file that cannot be read or is not JSON.
-    """
+    """The content of a JSON file; raises `LabError` for a file that cannot be read or is not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -82,11 +78,7 @@ def finite(value: Any) -> Any:
 
 
 def check_new(out: Path) -> None:
-    """Refuse a folder for results that is in use.
-
-    Raises:
-        LabError: for a file, or a folder with something in it.
-    """
+    """Raise `LabError` for a folder of results that is in use, or a file."""
     if out.is_file():
         raise LabError(f"--out {out} is a file: pass a folder.")
     if out.is_dir() and any(out.iterdir()):

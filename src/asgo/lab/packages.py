@@ -9,16 +9,7 @@ from asgo.lab.errors import LabError
 
 
 def need(module: str, who: str, install: str) -> Any:
-    """Import a package that may not be installed.
-
-    Args:
-        module: what to import.
-        who: what needs it, for the message.
-        install: how to get it.
-
-    Raises:
-        LabError: saying what to install.
-    """
+    """Import a package that `who` needs; a `LabError` says how to `install` it where it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as missing:

@@ -54,12 +54,7 @@ def _without_box(box: str) -> str:
 
 
 def exit_code(parse: Callable[[], C | None], run: Callable[[C], Any]) -> int:
-    """Run a command: 0, 2 for what cannot be done, 130 after Ctrl-C, 1 where the reader of its output has left.
-
-    Args:
-        parse: makes the config; None where only help was asked for.
-        run: does what it says.
-    """
+    """Make a config and run it: 0, 2 for what cannot be done, 130 after Ctrl-C, 1 after a broken pipe."""
     config = None
     try:
         config = parse()

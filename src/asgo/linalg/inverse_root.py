@@ -29,7 +29,7 @@ import torch
 from asgo._types import Root
 from asgo.linalg import polynomial as iteration
 from asgo.linalg import spectral
-from asgo.linalg.masked import choose
+from asgo.linalg.masked import where
 from asgo.linalg.matmul import Precision, exact_matmul
 
 if TYPE_CHECKING:
@@ -81,12 +81,12 @@ def solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = Non
     top = A.diagonal(dim1=-2, dim2=-1).amax(dim=-1)  # no entry of a semidefinite matrix is larger
     finite = A.sum(dim=-1).isfinite().all(dim=-1)  # a sum keeps NaN and infinity, and costs one pass
     live = (finite & (top > 0))[:, None, None]
-    scale = choose(live, top[:, None, None], 1.0)
+    scale = where(live, top[:, None, None], 1.0)
     scale = scale / (2 * torch.frexp(scale).mantissa)  # a power of two: exact
     with exact_matmul(A.device):
-        Z = solver(choose(live, A, _eye(A)), scale, eps)
+        Z = solver(where(live, A, _eye(A)), scale, eps)
     ok = finite & Z.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
-    return choose(ok[:, None, None] & live, Z, 0.0).to(own), ok
+    return where(ok[:, None, None] & live, Z, 0.0).to(own), ok
 
 
 def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool
 
 
-def holds(mask: Bool[Tensor, "..."]) -> bool:
+def known_all_true(mask: Bool[Tensor, "..."]) -> bool:
     """Whether a mask is known to hold everywhere.
 
     It is read on the CPU only: elsewhere, and while a graph is traced, that would wait for the device, and the
@@ -20,11 +20,11 @@ def holds(mask: Bool[Tensor, "..."]) -> bool:
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 
 
-def choose(mask: Bool[Tensor, "..."], yes: Tensor, no: Tensor | float) -> Tensor:
+def where(mask: Bool[Tensor, "..."], yes: Tensor, no: Tensor | float) -> Tensor:
     """``torch.where``, which costs nothing where the mask is known to hold: `yes` itself then."""
-    return yes if holds(mask) else torch.where(mask, yes, no)
+    return yes if known_all_true(mask) else torch.where(mask, yes, no)
 
 
-def blend(memory: Tensor, seen: Tensor, weight: float, moved: Bool[Tensor, "b 1 1"]) -> None:
-    """``memory <- (1 - weight) memory + weight seen`` in place, for the matrices that moved."""
-    memory.lerp_(seen, weight if holds(moved) else weight * moved.to(memory.dtype))
+def masked_lerp_(memory: Tensor, seen: Tensor, weight: float, active: Bool[Tensor, "b 1 1"]) -> None:
+    """``memory <- (1 - weight) memory + weight seen`` in place, for the active matrices."""
+    memory.lerp_(seen, weight if known_all_true(active) else weight * active.to(memory.dtype))

@@ -37,7 +37,7 @@ import torch
 from asgo._types import Root
 from asgo.linalg import polynomial
 from asgo.linalg.inverse_root import solve
-from asgo.linalg.masked import choose
+from asgo.linalg.masked import where
 from asgo.linalg.matmul import exact_matmul
 from asgo.linalg.polynomial import Odd
 
@@ -214,7 +214,7 @@ def polar_and_root(
     finite, n, stack, scale = norm.isfinite(), X.shape[2], X, None
     if carried is not None:
         D, size = normalised([(carried, 1.0)], plan.dtype)
-        stack, finite, scale = _beside(X, D), finite & size.isfinite(), size / choose(norm > 0, norm, 1.0)
+        stack, finite, scale = _beside(X, D), finite & size.isfinite(), size / where(norm > 0, norm, 1.0)
     with _precise(first.device, plan.dtype):
         factor = iterate(stack, plan, n)
         S = mirrored(symmetric(factor[..., :n], X)) if root else None
@@ -222,7 +222,7 @@ def polar_and_root(
     result = factor[..., : first.shape[2]].to(first.dtype) if scale is None else factor[..., n:] * scale
     good = finite if S is None else finite & _is_healthy(S, norm)
     good = good & _norm(result).isfinite() if S is None or scale is not None else good
-    return choose(good, result, 0.0), None if S is None else choose(good, S, 0.0), norm, good[:, 0, 0]
+    return where(good, result, 0.0), None if S is None else where(good, S, 0.0), norm, good[:, 0, 0]
 
 
 def cholesky_root(plan: Plan) -> Root:
@@ -260,13 +260,13 @@ def normalised(A: Blocks, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
     first = A[0][0]
     top = torch.cat([largest(block).to(first.dtype) * factor for block, factor in A], 2).amax(2, keepdim=True)
     live = top.isfinite() & (top >= torch.finfo(first.dtype).tiny)
-    exponent = torch.frexp(choose(live, top, 1.0)).exponent.clamp(-125, 126)  # both powers are normal in float32
+    exponent = torch.frexp(where(live, top, 1.0)).exponent.clamp(-125, 126)  # both powers are normal in float32
     unit = torch.ldexp(torch.ones_like(top), -exponent)  # a product with a small tensor: ldexp of A takes 10 times that
     norms = [torch.linalg.vector_norm(block * (unit * factor), dim=(1, 2), keepdim=True) for block, factor in A]
     norm = torch.linalg.vector_norm(torch.cat(norms, 2), dim=2, keepdim=True)
     unit = unit / norm
-    X = choose(live, _beside(*[(block * (unit * factor)).to(dtype) for block, factor in A]), 0.0)
-    return X, choose(live, torch.ldexp(norm, exponent), choose(top.isfinite(), 0.0 * top, top))
+    X = where(live, _beside(*[(block * (unit * factor)).to(dtype) for block, factor in A]), 0.0)
+    return X, where(live, torch.ldexp(norm, exponent), where(top.isfinite(), 0.0 * top, top))
 
 
 def largest(A: Wide) -> PerMatrix:

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from asgo._types import State
-from asgo.linalg.masked import holds as known_all_true
+from asgo.linalg.masked import known_all_true
 from asgo.optimizer.rounding import seed_of, widened, write_rounded_
 
 DEFAULTS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}

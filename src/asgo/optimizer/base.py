@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo import state_keys
 from asgo._types import State
-from asgo.distributed.ownership import Division
+from asgo.distributed.ownership import WorkPartition
 from asgo.distributed.placement import Placement
 from asgo.distributed.state_dict import assign, export
 from asgo.optimizer import group_checks, hyperparameters, loading, param_groups
@@ -35,7 +35,7 @@ class GroupedOptimizer(Optimizer, ABC):
     place takes over the view. Unknown keys stay in a group; keys that look like a misspelling are refused.
     """
 
-    loop: ClassVar[Mapping[str, Any]] = hyperparameters.LOOP
+    step_defaults: ClassVar[Mapping[str, Any]] = hyperparameters.STEP_DEFAULTS
     """Values of the options of the step that a preset has no hyperparameter for."""
 
     constraints: ClassVar[Mapping[str, hyperparameters.Constraint]] = hyperparameters.SHARED
@@ -49,7 +49,7 @@ class GroupedOptimizer(Optimizer, ABC):
         hyperparameters.check(type(self).__name__, defaults, self.constraints)
         hyperparameters.check_adamw(type(self).__name__, adamw or {})
         self._forget_plans()
-        self._division, self._members, self._warned = Division(), Membership(), False
+        self._partition, self._members, self._warned = WorkPartition(), Membership(), False
         self._taken: dict[Tensor, str] | None = {}
         super().__init__(params, {**defaults, "adamw": dict(adamw or {})})
         self._taken = None
@@ -119,10 +119,10 @@ class GroupedOptimizer(Optimizer, ABC):
             counts |= {name: failed} if failed else {}
         return counts
 
-    def is_alone(self) -> bool:
+    def is_local(self) -> bool:
         """Whether this process holds and steps every parameter by itself."""
         known, members = self._members.views, [(p, group) for group in self.param_groups for p in group["params"]]
-        return all(param in known and self._where(param, group)[0].kind == "alone" for param, group in members)
+        return all(param in known and self._where(param, group)[0].kind == "local" for param, group in members)
 
     def reset(self) -> None:
         """Reset all state to its initial values, except for the counts of failures."""
@@ -153,41 +153,41 @@ class GroupedOptimizer(Optimizer, ABC):
             RuntimeError: `torch.distributed` is not initialized.
         """
         self._follow_groups()
-        self._division.share(type(self).__name__, process_group, shard_state)
-        self._division.divide(self.param_groups, self._members.views, self.structure)
-        self._division.keep_own(self.param_groups, self._members.views, self.state, self.structure)
+        self._partition.share(type(self).__name__, process_group, shard_state)
+        self._partition.divide(self.param_groups, self._members.views, self.structure)
+        self._partition.keep_own(self.param_groups, self._members.views, self.state, self.structure)
         self._forget_plans()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked before anything changes. The dict is kept; defaults and ``views`` are added to it."""
-        who = type(self).__name__
+        caller = type(self).__name__
         members = param_groups.members_of(param_group)
-        given = param_groups.given_views(who, param_group, len(members))
+        given = param_groups.given_views(caller, param_group, len(members))
         views = self.default_views(members, param_group) if given is None else given
         views = [view if view is None or given is None else self.read(view, param_group) for view in views]
-        group_checks.check_given(who, param_group, self.defaults, self.constraints)
-        views = group_checks.bounded(who, members, views, self.largest_side({**self.defaults, **param_group}))
+        group_checks.check_given(caller, param_group, self.defaults, self.constraints)
+        views = group_checks.bounded(caller, members, views, self.largest_side({**self.defaults, **param_group}))
         # While it is constructed nobody else changes the groups, so that their names need not be read again each time.
         taken = param_groups.names_of(self) if self._taken is None else self._taken
-        group_checks.check_group(who, param_group, members, views, self.defaults, taken)
+        group_checks.check_group(caller, param_group, members, views, self.defaults, taken)
         self.check_members({**self.defaults, **param_group}, views, [param for _, param in members])
-        own = hyperparameters.with_adamw(who, param_group, views, self.defaults)
+        own = hyperparameters.with_adamw(caller, param_group, views, self.defaults)
 
         param_group.pop("view", None)
         param_group["params"] = [param for _, param in members]
         param_groups.name_alike([*self.param_groups, param_group], [name for name, _ in members], len(taken))
         param_group |= {**own, "views": param_groups.plain(views)}
         super().add_param_group(param_group)
-        param_group |= {key: value for key, value in self.loop.items() if key not in {*self.defaults, *own}}
+        param_group |= {key: value for key, value in self.step_defaults.items() if key not in {*self.defaults, *own}}
         self._members.add(param_group)
         if self._taken is not None:
             self._taken |= {param: name or f"parameter {len(taken) + i}" for i, (name, param) in enumerate(members)}
-        if self._division.begun:
+        if self._partition.begun:
             self._begin()
 
     def _begin(self) -> None:
         """Assign owners, then initialize the state of parameters that have none."""
-        self._division.divide(self.param_groups, self._members.views, self.structure)
+        self._partition.divide(self.param_groups, self._members.views, self.structure)
         for group in self.param_groups:
             for param in group["params"]:
                 if not is_made(self.state[param]):
@@ -198,7 +198,7 @@ class GroupedOptimizer(Optimizer, ABC):
         if not self._members.is_current(self.param_groups):
             for param in self._members.follow(type(self).__name__, self.param_groups, self.default_views):
                 self.state.pop(param, None)
-            self._division.forget(self._members.views)
+            self._partition.forget(self._members.views)
         elif len(self.state) == len(self._members.views) and all(map(is_made, self.state.values())):
             return
         self._forget_plans()
@@ -289,7 +289,7 @@ class GroupedOptimizer(Optimizer, ABC):
             p: {key: t.clone() if state_keys.is_own(key) else t for key, t in own.items()}
             for p, own in self.state.items()
         }
-        return {**state, "_division": self._division, "state": type(self.state)(dict, compact)}
+        return {**state, "_partition": self._partition, "state": type(self.state)(dict, compact)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -304,4 +304,4 @@ class GroupedOptimizer(Optimizer, ABC):
         """The placement of a parameter, and the owner of each of its parts."""
         view = self._members.views[param]
         structure = None if view is None else self.structure(group)
-        return self._division.placement(param, view, structure), self._division.owners(param, view)
+        return self._partition.placement(param, view, structure), self._partition.owners(param, view)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from asgo._types import Stack, State
 from asgo.distributed.collectives import Wait
-from asgo.distributed.placement import Placement, gradient, keeps, local
-from asgo.optimizer.root_retry import Ladder
+from asgo.distributed.placement import Placement, gradient, holds_state, local
+from asgo.optimizer.root_retry import RootRetry
 from asgo.optimizer.rounding import BITS, Rounding, add_rounded_, seed_of
 from asgo.optimizer.state import state_dtype
 from asgo.state_keys import part_key
@@ -39,7 +39,7 @@ class Member:
         param: the parameter.
         view: through which all of it is read.
         part: the number of the part.
-        turn: the step (modulo the refresh interval) on which its turn comes.
+        refresh_phase: the step (modulo the refresh interval) on which its turn comes.
         placement: where the parameter's entries are.
         owner: the place in the placement's ranks of the one that refreshes its roots; None: all do.
         place: a number that the same part has on all ranks and no other part has, for random numbers.
@@ -48,15 +48,15 @@ class Member:
     param: Tensor
     view: View
     part: int
-    turn: int
+    refresh_phase: int
     placement: Placement
     owner: int | None
     place: int = 0
 
     @property
-    def mine(self) -> bool:
+    def is_owner(self) -> bool:
         """Whether this rank refreshes its roots."""
-        return self.owner is None or self.owner == self.placement.me
+        return self.owner is None or self.owner == self.placement.group_rank
 
 
 class Bucket:
@@ -66,7 +66,7 @@ class Bucket:
     for it, or None.
 
     Args:
-        everyone: the parts, in the order in which their matrices stand in the bucket's stack.
+        all_parts: the parts, in the order in which their matrices stand in the bucket's stack.
         states: the states of their parameters; their tensors are rebound to views into the bucket's.
         keys: the keys of a part's state.
 
@@ -77,21 +77,23 @@ class Bucket:
         memory: the state of those.
     """
 
-    def __init__(self, everyone: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
-        first, self.everyone = everyone[0], list(everyone)
+    def __init__(self, all_parts: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+        first, self.all_parts = all_parts[0], list(all_parts)
         self.part, self.placement = first.part, first.placement  # the others are read by the same pattern
         self.view: View = first.placement.view  # pyright: ignore[reportAttributeAccessIssue]
-        self.members = [member for member in everyone if keeps(member.placement, member.owner)]
-        whole = tuple(first.param.shape) if first.placement.kind == "owned" else tuple(local(first.param).shape)
+        self.members = [member for member in all_parts if holds_state(member.placement, member.owner)]
+        whole = (
+            tuple(first.param.shape) if first.placement.kind == "owner_computes" else tuple(local(first.param).shape)
+        )
         self.shape = self.view.cut(torch.empty(whole, device="meta"))[self.part].shape  # all have the same
         self.slices, m, n = self.view.shapes(first.param.shape if first.placement.cut else whole)[self.part]
         self.entries, self.own = m * n, slice(None)
         self.dtype = state_dtype(first.param)
-        self.ladder = Ladder(deferred=first.param.device.type != "cpu")
+        self.root_retry = RootRetry(deferred=first.param.device.type != "cpu")
         self.state: State = {}
         self._bound: list[tuple[State, str, Tensor]] = []
-        self._states = {member.param: state for member, state in zip(everyone, states, strict=True)}
-        kept = [state for m, state in zip(everyone, states, strict=True) if keeps(m.placement, m.owner)]
+        self._states = {member.param: state for member, state in zip(all_parts, states, strict=True)}
+        kept = [state for m, state in zip(all_parts, states, strict=True) if holds_state(m.placement, m.owner)]
         for key in keys if kept else ():
             names = [part_key(key, member.part) for member in self.members]
             tensors = [state[name] for state, name in zip(kept, names, strict=True)]
@@ -121,7 +123,7 @@ class Bucket:
         """The members' gradients as one stack: a copy, but for a single member of the state's dtype."""
         return self.view.stack_all(self.part, self._parts([gradient(m.param) for m in self.members])).to(self.dtype)
 
-    def fixed(self, structure: Structure) -> Structure:
+    def with_side_of(self, structure: Structure) -> Structure:
         """The structure for what is here of the matrices: all."""
         return structure
 
@@ -149,7 +151,7 @@ class Bucket:
         runs: list[slice] = []
         for i, member in enumerate(self.members):
             start, stop = (j * self.slices - (self.own.start or 0) for j in (i, i + 1))
-            if not (member.mine and due(member)):
+            if not (member.is_owner and due(member)):
                 continue
             if runs and runs[-1].stop == start:
                 start = runs.pop().start
@@ -256,7 +258,7 @@ def make_buckets(
             pattern = member.view.pattern_of(member.part)
             key = (stack, pattern, piece, state_dtype(param), param.device, where.kind, where.ranks)
             if where.ranks:
-                key = (*key, param.dtype, where.boxes if where.kind in ("aligned", "summed") else ())
+                key = (*key, param.dtype, where.boxes if where.kind in ("whole_slices", "partial_sums") else ())
             sorts.setdefault(key, []).append(member)
     keys = ["exp_avg", *structure.init(torch.empty(1, 1, 1)), "failures"]
     buckets = []
@@ -273,7 +275,7 @@ def _batches(members: list[Member], numel: int) -> list[list[Member]]:
     limit = BUCKET_BYTES.get(param.device.type, BUCKET_BYTES["other"])
     most = max(1, limit // (numel * state_dtype(param).itemsize))
     count = -(-len(members) // most)
-    members = sorted(members, key=lambda member: (-1 if member.owner is None else member.owner, member.turn))
+    members = sorted(members, key=lambda member: (-1 if member.owner is None else member.owner, member.refresh_phase))
     if members[0].owner is not None:
         return [members[i::count] for i in range(count)]
     return [members[len(members) * i // count : len(members) * (i + 1) // count] for i in range(count)]

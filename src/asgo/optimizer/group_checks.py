@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from asgo.distributed.placement import find
 from asgo.linalg.inverse_root import check_eps
-from asgo.optimizer.hyperparameters import KNOWN, LOOP, Constraint, check
+from asgo.optimizer.hyperparameters import KNOWN, STEP_DEFAULTS, Constraint, check
 from asgo.optimizer.param_groups import names_of
 from asgo.views import View
 
@@ -26,7 +26,7 @@ LIKE = 0.84
 
 
 def bounded(
-    who: str, members: Sequence[tuple[str | None, Tensor]], views: Sequence[View | None], limit: int | None
+    caller: str, members: Sequence[tuple[str | None, Tensor]], views: Sequence[View | None], limit: int | None
 ) -> list[View | None]:
     """The views, with None where a matrix has a shorter side above `limit`; one warning names these parameters."""
     if limit is None:
@@ -38,7 +38,7 @@ def bounded(
     if found:
         shown = ", ".join(f"{name or 'a parameter'} {tuple(param.shape)}" for name, param in found)
         warnings.warn(
-            f"{who}: AdamW takes {shown}: the shorter side is above max_size={limit}. Pass a larger max_size, or a "
+            f"{caller}: AdamW takes {shown}: the shorter side is above max_size={limit}. Pass a larger max_size, or a "
             "view that cuts it into blocks.",
             stacklevel=frames_to_the_caller(),
         )
@@ -62,7 +62,7 @@ def frames_to_the_caller() -> int:
 
 
 def check_group(
-    who: str,
+    caller: str,
     group: Mapping[str, Any],
     members: Sequence[tuple[str | None, Tensor]],
     views: Sequence[View | None],
@@ -72,7 +72,7 @@ def check_group(
     """Refuse hyperparameters that do not go together, views that do not fit, parameters that cannot be optimized.
 
     Args:
-        who: the optimizer, for messages.
+        caller: the optimizer, for messages.
         group: as given by the user.
         members: pairs of name and parameter.
         views: one for each member.
@@ -80,12 +80,12 @@ def check_group(
         taken: the parameters of the other groups, and their names.
     """
     if any(view is not None for view in views):
-        _check_together(who, {**LOOP, **defaults, **group})
+        _check_together(caller, {**STEP_DEFAULTS, **defaults, **group})
     names = {name for name in taken.values() if name}
     seen = {id(param) for param in taken}
     for i, ((name, param), view) in enumerate(zip(members, views, strict=True)):
         shown = name if name is not None else f"parameter {len(taken) + i}"
-        what = f"{who}: {shown!r} {tuple(param.shape)}"
+        what = f"{caller}: {shown!r} {tuple(param.shape)}"
         _check_param(what, param)
         if id(param) in seen:
             raise ValueError(f"{what} is given twice; pass every parameter once.")
@@ -102,19 +102,19 @@ def check_group(
 
 
 def check_given(
-    who: str, group: Mapping[str, Any], defaults: Mapping[str, Any], constraints: Mapping[str, Constraint]
+    caller: str, group: Mapping[str, Any], defaults: Mapping[str, Any], constraints: Mapping[str, Constraint]
 ) -> None:
     """Refuse keys of a group that are misspelt or another optimizer's, and values that are out of range."""
-    check_keys(f"{who}: the key", group, {*defaults, *OF_EVERY_GROUP})
-    _check_known(who, group, defaults)
-    check(who, group, constraints)
+    check_keys(f"{caller}: the key", group, {*defaults, *OF_EVERY_GROUP})
+    _check_known(caller, group, defaults)
+    check(caller, group, constraints)
 
 
-def _check_known(who: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _check_known(caller: str, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a hyperparameter of another optimizer of this library, unless it has a neutral value."""
     for key in KNOWN & group.keys() - defaults.keys():
-        if group[key] != LOOP.get(key):
-            raise ValueError(f"{who}: the key {key!r} of a group is not known; choose from {sorted(defaults)}.")
+        if group[key] != STEP_DEFAULTS.get(key):
+            raise ValueError(f"{caller}: the key {key!r} of a group is not known; choose from {sorted(defaults)}.")
 
 
 def check_keys(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -134,19 +134,20 @@ def _check_flat(what: str, param: Tensor) -> None:
         )
 
 
-def _check_together(who: str, values: Mapping[str, Any]) -> None:
+def _check_together(caller: str, values: Mapping[str, Any]) -> None:
     try:
         check_eps(values["root"], values["eps"])
     except ValueError as error:
-        raise ValueError(f"{who}: {error}.") from None
+        raise ValueError(f"{caller}: {error}.") from None
     if values["root"] == "square_root" and values["precondition_frequency"] != 1:
         raise ValueError(
-            f"{who}: root 'square_root' got precondition_frequency={values['precondition_frequency']}; its root is "
+            f"{caller}: root 'square_root' got precondition_frequency={values['precondition_frequency']}; its root is "
             "part of every update. Pass precondition_frequency=1, or another root."
         )
     if values["capturable"] and values["precondition_frequency"] != 1:
         raise ValueError(
-            f"{who}: capturable got precondition_frequency={values['precondition_frequency']}; a captured graph does "
+            f"{caller}: capturable got precondition_frequency={values['precondition_frequency']}; a captured graph "
+            f"does "
             "the same work at every step. Pass precondition_frequency=1 or capturable=False."
         )
 

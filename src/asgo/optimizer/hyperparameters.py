@@ -17,7 +17,7 @@ from asgo.optimizer.adamw import DEFAULTS as ADAMW_DEFAULTS
 from asgo.optimizer.update_size import SCALINGS
 from asgo.views import View
 
-LOOP: dict[str, Any] = {
+STEP_DEFAULTS: dict[str, Any] = {
     "betas": (0.0, 1.0),
     "eps": 1e-8,
     "weight_decay": 0.0,
@@ -61,11 +61,11 @@ class Constraint:
             raise ValueError(must_be(name, self.expected, value))
 
 
-def check(who: str, values: Mapping[str, Any], constraints: Mapping[str, Constraint]) -> None:
+def check(caller: str, values: Mapping[str, Any], constraints: Mapping[str, Constraint]) -> None:
     """Raise `ValueError` for the first value that does not fit; those without a constraint are not checked."""
     for key, value in values.items():
         if key in constraints:
-            constraints[key].check(f"{who}: {key}", value)
+            constraints[key].check(f"{caller}: {key}", value)
 
 
 def is_number(value: Any, low: float, high: float = math.inf) -> bool:
@@ -146,13 +146,13 @@ def from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in others}
 
 
-def adjust_lr_of(who: str, adjust_lr: str | None, adjust_lr_fn: str | None) -> str | None:
+def adjust_lr_of(caller: str, adjust_lr: str | None, adjust_lr_fn: str | None) -> str | None:
     """``adjust_lr``, or what `torch.optim.Muon` calls so: its ``adjust_lr_fn="match_rms_adamw"`` is ``"rms"``.
 
     Raises:
         ValueError: another value of `adjust_lr_fn`.
     """
-    or_none(one_of("match_rms_adamw")).check(f"{who}: adjust_lr_fn", adjust_lr_fn)
+    or_none(one_of("match_rms_adamw")).check(f"{caller}: adjust_lr_fn", adjust_lr_fn)
     return adjust_lr if adjust_lr_fn is None else "rms"
 
 
@@ -169,7 +169,7 @@ def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
 
 
 def with_adamw(
-    who: str, group: Mapping[str, Any], views: Sequence[View | None], defaults: Mapping[str, Any]
+    caller: str, group: Mapping[str, Any], views: Sequence[View | None], defaults: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The entries to add to a group for the hyperparameters of its parameters without a view.
 
@@ -182,34 +182,34 @@ def with_adamw(
         ValueError: hyperparameters that AdamW does not have, or out of range.
     """
     default, own = dict(defaults["adamw"]), dict(group.get("adamw") or {})
-    check_adamw(who, own)
+    check_adamw(caller, own)
     set_here = {key: group[key] for key in ADAMW_DEFAULTS if key in group}
     chosen = {**ADAMW_DEFAULTS, **default, **set_here, **own}
     if "lr" in group and "lr" not in own:
         chosen.pop("lr", None)
     if chosen["betas"][1] == 1 and None in views:
         raise ValueError(
-            f"{who}: betas of parameters without a view must both be below 1; got {chosen['betas']!r}. Pass "
+            f"{caller}: betas of parameters without a view must both be below 1; got {chosen['betas']!r}. Pass "
             "adamw=dict(betas=(0.9, 0.95)) for them."
         )
     if views and not any(views):
         chosen.pop("lr_ratio", None)
         return {**chosen, "adamw": {}}
     if "lr" in chosen:
-        chosen["lr_ratio"] = _ratio(who, chosen.pop("lr"), group.get("lr", defaults["lr"]))
+        chosen["lr_ratio"] = _ratio(caller, chosen.pop("lr"), group.get("lr", defaults["lr"]))
     return {"adamw": chosen}
 
 
-def _ratio(who: str, adamw_lr: float | Tensor, lr: float | Tensor) -> float:
+def _ratio(caller: str, adamw_lr: float | Tensor, lr: float | Tensor) -> float:
     if float(lr) == 0:
-        raise ValueError(f"{who}: adamw got an lr beside an lr of 0, of which it cannot be a multiple; pass lr > 0.")
+        raise ValueError(f"{caller}: adamw got an lr beside an lr of 0, of which it cannot be a multiple; pass lr > 0.")
     return float(adamw_lr) / float(lr)
 
 
-def check_adamw(who: str, given: Mapping[str, Any]) -> None:
+def check_adamw(caller: str, given: Mapping[str, Any]) -> None:
     """Raise `ValueError` for hyperparameters that AdamW does not have or that are out of range."""
     known = ("lr", *ADAMW_DEFAULTS)
     for key in given:
         if key not in (*known, "lr_ratio"):
-            raise ValueError(f"{who}: adamw has no {key!r}; choose from {', '.join(known)}.")
-    check(f"{who}: adamw", given, SHARED)
+            raise ValueError(f"{caller}: adamw has no {key!r}; choose from {', '.join(known)}.")
+    check(f"{caller}: adamw", given, SHARED)

@@ -38,15 +38,16 @@ def saved_by_param(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[
     Raises:
         ValueError: groups of other sizes, or of another library's optimizer.
     """
-    who, groups, saved = type(optimizer).__name__, optimizer.param_groups, state_dict.get("param_groups", [])
+    caller, groups, saved = type(optimizer).__name__, optimizer.param_groups, state_dict.get("param_groups", [])
     if [len(g["params"]) for g in saved] != [len(g["params"]) for g in groups]:
         raise ValueError(
-            f"{who}: the saved state has groups of {[len(g['params']) for g in saved]} parameters, this optimizer of "
+            f"{caller}: the saved state has groups of {[len(g['params']) for g in saved]} parameters, this optimizer "
+            f"of "
             f"{[len(g['params']) for g in groups]}. Build it with the same groups, or load by "
             "name with asgo.checkpoint.load_named_state_dict."
         )
     if not all(old.keys() & {"view", "views"} for old in saved):
-        raise ValueError(f"{who}: a saved group has no views: it is of another optimizer; build the one it is of.")
+        raise ValueError(f"{caller}: a saved group has no views: it is of another optimizer; build the one it is of.")
     found: dict[Tensor, Saved] = {}
     for old, group in zip(saved, groups, strict=True):
         for param, place in zip(group["params"], _places(old, group), strict=True):
@@ -93,17 +94,17 @@ def check_saved(
         views: of every parameter.
         added: keys that states of earlier versions lack, parts aside.
     """
-    who, names = type(optimizer).__name__, names_of(optimizer)
+    caller, names = type(optimizer).__name__, names_of(optimizer)
     for param, found in saved.items():
         view = views[param]
         if found.state and found.view is not ... and not same_reading(View.of(found.view), view, tuple(param.shape)):
             raise ValueError(
-                f"{who}: the saved state of {names[param]!r} {tuple(param.shape)} is of the view "
+                f"{caller}: the saved state of {names[param]!r} {tuple(param.shape)} is of the view "
                 f"{View.of(found.view) or 'None (AdamW)'}, this optimizer reads it as {view or 'None (AdamW)'}. "
                 "Build this one as the saved one was built."
             )
         if found.state:
-            check_tensors(who, names[param], found.state, own[param], added)
+            check_tensors(caller, names[param], found.state, own[param], added)
 
 
 def same_reading(a: View | None, b: View | None, shape: tuple[int, ...]) -> bool:
@@ -120,7 +121,7 @@ def same_reading(a: View | None, b: View | None, shape: tuple[int, ...]) -> bool
 
 
 def check_tensors(
-    who: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor], added: Mapping[str, float]
+    caller: str, name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor], added: Mapping[str, float]
 ) -> None:
     """Raise `ValueError` unless `saved` holds the same keys and shapes as `own`, beside what wrappers keep."""
     for key in filter(is_own, own.keys() | saved.keys()):
@@ -130,7 +131,8 @@ def check_tensors(
         wanted = tuple(own[key].shape) if key in own else None
         if got != wanted:
             raise ValueError(
-                f"{who}: the saved state of {name!r} has {_shape(got)} under {key!r}, this optimizer {_shape(wanted)}."
+                f"{caller}: the saved state of {name!r} has {_shape(got)} under {key!r}, this optimizer "
+                f"{_shape(wanted)}."
                 f" {_remedy(got or (), wanted or ())}"
             )
 

@@ -46,14 +46,14 @@ class Membership:
 
     def follow(
         self,
-        who: str,
+        caller: str,
         groups: Sequence[Group],
         default: Callable[[Sequence[tuple[str | None, Tensor]], Mapping[str, Any]], list[View | None]],
     ) -> list[Tensor]:
         """Give parameters that are new in the groups a view, and forget those that are gone.
 
         Args:
-            who: the optimizer, for messages.
+            caller: the optimizer, for messages.
             groups: of the optimizer.
             default: the default views of members of a group.
 
@@ -71,13 +71,13 @@ class Membership:
             seen = self._seen[i] if i < len(self._seen) else []
             names.append(_names(group, seen))
             places = seen if len(seen) == len(group["params"]) else [None] * len(group["params"])
-            _refuse_flat(f"{who}: group {i}", [p for p in seen if p not in present], group, self.views)
-            given = _given(who, group, names[i], seen)
+            _refuse_flat(f"{caller}: group {i}", [p for p in seen if p not in present], group, self.views)
+            given = _given(caller, group, names[i], seen)
             for place, name, param in zip(places, names[i], group["params"], strict=True):
                 if param in self.views:
                     found[param] = self.views[param]
                 elif place is not None and place not in present:
-                    found[param] = self._inherited(who, place, name, param)
+                    found[param] = self._inherited(caller, place, name, param)
                 else:
                     found[param] = given[param] if param in given else default([(name, param)], group)[0]
         gone = [param for param in self.views if param not in present]
@@ -87,10 +87,10 @@ class Membership:
         complete_names(groups, names)
         return gone
 
-    def _inherited(self, who: str, place: Tensor, name: str | None, param: Tensor) -> View | None:
+    def _inherited(self, caller: str, place: Tensor, name: str | None, param: Tensor) -> View | None:
         view = self.views[place]
         if view is not None:
-            view.check(f"{who}: {name or 'a parameter'} in place of one {tuple(place.shape)}", param.shape)
+            view.check(f"{caller}: {name or 'a parameter'} in place of one {tuple(place.shape)}", param.shape)
         return view
 
 
@@ -103,7 +103,7 @@ def _names(group: Group, seen: Sequence[Tensor]) -> list[str | None]:
     return [known.get(param) for param in group["params"]]
 
 
-def _given(who: str, group: Group, names: Sequence[str | None], seen: Sequence[Tensor]) -> dict[Tensor, View | None]:
+def _given(caller: str, group: Group, names: Sequence[str | None], seen: Sequence[Tensor]) -> dict[Tensor, View | None]:
     """The views that a host gave with a list of parameters of another length, as when it restores saved groups."""
     views = list(group.get("views") or ())
     if len(views) != len(group["params"]) or len(views) == len(seen):
@@ -111,7 +111,7 @@ def _given(who: str, group: Group, names: Sequence[str | None], seen: Sequence[T
     given = dict(zip(group["params"], map(View.of, views), strict=True))
     for name, (param, view) in zip(names, given.items(), strict=True):
         if view is not None:
-            view.check(f"{who}: {name or 'a parameter'}", param.shape)
+            view.check(f"{caller}: {name or 'a parameter'}", param.shape)
     return given
 
 

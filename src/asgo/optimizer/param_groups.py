@@ -43,7 +43,7 @@ def _named(member: Any, name: str | None) -> tuple[str | None, Tensor]:
     return name, member
 
 
-def given_views(who: str, group: Mapping[str, Any], count: int) -> list[View | None] | None:
+def given_views(caller: str, group: Mapping[str, Any], count: int) -> list[View | None] | None:
     """The views that a group gives its `count` parameters: ``views``, or ``view`` for all of them; None without either.
 
     Raises:
@@ -52,7 +52,7 @@ def given_views(who: str, group: Mapping[str, Any], count: int) -> list[View | N
     if "views" in group:
         views = [View.of(view) for view in group["views"]]
         if len(views) != count:
-            raise ValueError(f"{who}: a group has {count} parameters and {len(views)} views; pass one for each.")
+            raise ValueError(f"{caller}: a group has {count} parameters and {len(views)} views; pass one for each.")
         return views
     return [View.of(group["view"])] * count if "view" in group else None
 

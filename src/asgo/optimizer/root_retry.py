@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from asgo.linalg.inverse_root import ROOTS, eigh64
-from asgo.linalg.masked import holds
+from asgo.linalg.masked import known_all_true
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -45,7 +45,7 @@ class _Flags:
         return [self.start + int(i) for i in self.failed.nonzero()]
 
 
-class Ladder:
+class RootRetry:
     """Refreshes the roots of a bucket, and those that fail once more by `eigh64`.
 
     On a CPU the second try follows at once. A device is not waited for: its flags travel to the host while it works
@@ -54,35 +54,35 @@ class Ladder:
 
     Args:
         deferred: not to wait.
-        climbs: whether there is a second try; not where it would come after other ranks have been sent the root.
+        retries: whether there is a second try; not where it would come after other ranks have been sent the root.
     """
 
-    def __init__(self, deferred: bool, climbs: bool = True) -> None:
-        self.deferred, self.climbs = deferred, climbs
+    def __init__(self, deferred: bool, retries: bool = True) -> None:
+        self.deferred, self.retries = deferred, retries
         self._flags: list[_Flags] = []
 
     def refresh(self, structure: Structure, state: State, runs: list[slice], root: str, eps: float) -> None:
         """A new root for every matrix in `runs`, in place; failures are counted in ``state["failures"]``."""
-        overdue = self._overdue()
+        pending = self._pending()
         for rows in runs:
             due = {key: tensor[rows] for key, tensor in state.items()}
-            ok = structure.refresh(due, ROOTS[root], eps)
-            if structure.derived and self.climbs and root in SAME_FORMULA and _can_be_told(ok):
-                ok = self._climb(structure, due, rows.start, ok, eps)
+            ok = structure.compute_root(due, ROOTS[root], eps)
+            if structure.root_keys and self.retries and root in SAME_FORMULA and _can_be_told(ok):
+                ok = self._retry(structure, due, rows.start, ok, eps)
             due["failures"] += ~ok
-        for row in overdue:
+        for row in pending:
             _again(structure, state, row, eps)
 
-    def _climb(self, structure: Structure, due: State, start: int, ok: Bool[Tensor, "b"], eps: float) -> Tensor:
+    def _retry(self, structure: Structure, due: State, start: int, ok: Bool[Tensor, "b"], eps: float) -> Tensor:
         if self.deferred:
             self._flags.append(_Flags.send(start, ~ok))
             return ok
-        if holds(ok):
+        if known_all_true(ok):
             return ok
         rows = _Flags.send(0, ~ok).rows()
         return ok.index_copy(0, torch.tensor(rows), torch.cat([_again(structure, due, row, eps) for row in rows]))
 
-    def _overdue(self) -> list[int]:
+    def _pending(self) -> list[int]:
         rows: set[int] = set()
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return []  # an event must not be asked while a graph is captured; the next step that is not will do it
@@ -99,4 +99,4 @@ def _can_be_told(ok: Tensor) -> bool:
 
 
 def _again(structure: Structure, state: State, row: int, eps: float) -> Tensor:
-    return structure.refresh({key: tensor[row : row + 1] for key, tensor in state.items()}, eigh64, eps)
+    return structure.compute_root({key: tensor[row : row + 1] for key, tensor in state.items()}, eigh64, eps)

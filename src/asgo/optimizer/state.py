@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import State
-from asgo.distributed.placement import Placement, entries_of, keeps, local
+from asgo.distributed.placement import Placement, entries_of, holds_state, local
 from asgo.optimizer import adamw
 from asgo.optimizer.rounding import BITS, init_residual
 from asgo.state_keys import is_own, part_key
@@ -49,22 +49,24 @@ def init_state(
     state |= _residual(param, placement, group)
     if view is None or structure is None:
         return state | adamw.init(entries_of(param, placement, local(param.detach())), dtype)
-    whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
+    whole = tuple(param.shape) if placement.kind == "owner_computes" else tuple(local(param).shape)
     pieces = [piece.shape for piece in view.cut(torch.empty(whole, device="meta"))]
     for part, (_, m, n) in enumerate(view.shapes(tuple(param.shape) if placement.cut else whole)):
-        if keeps(placement, owners[part]):
+        if holds_state(placement, owners[part]):
             momentum = view.stack(part, torch.zeros(pieces[part], dtype=dtype, device=device))
         else:
             momentum = torch.zeros(0, m, n, dtype=dtype, device=device)
-        own = {"exp_avg": momentum} | (structure.fixed(m, n) if placement.cut else structure).init(momentum)
+        own = {"exp_avg": momentum} | (structure.with_side_of(m, n) if placement.cut else structure).init(momentum)
         own["failures"] = torch.zeros(len(momentum), dtype=torch.int64, device=device)
-        if placement.cut and owners[part] not in (None, placement.me):
-            own |= {key: own[key][:0].clone() for key in placement.cut.owned}
+        if placement.cut and owners[part] not in (None, placement.group_rank):
+            own |= {key: own[key][:0].clone() for key in placement.cut.owner_keys}
         state |= {part_key(key, part): tensor for key, tensor in own.items()}
     return state
 
 
-def follow(state: State, param: Tensor, group: Mapping[str, Any], view: View | None, placement: Placement) -> None:
+def move_state_to_param(
+    state: State, param: Tensor, group: Mapping[str, Any], view: View | None, placement: Placement
+) -> None:
     """Bring the state of a parameter to where the parameter is now and, entry by entry, into its memory order.
 
     Models move, are cast and change their memory format after construction.
@@ -97,12 +99,12 @@ def renew(state: State, fresh: State) -> None:
 
 
 def check_shape(
-    who: str, name: str | None, param: Tensor, state: State, placement: Placement, owners: Sequence[int | None]
+    caller: str, name: str | None, param: Tensor, state: State, placement: Placement, owners: Sequence[int | None]
 ) -> bool:
     """Whether the state is of a parameter of this shape, or was never used.
 
     Args:
-        who: the optimizer, for messages.
+        caller: the optimizer, for messages.
         name: of the parameter.
         param: the parameter.
         state: its state.
@@ -121,18 +123,19 @@ def check_shape(
     if float(state["step"]) == 0:
         return False
     raise ValueError(
-        f"{who}: {name or 'a parameter'!r} has the shape {tuple(param.shape)} now, its momentum {found}. Its state is "
+        f"{caller}: {name or 'a parameter'!r} has the shape {tuple(param.shape)} now, its momentum {found}. Its "
+        f"state is "
         "of its old shape: replace the parameter by a new one, or delete optimizer.state[parameter]."
     )
 
 
 def check_form(
-    who: str, name: str | None, param: Tensor, state: State, placement: Placement, structure: Structure
+    caller: str, name: str | None, param: Tensor, state: State, placement: Placement, structure: Structure
 ) -> bool:
     """Whether the state is of this structure, or was never used; shards of a matrix are not looked at.
 
     Args:
-        who: the optimizer, for messages.
+        caller: the optimizer, for messages.
         name: of the parameter.
         param: the parameter.
         state: its state.
@@ -155,7 +158,7 @@ def check_form(
             if float(state["step"]) == 0:
                 return False
             raise ValueError(
-                f"{who}: the state of {name or 'a parameter'!r} does not fit its group: an option that decides its "
+                f"{caller}: the state of {name or 'a parameter'!r} does not fit its group: an option that decides its "
                 "form (root='square_root', packed_state, side, cross_normalize) was changed after the first step. "
                 "Build an optimizer with the new option; it loads the state_dict where the form can be converted."
             )
@@ -170,9 +173,11 @@ def _momentum_shapes(param: Tensor, placement: Placement, owners: Sequence[int |
     view = placement.view
     if view is None:
         return [tuple(entries_of(param, placement, local(param.detach())).shape)]
-    whole = tuple(param.shape) if placement.kind == "owned" else tuple(local(param).shape)
+    whole = tuple(param.shape) if placement.kind == "owner_computes" else tuple(local(param).shape)
     stacks = view.shapes(whole)
-    return [stack if keeps(placement, owner) else (0, *stack[1:]) for stack, owner in zip(stacks, owners, strict=True)]
+    return [
+        stack if holds_state(placement, owner) else (0, *stack[1:]) for stack, owner in zip(stacks, owners, strict=True)
+    ]
 
 
 def _device_of_step(param: Tensor, group: Mapping[str, Any], view: View | None) -> torch.device:

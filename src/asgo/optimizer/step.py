@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from asgo._types import Stack
-from asgo.distributed.collectives import Wait, agree
-from asgo.distributed.ownership import spread, turns_of
+from asgo.distributed.collectives import Wait, all_reduce_and
+from asgo.distributed.ownership import exchange_rows, refresh_phases
 from asgo.distributed.placement import Placement, entries_of, gradient, local
 from asgo.distributed.strategies import KINDS, interleave, pause
-from asgo.linalg.masked import blend, choose
+from asgo.linalg.masked import masked_lerp_, where
 from asgo.linalg.matmul import exact_matmul
 from asgo.metrics import Recorder
 from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, Member, make_buckets
 from asgo.optimizer.hyperparameters import adamw_of, learning_rate
-from asgo.optimizer.state import check_form, check_shape, follow, renew
+from asgo.optimizer.state import check_form, check_shape, move_state_to_param, renew
 from asgo.optimizer.update_size import SCALINGS
 from asgo.structures import OneCall, Structure
 
-WARM_STEPS = 10
+WARMUP_STEPS = 10
 """The first steps refresh every root, whatever the interval: the statistic changes fastest there."""
 
 
@@ -44,7 +44,8 @@ class StructuredOptimizer(GroupedOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them, as for every `torch.optim.Optimizer`.
         defaults: hyperparameters of groups that do not set them; ``lr`` and ``maximize`` are required. Options of the
-            step that are missing here have the values of the class attribute `loop`, and groups may not set them.
+            step that are missing here have the values of the class attribute `step_defaults`, and groups may not set
+            them.
         adamw: hyperparameters of the parameters without a view: ``lr``, ``betas``, ``eps``, ``weight_decay``; by
             default the ``lr`` of the matrices and `asgo.optimizer.adamw.DEFAULTS`. A schedule that changes the ``lr``
             of a group
@@ -147,13 +148,13 @@ class StructuredOptimizer(GroupedOptimizer):
             states,
             adamw_of(group),
             plan.places,
-            lambda flags, of: agree(flags, [ranks[i] for i in of]),
+            lambda flags, of: all_reduce_and(flags, [ranks[i] for i in of]),
         )
-        return spread(plan.entries, plan.where)
+        return exchange_rows(plan.entries, plan.where)
 
     def _update(self, bucket: Bucket, group: dict[str, Any]) -> Iterator[None]:
         """The step of a bucket; it yields while a collective runs, so that other buckets compute meanwhile."""
-        structure, due = bucket.fixed(self.structure(group)), partial(self._is_due, group)
+        structure, due = bucket.with_side_of(self.structure(group)), partial(self._is_due, group)
         yield from pause(bucket.gather())
         direction, update, lr = None, None, learning_rate(group)
         if bucket.members:
@@ -163,7 +164,7 @@ class StructuredOptimizer(GroupedOptimizer):
             else:
                 yield from self._learn(bucket, group, structure, seen, due)
             del seen  # a stack of gradients that the rest of the step does without
-        yield from pause(bucket.share(due, structure.derived))
+        yield from pause(bucket.share(due, structure.root_keys))
         if direction is not None:
             if update is None:
                 with exact_matmul(direction.device):
@@ -184,12 +185,12 @@ class StructuredOptimizer(GroupedOptimizer):
         if self._recorder is not None:
             self._recorder.gradients(bucket, norm)
         moved = norm.isfinite() & (norm > 0)
-        grad = choose(moved, -grad if group["maximize"] else grad, 0.0)
+        grad = where(moved, -grad if group["maximize"] else grad, 0.0)
         bucket.memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]
 
-        blend(momentum, grad, 1 - beta1, moved)
+        masked_lerp_(momentum, grad, 1 - beta1, moved)
         direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
-        direction = choose(moved, direction, 0.0)
+        direction = where(moved, direction, 0.0)
         return direction, direction if group["statistic"] == "momentum" else grad
 
     def _learn(
@@ -202,25 +203,25 @@ class StructuredOptimizer(GroupedOptimizer):
     ) -> Iterator[None]:
         """Take what was seen into the statistic, and refresh the roots that are due."""
         with exact_matmul(seen.device):
-            measurement = structure.measure(seen)
+            measurement = structure.compute_statistic(seen)
         yield from pause(bucket.sum(measurement))
         with exact_matmul(seen.device):
-            structure.fold(bucket.memory, measurement[bucket.own], group["betas"][1])
-            bucket.ladder.refresh(structure, bucket.memory, bucket.rows(due), group["root"], group["eps"])
+            structure.update_statistic(bucket.memory, measurement[bucket.own], group["betas"][1])
+            bucket.root_retry.refresh(structure, bucket.memory, bucket.rows(due), group["root"], group["eps"])
 
     def _in_one_call(
         self, bucket: Bucket, group: dict[str, Any], structure: OneCall, direction: Stack, seen: Stack
     ) -> Generator[None, None, Stack]:
         """The preconditioned direction of a structure that has no root beside it."""
         beta2 = group["betas"][1]
-        if bucket.placement.kind == "summed":
+        if bucket.placement.kind == "partial_sums":
             with exact_matmul(seen.device):
-                measurement = structure.measure(seen)
+                measurement = structure.compute_statistic(seen)
             yield from pause(bucket.sum(measurement))
             update, ok = structure.update_from(bucket.memory, direction, measurement, beta2, bucket.whole)
             bucket.memory["failures"] += ~ok
             return update
-        if bucket.placement.kind != "shared":
+        if bucket.placement.kind != "root_sharing":
             update, ok = structure.update(bucket.memory, direction, seen, beta2)
             bucket.memory["failures"] += ~ok
             return update
@@ -237,7 +238,7 @@ class StructuredOptimizer(GroupedOptimizer):
         if interval == 1:
             return True
         step = int(self.state[member.param]["step"])
-        return step <= WARM_STEPS or step % interval == member.turn
+        return step <= WARMUP_STEPS or step % interval == member.refresh_phase
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked before anything changes. The dict is kept; defaults and ``views`` are added to it."""
@@ -258,7 +259,7 @@ class StructuredOptimizer(GroupedOptimizer):
         for i in stale:
             self._check_shapes(self.param_groups[i])
         if stale:
-            phases = turns_of(self.param_groups, self._members.views, self.structure)
+            phases = refresh_phases(self.param_groups, self._members.views, self.structure)
             places = {param: i << 10 for i, param in enumerate(self._members.views)}
             for i in stale:
                 old = self._plans.pop(i, None)
@@ -281,12 +282,12 @@ class StructuredOptimizer(GroupedOptimizer):
             view = self._members.views[param]
             if view is not None:
                 view.check(name or "a parameter", param.shape)
-            who, state, where = type(self).__name__, self.state[param], self._where(param, group)
-            fits = check_shape(who, name, param, state, *where)
+            caller, state, where = type(self).__name__, self.state[param], self._where(param, group)
+            fits = check_shape(caller, name, param, state, *where)
             if fits and view is not None:
-                fits = check_form(who, name, param, state, where[0], self.structure(group))
+                fits = check_form(caller, name, param, state, where[0], self.structure(group))
             if not fits:
-                self._division.forget_one(param)
+                self._partition.forget_one(param)
                 renew(state, self._init_state(param, group))
 
     def _plan(
@@ -298,13 +299,15 @@ class StructuredOptimizer(GroupedOptimizer):
     ) -> Plan:
         params = [param for param in group["params"] if param.grad is not None]
         for param in params:
-            follow(self.state[param], param, group, self._members.views[param], self._where(param, group)[0])
+            move_state_to_param(
+                self.state[param], param, group, self._members.views[param], self._where(param, group)[0]
+            )
         viewed = [param for param in params if self._members.views[param] is not None]
         entries = [param for param in params if self._members.views[param] is None]
         structure = self.structure(group) if viewed else None
         buckets = []
         if structure is not None:
-            members = self._division.members(viewed, self._members.views, structure, phases, places)
+            members = self._partition.members(viewed, self._members.views, structure, phases, places)
             buckets = make_buckets(members, structure, self.state, KINDS)
         where = [self._where(param, group)[0] for param in entries]
         return Plan(signature, entries, where, [places[param] for param in entries], viewed, buckets)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo.optimizer.hyperparameters import (
-    LOOP,
     SHARED,
+    STEP_DEFAULTS,
     Constraint,
     from_arguments,
     is_number,
@@ -22,7 +22,7 @@ from asgo.optimizer.hyperparameters import (
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
-from asgo.structures import DenseBlocks, Structure, limit_of, packed_if
+from asgo.structures import BlockDiagonal, Structure, limit_of, packed_if
 from asgo.views import View
 
 
@@ -84,7 +84,7 @@ class AdaBlock(StructuredOptimizer):
         cost="4 d s + root d s^2",
         lr=1e-2,
     )
-    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
+    step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "root": "eigh64"}
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class AdaBlock(StructuredOptimizer):
         """The statistic of every run."""
         size, eps, beta1, stale = group["block_size"], group["eps"], group["betas"][0], group["stale"]
         limit = limit_of(group) if stale == "root" else None  # else no root is used that is older than its step
-        blocks = DenseBlocks(size, eps, beta1, stale, group["clip"], group["gamma"], limit)
+        blocks = BlockDiagonal(size, eps, beta1, stale, group["clip"], group["gamma"], limit)
         return packed_if(group["packed_state"], blocks)
 
 

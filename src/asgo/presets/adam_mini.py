@@ -12,7 +12,7 @@ from asgo.optimizer.hyperparameters import from_arguments
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
-from asgo.structures import Blockwise
+from asgo.structures import BlockMean
 from asgo.views import View
 from asgo.views import patterns as partition
 from asgo.views.routing import Rule, route
@@ -101,6 +101,6 @@ class AdamMini(StructuredOptimizer):
         """A view of heads is read with one row per head."""
         return partition.head_rows(view)
 
-    def structure(self, group: dict[str, Any]) -> Blockwise:
+    def structure(self, group: dict[str, Any]) -> BlockMean:
         """The corrected running mean square of each row."""
-        return Blockwise("row", group["eps"], corrected=True, momentum=group["betas"][0])
+        return BlockMean("row", group["eps"], corrected=True, momentum=group["betas"][0])

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer.hyperparameters import LOOP, SHARED, Constraint, from_arguments, positive
+from asgo.optimizer.hyperparameters import SHARED, STEP_DEFAULTS, Constraint, from_arguments, positive
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
-from asgo.structures import Difference
+from asgo.structures import MomentumChange
 from asgo.views import View
 from asgo.views import patterns as partition
 
@@ -61,7 +61,7 @@ class AGD(StructuredOptimizer):
         cost="8 d",
         lr=6e-4,
     )
-    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "statistic": "momentum"}
+    step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "statistic": "momentum"}
 
     def __init__(
         self,
@@ -83,6 +83,6 @@ class AGD(StructuredOptimizer):
         """The whole parameter as one row: entries have no neighbours."""
         return [partition.flat(param.ndim) for _, param in members]
 
-    def structure(self, group: dict[str, Any]) -> Difference:
+    def structure(self, group: dict[str, Any]) -> MomentumChange:
         """The mean square of the differences of momenta."""
-        return Difference(group["betas"][0], group["delta"])
+        return MomentumChange(group["betas"][0], group["delta"])

@@ -13,7 +13,7 @@ from asgo.optimizer.hyperparameters import SHARED, Constraint, from_arguments, i
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
-from asgo.structures import Blockwise
+from asgo.structures import BlockMean
 from asgo.structures.block_mean import Blocks
 from asgo.views import View
 from asgo.views import patterns as partition
@@ -146,9 +146,9 @@ class BAG(Partitioned):
     ) -> None:
         super().__init__(params, from_arguments(locals()) | {"blocks": self.plain(blocks)}, adamw)
 
-    def structure(self, group: dict[str, Any]) -> Blockwise:
+    def structure(self, group: dict[str, Any]) -> BlockMean:
         """The mean square of each block."""
-        return Blockwise(self.unit(group), group["eps"])
+        return BlockMean(self.unit(group), group["eps"])
 
 
 class BAGM(Partitioned):
@@ -202,6 +202,6 @@ class BAGM(Partitioned):
     ) -> None:
         super().__init__(params, from_arguments(locals()) | {"blocks": self.plain(blocks)}, adamw)
 
-    def structure(self, group: dict[str, Any]) -> Blockwise:
+    def structure(self, group: dict[str, Any]) -> BlockMean:
         """The corrected running mean square of each block."""
-        return Blockwise(self.unit(group), group["eps"], corrected=True)
+        return BlockMean(self.unit(group), group["eps"], corrected=True)

@@ -14,7 +14,7 @@ from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.asgo import ASGO
 from asgo.presets.info import OptimInfo
-from asgo.structures import Blockwise
+from asgo.structures import BlockMean
 
 
 class DASGO(StructuredOptimizer):
@@ -79,6 +79,6 @@ class DASGO(StructuredOptimizer):
         given = from_arguments(locals()) | {"adjust_lr": adjust_lr_of(type(self).__name__, adjust_lr, adjust_lr_fn)}
         super().__init__(params, given, adamw)
 
-    def structure(self, group: dict[str, Any]) -> Blockwise:
+    def structure(self, group: dict[str, Any]) -> BlockMean:
         """The sum of squares of each column or row."""
-        return Blockwise(group["axis"], group["eps"], total=True, inside=True)
+        return BlockMean(group["axis"], group["eps"], total=True, inside=True)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo.optimizer.hyperparameters import LOOP, adjust_lr_of, from_arguments
+from asgo.optimizer.hyperparameters import STEP_DEFAULTS, adjust_lr_of, from_arguments
 from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
-from asgo.structures import Kronecker, OneSided, Structure, limit_of, packed_if
+from asgo.structures import OneSided, Structure, TwoSided, limit_of, packed_if
 
 
 class OneSidedShampoo(StructuredOptimizer):
@@ -61,7 +61,7 @@ class OneSidedShampoo(StructuredOptimizer):
         cost="4 d k + root k^3",
         lr=5e-2,
     )
-    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "inside"}
+    step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "root": "inside"}
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Shampoo(StructuredOptimizer):
         cost="4 d (m + n) + root m^3 + n^3",
         lr=1.0,
     )
-    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
+    step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "root": "eigh64"}
 
     def __init__(
         self,
@@ -160,4 +160,4 @@ class Shampoo(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrices of both sides."""
-        return packed_if(group["packed_state"], Kronecker(group["max_size"], limit_of(group)))
+        return packed_if(group["packed_state"], TwoSided(group["max_size"], limit_of(group)))

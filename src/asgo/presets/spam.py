@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from asgo.distributed.collectives import agree
+from asgo.distributed.collectives import all_reduce_and
 from asgo.distributed.placement import find, gradient, local
 from asgo.optimizer.hyperparameters import Constraint, check, positive, whole
 from asgo.optimizer.state import state_dtype
@@ -94,7 +94,7 @@ def _nonzero_on_any_rank(params: list[Tensor]) -> Sequence[Tensor]:
     if not params:
         return ()
     zero = torch.stack([~(gradient(param) != 0).any() for param in params])
-    return (~agree(zero, [find(param, None, "SPAM").ranks for param in params])).unbind()
+    return (~all_reduce_and(zero, [find(param, None, "SPAM").ranks for param in params])).unbind()
 
 
 def _mean_square(optimizer: Optimizer, param: Tensor) -> Tensor:

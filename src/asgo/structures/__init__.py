@@ -1,28 +1,28 @@
 """What is remembered about a stream of gradients, and how that memory rescales a step."""
 
 from asgo.structures.base import Algebra, OneCall, Structure, limit_of
-from asgo.structures.block_diagonal import DenseBlocks
-from asgo.structures.block_mean import Blockwise
+from asgo.structures.block_diagonal import BlockDiagonal
+from asgo.structures.block_mean import BlockMean
 from asgo.structures.low_rank import LowRankFactor, LowRankSymmetric
-from asgo.structures.momentum_change import Difference
+from asgo.structures.momentum_change import MomentumChange
 from asgo.structures.one_sided import OneSided
 from asgo.structures.packed import Packed, opened, packed_if
 from asgo.structures.square_root import SquareRoot
-from asgo.structures.two_sided import Kronecker
+from asgo.structures.two_sided import TwoSided
 
 __all__ = [
     "Algebra",
-    "Blockwise",
-    "DenseBlocks",
-    "Difference",
-    "Kronecker",
+    "BlockDiagonal",
+    "BlockMean",
     "LowRankFactor",
     "LowRankSymmetric",
+    "MomentumChange",
     "OneCall",
     "OneSided",
     "Packed",
     "SquareRoot",
     "Structure",
+    "TwoSided",
     "limit_of",
     "opened",
     "packed_if",

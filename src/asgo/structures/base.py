@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.linalg.masked import blend, choose, holds
+from asgo.linalg.masked import known_all_true, masked_lerp_, where
 
 Axis: TypeAlias = Literal["rows", "columns"]
 """Along which a matrix is cut into shards."""
@@ -25,25 +25,28 @@ class Structure(ABC):
     stand in one tensor. A structure holds settings only; the state belongs to the optimizer.
 
     Laws (tested for every structure): a stack gives what each matrix gives alone; the result equals the
-    textbook formula in float64; shards of a matrix give what the whole gives where it says so (`additive`); a matrix
+    textbook formula in float64; shards of a matrix give what the whole gives where it says so (`is_shard_additive`); a
+    matrix
     whose gradient is zero rests: nothing of its state changes.
     """
 
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
+    def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
         """Whether shards of an ``m x n`` matrix, cut along an axis, give what the whole gives.
 
-        That is two laws for `fixed`: measurements of shards add up to the measurement of the whole; and a shard of the
-        direction is preconditioned by the whole state, of which only `spread` is cut, to the shard of the whole result.
+        That is two laws for `with_side_of`: measurements of shards add up to the measurement of the whole; and a shard
+        of the
+        direction is preconditioned by the whole state, of which only `sharded_keys` is cut, to the shard of the whole
+        result.
         """
         return False
 
-    def fixed(self, m: int, n: int) -> Structure:
+    def with_side_of(self, m: int, n: int) -> Structure:
         """This structure with what it chooses for an ``m x n`` matrix: a shard of it could suggest another side."""
         return self
 
     @property
-    def derived(self) -> tuple[str, ...]:
-        """The keys of the state that `refresh` makes of the others: what ranks that share its work must send."""
+    def root_keys(self) -> tuple[str, ...]:
+        """The keys of the state that `compute_root` makes of the others: what ranks that share its work must send."""
         return ()
 
     @property
@@ -52,13 +55,13 @@ class Structure(ABC):
         return ()
 
     @property
-    def entrywise(self) -> bool:
-        """Whether `fold` adds a symmetric measurement to its like entry by entry, so that triangles do as well."""
+    def linear_statistic(self) -> bool:
+        """True if the statistic is an entrywise moving average or sum, so that it can be updated in packed form."""
         return False
 
     @property
-    def spread(self) -> tuple[str, ...]:
-        """The keys of the state that are cut where the matrix is, along an axis that is `additive`."""
+    def sharded_keys(self) -> tuple[str, ...]:
+        """The keys of the state that are cut where the matrix is, along an axis that is `is_shard_additive`."""
         return ()
 
     @property
@@ -71,15 +74,15 @@ class Structure(ABC):
         """The state before the first gradient, in the dtype and on the device of `like`; the statistic first."""
 
     @abstractmethod
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """The statistic of one gradient, e.g. ``G G^T``."""
 
     @abstractmethod
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average a measurement into the memory, in place; with ``beta2`` of 1 add it up (AdaGrad's sum)."""
 
     @abstractmethod
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """Recompute what is derived from the memory, in place: the only cubic work.
 
         Returns:
@@ -91,10 +94,10 @@ class Structure(ABC):
         """Rescale a direction by the refreshed memory; cheap, every step."""
 
     def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
-        """As `precondition`, for shards along an axis that is `additive`.
+        """As `precondition`, for shards along an axis that is `is_shard_additive`.
 
         Args:
-            state: of the whole, but for `spread`.
+            state: of the whole, but for `sharded_keys`.
             direction: the shards.
             whole: gives norms of whole matrices, or of their rows or columns, for those of the shards, entry by entry:
                 ``sqrt(sum of squares)``. A collective: every rank that holds a shard must call it.
@@ -111,11 +114,11 @@ class Structure(ABC):
         return state
 
     @abstractmethod
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """Multiplications of one refresh of one ``m x n`` matrix, up to the root's number of products."""
 
     @abstractmethod
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """Multiplications of measure, fold and precondition of one ``m x n`` matrix, its leading term."""
 
 
@@ -144,7 +147,8 @@ class Algebra(Structure):
     """A structure whose preconditioners are all positive matrices of one matrix algebra K.
 
     Seen as a vector of ``d = m n`` entries (rows one after the other), a gradient has the statistic ``g g^T``.
-    `measure` keeps its orthogonal projection on K, up to a constant factor, and `precondition` applies the inverse
+    `compute_statistic` keeps its orthogonal projection on K, up to a constant factor, and `precondition` applies the
+    inverse
     square root of the sum or average of those. Of all H in K, ``sqrt(P_K(A))`` minimises ``<A, H^-1> + tr H``: it is
     the best preconditioner in K for the gradients seen ("Structured Preconditioners in Adaptive Optimization: A Unified
     Analysis", Xie, Wang, Reddi, Kumar and Li 2025).
@@ -155,35 +159,36 @@ class Algebra(Structure):
         """The orthogonal projection on K of a symmetric ``(m n, m n)`` matrix: dense, to read and to test by."""
 
 
-def moving(seen: Tensor) -> Tensor:
+def active_mask(seen: Tensor) -> Tensor:
     """``(b, 1, 1)``: 1 for each matrix of which something is not zero, 0 for those that rest."""
     return torch.any(seen, dim=tuple(range(1, seen.ndim))).to(seen.dtype)[:, None, None]
 
 
-def average(memory: Tensor, seen: Tensor, beta2: float, moved: Tensor) -> None:
-    """``memory <- b2 memory + (1 - b2) seen`` in place, or their sum with ``beta2`` of 1; none where nothing moved.
+def masked_ema_(memory: Tensor, seen: Tensor, beta2: float, active: Tensor) -> None:
+    """``memory <- b2 memory + (1 - b2) seen`` in place, or their sum with ``beta2`` of 1; inactive matrices keep
+    theirs.
 
     Args:
         memory: ``(b, ...)``.
         seen: of the same shape.
         beta2: the decay.
-        moved: ``(b, 1, 1)``, as from `moving`.
+        active: ``(b, 1, 1)``, as from `active_mask`.
     """
     if beta2 == 1:
-        memory.add_(seen if holds(moved > 0) else seen * moved)
+        memory.add_(seen if known_all_true(active > 0) else seen * active)
     else:
-        blend(memory, seen, 1 - beta2, moved > 0)
+        masked_lerp_(memory, seen, 1 - beta2, active > 0)
 
 
-def count(weight: Tensor, beta: float, moved: Tensor) -> None:
+def update_ema_weight(weight: Tensor, beta: float, active: Tensor) -> None:
     """Average a constant 1 into `weight`, in place: what an average that started from zero must be divided by."""
     if beta != 1:
-        weight.lerp_(torch.ones_like(weight), (1 - beta) * moved)
+        weight.lerp_(torch.ones_like(weight), (1 - beta) * active)
 
 
-def given(weight: Tensor) -> Tensor:
+def ema_denominator(weight: Tensor) -> Tensor:
     """What to divide an average by: its weight, and 1 where it has none: a sum, or nothing seen yet."""
-    return choose(weight > 0, weight, 1.0)
+    return where(weight > 0, weight, 1.0)
 
 
 @lru_cache(maxsize=256)
@@ -217,10 +222,10 @@ def shorten(stack: Tensor, lengths: Tensor, limit: float) -> Tensor:
         limit: the longest that stays as it is.
     """
     fits = lengths <= limit
-    return stack if holds(fits) else stack * torch.where(fits, 1.0, limit / lengths)
+    return stack if known_all_true(fits) else stack * torch.where(fits, 1.0, limit / lengths)
 
 
-def rootless(state: State) -> Tensor:
-    """What `refresh` answers where there is no root that could fail."""
+def all_ok(state: State) -> Tensor:
+    """What `compute_root` answers where there is no root that could fail."""
     first = next(iter(state.values()))
     return torch.ones(len(first), dtype=torch.bool, device=first.device)

@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 from asgo._types import Root, Stack, State
 from asgo.linalg.packed_symmetric import diagonal
 from asgo.linalg.spectral import apply_to_eigenvalues
-from asgo.structures.base import Algebra, average, count, given, moving, shorten
+from asgo.structures.base import Algebra, active_mask, ema_denominator, masked_ema_, shorten, update_ema_weight
 
 
 @dataclass(frozen=True)
-class DenseBlocks(Algebra):
+class BlockDiagonal(Algebra):
     """The full statistic of every run of `size` entries of a column.
 
     ``V_b <- b2 V_b + (1 - b2) g_b g_b^T`` of each run g_b, or the sum; direction ``c (V_b^(1/2) + eps I)^(-1) M_b``
@@ -54,7 +54,7 @@ class DenseBlocks(Algebra):
         return n * math.ceil(m / max(size, 1)), size
 
     @property
-    def derived(self) -> tuple[str, ...]:
+    def root_keys(self) -> tuple[str, ...]:
         """What the memory alone determines."""
         return ("root", "root_age")
 
@@ -64,7 +64,7 @@ class DenseBlocks(Algebra):
         return ("gram", "root")
 
     @property
-    def entrywise(self) -> bool:
+    def linear_statistic(self) -> bool:
         """It is an average or a sum."""
         return True
 
@@ -82,21 +82,21 @@ class DenseBlocks(Algebra):
         runs, size = self.runs(m, n)
         return pad(stack.mT, (0, runs * size // max(n, 1) - m)).reshape(b, runs, size)
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """``g g^T`` of every run."""
         g = self.cut(grad)
         return g[..., None] * g[..., None, :]
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the products in, or add them up with ``beta2`` of 1."""
-        moved = moving(measurement)
-        average(state["gram"], measurement, beta2, moved[..., None])
-        count(state["weight"], beta2, moved)
-        count(state["momentum_weight"], self.momentum, moved)
-        state["steps"] += moved
-        state["root_age"] += moved
+        active = active_mask(measurement)
+        masked_ema_(state["gram"], measurement, beta2, active[..., None])
+        update_ema_weight(state["weight"], beta2, active)
+        update_ema_weight(state["momentum_weight"], self.momentum, active)
+        state["steps"] += active
+        state["root_age"] += active
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """New roots, clipped if asked, where all of a matrix can be computed; `root` cannot clip and is not asked."""
         gram, (low, high) = state["gram"], self.bounds(state)
         runs = gram.shape[1]
@@ -119,7 +119,7 @@ class DenseBlocks(Algebra):
 
     def correction(self, state: State) -> Tensor:
         """``c``, and 1 before the first step."""
-        return given(state["weight"]).sqrt() / given(state["momentum_weight"])
+        return ema_denominator(state["weight"]).sqrt() / ema_denominator(state["momentum_weight"])
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The root of every run times the direction, or the diagonal where the root is stale and that is asked."""
@@ -134,12 +134,12 @@ class DenseBlocks(Algebra):
             result = shorten(result, torch.linalg.vector_norm(result, dim=2, keepdim=True), self.limit)
         return result.reshape(b, n, -1)[:, :, :m].mT
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """``size^3`` for every run."""
         runs, size = self.runs(m, n)
         return float(runs * size**3)
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``2 m n size``: the products of every run and one with its root."""
         runs, size = self.runs(m, n)
         return 2.0 * runs * size**2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.structures.base import Algebra, Axis, average, count, given, moving, rootless
+from asgo.structures.base import Algebra, Axis, active_mask, all_ok, ema_denominator, masked_ema_, update_ema_weight
 
 Blocks = Literal["matrix", "row", "column", "entry", "auto"]
 AXES: dict[str, tuple[int, ...]] = {"matrix": (1, 2), "row": (2,), "column": (1,), "entry": ()}
@@ -17,7 +17,7 @@ AXES: dict[str, tuple[int, ...]] = {"matrix": (1, 2), "row": (2,), "column": (1,
 
 
 @dataclass(frozen=True)
-class Blockwise(Algebra):
+class BlockMean(Algebra):
     """The mean square of every block, and the direction divided by its root.
 
     ``v_b <- b2 v_b + (1 - b2) mean(G_b^2)``, or the sum of the means; direction ``M_b / (sqrt(v_b) + eps)``. With
@@ -52,11 +52,11 @@ class Blockwise(Algebra):
         """What a block of an ``m x n`` matrix is."""
         return self.blocks if self.blocks != "auto" else ("row" if m < n else "column")
 
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
+    def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
         """Sums over what is cut add up; means do not, and blocks along the cut have numbers of their own."""
         return self.total and self.block(m, n) in ("matrix", "column" if axis == "rows" else "row")
 
-    def fixed(self, m: int, n: int) -> Blockwise:
+    def with_side_of(self, m: int, n: int) -> BlockMean:
         """With the blocks that ``"auto"`` would take."""
         return replace(self, blocks=self.block(m, n))
 
@@ -71,37 +71,37 @@ class Blockwise(Algebra):
             state["momentum_weight"] = like.new_zeros(b, 1, 1)
         return state
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """The mean or sum of squares over each block."""
         square, axes = grad.square(), AXES[self.block(*grad.shape[1:])]
         if not axes:
             return square
         return square.sum(axes, keepdim=True) if self.total else square.mean(axes, keepdim=True)
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the squares in, or add them up with ``beta2`` of 1."""
-        moved = moving(measurement)
-        average(state["exp_avg_sq"], measurement, beta2, moved)
+        active = active_mask(measurement)
+        masked_ema_(state["exp_avg_sq"], measurement, beta2, active)
         if self.corrected:
-            count(state["weight"], beta2, moved)
+            update_ema_weight(state["weight"], beta2, active)
         if self.momentum is not None:
-            count(state["momentum_weight"], self.momentum, moved)
+            update_ema_weight(state["momentum_weight"], self.momentum, active)
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """Nothing: a root of numbers is taken when it is needed."""
-        return rootless(state)
+        return all_ok(state)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The direction divided by the root of its block's mean square."""
-        square = state["exp_avg_sq"] / given(state["weight"]) if self.corrected else state["exp_avg_sq"]
+        square = state["exp_avg_sq"] / ema_denominator(state["weight"]) if self.corrected else state["exp_avg_sq"]
         size = (square + self.eps).sqrt() if self.inside else square.sqrt().add_(self.eps)
-        return direction / (size if self.momentum is None else size * given(state["momentum_weight"]))
+        return direction / (size if self.momentum is None else size * ema_denominator(state["momentum_weight"]))
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """Nothing."""
         return 0.0
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``2 m n``: a square and a quotient per entry."""
         return 2.0 * m * n
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.linalg.masked import choose, holds
-from asgo.structures.base import Structure, moving
+from asgo.linalg.masked import known_all_true, where
+from asgo.structures.base import Structure, active_mask
 
 Columns: TypeAlias = Tensor
 """``(b, d, r)``: r vectors of the length of a flattened matrix."""
@@ -42,17 +42,17 @@ class LowRank(Structure):
         """The rank that is kept of d."""
         return d if self.rank is None else min(self.rank, d)
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """The gradient as a column."""
         return grad.reshape(len(grad), -1, 1)
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """Nothing is left to do but to say where the last fold could not be computed."""
         ok = state["failed"][:, 0, 0] == 0
         state["failed"].zero_()
         return ok
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """Nothing: there is no root."""
         return 0.0
 
@@ -82,9 +82,9 @@ class LowRankFactor(LowRank):
             "failed": like.new_zeros(b, 1, 1),
         }
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Take the last gradient into the factor, and keep this one apart. It is a sum: `beta2` is not asked."""
-        moved = moving(measurement) > 0
+        active = active_mask(measurement) > 0
         P, Q, used = state["P"], state["Q"], state["used"]
         u, size, s = unit(state["whitened"])
         p = u * (size / s) * (size / (1 + s))  # (1 - 1/s) u without cancellation
@@ -94,12 +94,12 @@ class LowRankFactor(LowRank):
         else:
             slot = (torch.arange(P.shape[2], device=P.device) == used).to(P.dtype)
             full, (new_P, new_Q) = used >= P.shape[2], (P + p * slot, Q + w * slot)
-            if not holds(~full):
+            if not known_all_true(~full):
                 cut_P, cut_Q = self.integrate(P, Q, p, w)
-                new_P, new_Q = choose(full, cut_P, new_P), choose(full, cut_Q, new_Q)
+                new_P, new_Q = where(full, cut_P, new_P), where(full, cut_Q, new_Q)
         new = {"P": new_P, "Q": new_Q, "used": used + (size > 0).to(used.dtype)}
         new["whitened"] = (measurement - factor(new_P, new_Q, measurement)) / math.sqrt(self.eps)
-        keep(state, new, moved)
+        keep(state, new, active)
 
     def integrate(self, P: Columns, Q: Columns, p: Columns, w: Columns) -> tuple[Columns, Columns]:
         """``P Q^T + p w^T`` in the rank of P."""
@@ -126,7 +126,7 @@ class LowRankFactor(LowRank):
         along = u.mT @ x
         return cut(residual(x, u * along) + u * (along / s)).reshape(direction.shape)
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``d r (8 r + 6)`` with d = m n: orthogonal bases of r columns, and products with them; 3 d^2 with r of d."""
         d, r = m * n, self.columns(m * n)
         return 3.0 * d * d if r == d else d * r * (8.0 * r + 6)
@@ -159,9 +159,9 @@ class LowRankSymmetric(LowRank):
             "failed": like.new_zeros(b, 1, 1),
         }
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Bring the columns back to `rank` and add the gradient. It is a sum: `beta2` is not asked."""
-        moved = moving(measurement) > 0
+        active = active_mask(measurement) > 0
         basis, floor = state["basis"], state["floor"]
         d, r = basis.shape[1], self.columns(basis.shape[1])
         if r < d:
@@ -173,7 +173,7 @@ class LowRankSymmetric(LowRank):
         new = {"basis": left @ (U * sigma[:, None]), "floor": floor}
         if state["before"].numel():
             new["before"] = U[:, :r].mT
-        keep(state, new, moved)
+        keep(state, new, active)
 
     def integrate(self, basis: Columns, before: Tensor, r: int) -> tuple[Columns, Tensor]:
         """The columns in rank r, and the root of the energy that is dropped."""
@@ -198,7 +198,7 @@ class LowRankSymmetric(LowRank):
         result = residual(x, U @ along) / floor + U @ (significant(along, x) / torch.hypot(floor, s).mT)
         return cut(result).reshape(direction.shape)
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``d r (4 r + 6)`` with d = m n: an orthogonal basis of r + 1 columns, and products with it."""
         d, r = m * n, min(self.columns(m * n) + 1, m * n)
         return d * r * (4.0 * r + 6)
@@ -266,12 +266,12 @@ def svd(X: Columns) -> tuple[Columns, Tensor, Columns]:
     return U, sigma, Vh.mT
 
 
-def keep(state: State, new: State, moved: Tensor) -> None:
-    """Write what is new for matrices that moved, in place; those that came out not finite stay and are marked."""
+def keep(state: State, new: State, active: Tensor) -> None:
+    """Write what is new for active matrices, in place; those that came out not finite stay and are marked."""
     sums = [
         tensor.sum(tuple(range(1, tensor.ndim)), keepdim=True) for tensor in new.values()
     ]  # keep what is not finite
     finite = torch.cat(sums, 1).isfinite().all(1, keepdim=True)
     for key, tensor in new.items():
-        state[key].copy_(choose(moved & finite, tensor, state[key]))
-    state["failed"].copy_(moved & ~finite)
+        state[key].copy_(where(active & finite, tensor, state[key]))
+    state["failed"].copy_(active & ~finite)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.linalg.masked import choose
-from asgo.structures.base import Structure, average, count, given, moving, rootless
+from asgo.linalg.masked import where
+from asgo.structures.base import Structure, active_mask, all_ok, ema_denominator, masked_ema_, update_ema_weight
 
 
 @dataclass(frozen=True)
-class Difference(Structure):
+class MomentumChange(Structure):
     """The mean square of differences of successive momenta, per entry.
 
     With ``H = M / (1 - b1^t)``: ``v <- b2 v + (1 - b2) (H_t - H_{t-1})^2``, ``H_0 = 0``, and the direction is
@@ -40,32 +40,32 @@ class Difference(Structure):
             "momentum_weight": like.new_zeros(b, 1, 1),
         }
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """The momentum itself: its difference needs the memory."""
         return grad
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the squared difference to the last momentum in; a zero momentum is none."""
-        moved = moving(measurement)
-        count(state["momentum_weight"], self.momentum, moved)
-        count(state["weight"], beta2, moved)
-        current = measurement / given(state["momentum_weight"])
-        average(state["exp_avg_sq"], (current - state["previous"]).square_(), beta2, moved)
-        state["previous"].copy_(choose(moved > 0, current, state["previous"]))
+        active = active_mask(measurement)
+        update_ema_weight(state["momentum_weight"], self.momentum, active)
+        update_ema_weight(state["weight"], beta2, active)
+        current = measurement / ema_denominator(state["momentum_weight"])
+        masked_ema_(state["exp_avg_sq"], (current - state["previous"]).square_(), beta2, active)
+        state["previous"].copy_(where(active > 0, current, state["previous"]))
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """Nothing: a root of numbers is taken when it is needed."""
-        return rootless(state)
+        return all_ok(state)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The corrected direction divided by the root of the mean square, or by delta where that is more."""
-        size = (state["exp_avg_sq"] / given(state["weight"])).sqrt_().clamp_min_(self.delta)
-        return direction / size.mul_(given(state["momentum_weight"]))
+        size = (state["exp_avg_sq"] / ema_denominator(state["weight"])).sqrt_().clamp_min_(self.delta)
+        return direction / size.mul_(ema_denominator(state["momentum_weight"]))
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """Nothing."""
         return 0.0
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``4 m n``: two quotients, a square and a product per entry."""
         return 4.0 * m * n

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from asgo._types import Root, Stack, State
 from asgo.linalg.inverse_root import eigh64
-from asgo.linalg.masked import blend, choose
+from asgo.linalg.masked import masked_lerp_, where
 from asgo.linalg.matmul import gram, times
 from asgo.linalg.packed_symmetric import diagonal
-from asgo.structures.base import Algebra, Axis, Structure, count, given, shorten
+from asgo.structures.base import Algebra, Axis, Structure, ema_denominator, shorten, update_ema_weight
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
@@ -34,12 +34,12 @@ class Sided(Structure):
         """Whether an ``m x n`` matrix is preconditioned from the left."""
         return self.side == "left" or (self.side == "auto" and m < n)
 
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
+    def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
         """``G G^T`` is a sum over columns, ``G^T G`` one over rows."""
         return axis == ("columns" if self.left(m, n) else "rows")
 
     @property
-    def spread(self) -> tuple[str, ...]:
+    def sharded_keys(self) -> tuple[str, ...]:
         """Numbers per index of the other side, along which shards are cut, or per entry."""
         return ("cross", "cross_weight") if self.cross_normalize else ()
 
@@ -86,13 +86,13 @@ class OneSided(Sided, Algebra):
     length: int | None = None
     limit: float | None = None
 
-    def fixed(self, m: int, n: int) -> OneSided:
+    def with_side_of(self, m: int, n: int) -> OneSided:
         """With the side that ``"auto"`` would take, and the length of the other one."""
         left = self.left(m, n)
         return replace(self, side="left" if left else "right", length=n if left else m)
 
     @property
-    def derived(self) -> tuple[str, ...]:
+    def root_keys(self) -> tuple[str, ...]:
         """What the memory alone determines."""
         return ("root",)
 
@@ -102,7 +102,7 @@ class OneSided(Sided, Algebra):
         return ("gram", "root")
 
     @property
-    def entrywise(self) -> bool:
+    def linear_statistic(self) -> bool:
         """It is an average or a sum."""
         return True
 
@@ -117,25 +117,25 @@ class OneSided(Sided, Algebra):
         }
         return state | self.init_cross(like)
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """``G G^T`` or ``G^T G``."""
         _, m, n = grad.shape
         left = self.left(m, n)
         product = gram(grad if left else grad.mT)
         return product / self._length(m, n) if self.mean else product
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the gram in, or add it up with ``beta2`` of 1; a zero measurement leaves the gram as it is."""
         if beta2 == 1:
             state["gram"].add_(measurement)
         else:
-            moved = diagonal(measurement).sum(1)[:, None, None] > 0
-            blend(state["gram"], measurement, 1 - beta2, moved)
+            active = diagonal(measurement).sum(1)[:, None, None] > 0
+            masked_lerp_(state["gram"], measurement, 1 - beta2, active)
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """A new root of the gram where it can be computed."""
         fresh, ok = root(state["gram"], eps)
-        state["root"].copy_(choose(ok[:, None, None], fresh, state["root"]))
+        state["root"].copy_(where(ok[:, None, None], fresh, state["root"]))
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -150,17 +150,17 @@ class OneSided(Sided, Algebra):
         result = times(state["root"], direction) if left else times(state["root"], direction.mT).mT
         if self.limit is None and not self.cross_normalize:
             return result
-        moved = None
+        active = None
         if self.limit is not None:
             lengths = whole(torch.linalg.vector_norm(result, dim=2 if left else 1, keepdim=True))
             result = shorten(result, lengths, self.limit * (math.sqrt(self._length(m, n)) if self.mean else 1))
-            moved = lengths.amax((1, 2), keepdim=True) > 0
+            active = lengths.amax((1, 2), keepdim=True) > 0
         if not self.cross_normalize:
             return result
         square = cross_square(result, left, self.cross_normalize)
-        if moved is None:
-            moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
-        return normalized(state, result, square, moved)
+        if active is None:
+            active = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
+        return normalized(state, result, square, active)
 
     def _length(self, m: int, n: int) -> int:
         return max(self.length or (n if self.left(m, n) else m), 1)
@@ -169,11 +169,11 @@ class OneSided(Sided, Algebra):
         """From the square root of `SquareRoot`, whose inverse root is computed anew."""
         return to_gram(state, state["exp_avg"].dtype, eps) if "sqrt" in state else state
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """``k^3``."""
         return float(m if self.left(m, n) else n) ** 3
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``2 m n k``: the gram and one product with the root."""
         return 2.0 * m * n * (m if self.left(m, n) else n)
 
@@ -198,12 +198,12 @@ def cross_square(result: Stack, left: bool, cross: Cross) -> Tensor:
     return square if cross == "element" else square.mean(1 if left else 2, keepdim=True)
 
 
-def normalized(state: State, result: Stack, square: Tensor, moved: Tensor) -> Stack:
+def normalized(state: State, result: Stack, square: Tensor, active: Tensor) -> Stack:
     """The result divided by the root of its average square, in place; that is `square` where it is seen first."""
     cross, weight = state["cross"], state["cross_weight"]
-    count(weight, CROSS_DECAY, (moved & ((square > 0) | (weight > 0))).to(weight.dtype))
-    blend(cross, square, 1 - CROSS_DECAY, moved)
-    return result.mul_((cross / given(weight)).clamp_min_(torch.finfo(cross.dtype).tiny).rsqrt_())
+    update_ema_weight(weight, CROSS_DECAY, (active & ((square > 0) | (weight > 0))).to(weight.dtype))
+    masked_lerp_(cross, square, 1 - CROSS_DECAY, active)
+    return result.mul_((cross / ema_denominator(weight)).clamp_min_(torch.finfo(cross.dtype).tiny).rsqrt_())
 
 
 def to_gram(state: State, dtype: torch.dtype, eps: float) -> State:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.linalg.masked import choose
+from asgo.linalg.masked import where
 from asgo.linalg.packed_symmetric import pack, size, unpack
 from asgo.structures.base import Axis, Structure
 
@@ -30,18 +30,18 @@ class Packed(Structure):
 
     inner: Structure
 
-    def additive(self, axis: Axis, m: int, n: int) -> bool:
+    def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
         """As the inner structure."""
-        return self.inner.additive(axis, m, n)
+        return self.inner.is_shard_additive(axis, m, n)
 
-    def fixed(self, m: int, n: int) -> Packed:
+    def with_side_of(self, m: int, n: int) -> Packed:
         """The inner structure fixed."""
-        return Packed(self.inner.fixed(m, n))
+        return Packed(self.inner.with_side_of(m, n))
 
     @property
-    def spread(self) -> tuple[str, ...]:
+    def sharded_keys(self) -> tuple[str, ...]:
         """As the inner structure."""
-        return self.inner.spread
+        return self.inner.sharded_keys
 
     @property
     def added(self) -> Mapping[str, float]:
@@ -49,38 +49,38 @@ class Packed(Structure):
         return self.inner.added
 
     @property
-    def derived(self) -> tuple[str, ...]:
+    def root_keys(self) -> tuple[str, ...]:
         """As the inner structure."""
-        return self.inner.derived
+        return self.inner.root_keys
 
     def init(self, like: Stack) -> State:
         """That of the inner structure, packed."""
         state = self.inner.init(like)
         return {key: pack(tensor) if key in self.inner.symmetric else tensor for key, tensor in state.items()}
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """That of the inner structure, packed if it is folded in entry by entry."""
-        seen = self.inner.measure(grad)
-        return pack(seen) if self.inner.entrywise else seen
+        seen = self.inner.compute_statistic(grad)
+        return pack(seen) if self.inner.linear_statistic else seen
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """As the inner structure does: on triangles where it can."""
-        if self.inner.entrywise:
-            self.inner.fold(state, measurement, beta2)
+        if self.inner.linear_statistic:
+            self.inner.update_statistic(state, measurement, beta2)
             return
         whole = self.whole(state, self._memory())
-        self.inner.fold(whole, measurement, beta2)
+        self.inner.update_statistic(whole, measurement, beta2)
         for key in self._memory():
             state[key].copy_(pack(whole[key]))
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """As the inner structure does; of each new root the mean with its transpose is kept."""
         memory, roots = self._memory(), self._roots()
         fresh = {key: _blank(state[key]) for key in roots}  # its last root is kept here, not there
-        ok = self.inner.refresh(self.whole(state, memory) | fresh, root, eps)
+        ok = self.inner.compute_root(self.whole(state, memory) | fresh, root, eps)
         for key in roots:
             new = pack(fresh[key]).lerp_(pack(fresh[key].mT), 0.5)
-            state[key].copy_(choose(ok.view(-1, *[1] * (new.ndim - 1)), new, state[key]))
+            state[key].copy_(where(ok.view(-1, *[1] * (new.ndim - 1)), new, state[key]))
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -98,23 +98,23 @@ class Packed(Structure):
             return state
         return {key: pack(x) if key in self.inner.symmetric else x for key, x in found.items()}
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """As the inner structure."""
-        return self.inner.cost(m, n)
+        return self.inner.root_flops(m, n)
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """As the inner structure."""
-        return self.inner.work(m, n)
+        return self.inner.step_flops(m, n)
 
     def whole(self, state: State, keys: Iterable[str]) -> State:
         """The state with some of its packed matrices whole, in memory of their own."""
         return state | {key: unpack(state[key]) for key in keys}
 
     def _memory(self) -> list[str]:
-        return [key for key in self.inner.symmetric if key not in self.derived]
+        return [key for key in self.inner.symmetric if key not in self.root_keys]
 
     def _roots(self) -> list[str]:
-        return [key for key in self.inner.symmetric if key in self.derived]
+        return [key for key in self.inner.symmetric if key in self.root_keys]
 
 
 def _blank(P: Tensor) -> Tensor:

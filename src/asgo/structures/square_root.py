@@ -13,11 +13,11 @@ from torch import Tensor
 from asgo._types import Root, Stack, State
 from asgo.linalg import polar
 from asgo.linalg.inverse_root import eigh
-from asgo.linalg.masked import choose, holds
+from asgo.linalg.masked import known_all_true, where
 from asgo.linalg.matmul import exact_matmul, gram, times
 from asgo.linalg.packed_symmetric import unpack
 from asgo.linalg.spectral import decompose
-from asgo.structures.base import OneCall, moving
+from asgo.structures.base import OneCall, active_mask
 from asgo.structures.one_sided import Cross, Sided, cross_square, normalized
 
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -65,14 +65,15 @@ class SquareRoot(Sided, OneCall):
 
         update, ok = structure.update(state, direction, seen, beta2)
 
-    Where ranks hold shards of a matrix along the axis that is `additive`, statistics add up over ranks::
+    Where ranks hold shards of a matrix along the axis that is `is_shard_additive`, statistics add up over ranks::
 
-        R = structure.measure(seen)                                   # float32 (b, k, k) of the shard
+        R = structure.compute_statistic(seen)                                   # float32 (b, k, k) of the shard
         R = all_reduce(R)                                             # the only transfer but for norms
         update, ok = structure.update_from(state, direction, R, beta2, whole)   # direction: the shard; state: whole
 
     The state is the same on all ranks, bit for bit, if R is. In both calls the caller counts ``~ok``, rescales the
-    update and adds it; the update is a new tensor. `measure`, `fold`, `refresh` and `precondition` do the same in the
+    update and adds it; the update is a new tensor. `compute_statistic`, `update_statistic`, `compute_root` and
+    `precondition` do the same in the
     four calls of every structure, at a higher cost: for loops that know nothing of `update`.
 
     Args:
@@ -91,7 +92,7 @@ class SquareRoot(Sided, OneCall):
     cross_normalize: Cross = False
     keep: Literal["auto", "bf16", "fp32"] = "auto"
 
-    def fixed(self, m: int, n: int) -> SquareRoot:
+    def with_side_of(self, m: int, n: int) -> SquareRoot:
         """With the side that ``"auto"`` would take."""
         return replace(self, side="left" if self.left(m, n) else "right")
 
@@ -142,7 +143,7 @@ class SquareRoot(Sided, OneCall):
         A = [(G, weight), (state["sqrt"], decay)] if beta2 > 0 else [(G, weight)]
         X, S, norm, ok = polar.polar_and_root(A, self.plan(D, carried is not None), carried, root=beta2 > 0)
         if S is not None:
-            _keep(state, S * norm, ok[:, None, None] & (moving(G) > 0))
+            _keep(state, S * norm, ok[:, None, None] & (active_mask(G) > 0))
         return X.div_(weight) if carried is None and weight != 1 else X, ok
 
     def _by_statistic(self, state: State, D: Stack, G: Stack | None, beta2: float) -> tuple[Stack, Tensor]:
@@ -150,19 +151,21 @@ class SquareRoot(Sided, OneCall):
         sound = torch.isfinite(polar.largest(D))
         G = D if G is None else G
         top = torch.maximum(polar.largest(G), polar.largest(state["sqrt"]).to(G.dtype))
-        exponent = torch.frexp(choose(top.isfinite(), top, 1.0)).exponent.clamp(-124, 126) // 4 * 4
+        exponent = torch.frexp(where(top.isfinite(), top, 1.0)).exponent.clamp(-124, 126) // 4 * 4
         unit = torch.ldexp(torch.ones_like(top), -exponent)  # to the fourth, so that its roots are exact
         unit = torch.where(exponent.abs() > IN_RANGE, unit, 1.0)
         with exact_matmul(D.device):
-            Z, ok = self._take_in(state, self._measured(G if holds(unit == 1) else G * unit, sound), beta2, unit)
-            return choose(sound, times(Z.mul_(unit), D), 0.0), ok
+            Z, ok = self._take_in(
+                state, self._measured(G if known_all_true(unit == 1) else G * unit, sound), beta2, unit
+            )
+            return where(sound, times(Z.mul_(unit), D), 0.0), ok
 
     def _measured(self, G: Stack, sound: Tensor) -> Tensor:
-        return choose(sound, gram(G), torch.nan)
+        return where(sound, gram(G), torch.nan)
 
     # ---- shards: measure, all-reduce, then one call
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """``G G^T`` or ``G^T G`` in the dtype of the gradient: sums over shards are that of the whole.
 
         Its entries are squares, so that in float32 those of gradients beyond 1e19 or below 1e-19 are out of range, as
@@ -178,7 +181,7 @@ class SquareRoot(Sided, OneCall):
         Args:
             state: of whole matrices, but for ``cross``, which is cut like the direction.
             direction: the shard, or all of it.
-            R: `measure` of what enters the statistic, summed over the ranks that hold shards.
+            R: `compute_statistic` of what enters the statistic, summed over the ranks that hold shards.
             beta2: decay of the statistic; 1 adds up.
             whole: all-reduces norms ``(b, 1, 1)`` of shards to those of whole matrices; None for matrices that are
                 whole. Called with `cross_normalize` only, once.
@@ -194,7 +197,7 @@ class SquareRoot(Sided, OneCall):
 
         `unit` is what R and the root have been multiplied by, the former twice.
         """
-        S, active = state["sqrt"].to(R.dtype) * unit, moving(R) > 0
+        S, active = state["sqrt"].to(R.dtype) * unit, active_mask(R) > 0
         with exact_matmul(R.device):
             V = torch.baddbmm(R, S, S.mT, beta=1.0 if beta2 == 1 else 1 - beta2, alpha=beta2)
             del R, S  # which are as large as all that the root needs
@@ -207,12 +210,12 @@ class SquareRoot(Sided, OneCall):
 
     # ---- the four calls of every structure
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """The new square root, from the measurement of whole matrices."""
         self._take_in(state, measurement, beta2)
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
-        """``S`` is refreshed by `fold`; where that failed the last one stays."""
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+        """``S`` is refreshed by `update_statistic`; where that failed the last one stays."""
         return torch.isfinite(state["sqrt"]).all(-1).all(-1)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -230,12 +233,12 @@ class SquareRoot(Sided, OneCall):
         """From the gram and root of `OneSided`."""
         return from_gram(state, self._kept(state["exp_avg"])) if "gram" in state else state
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """``k^3`` for each product of the iteration."""
         k, long = (m, n) if self.left(m, n) else (n, m)
         return polar.plans()["bf16"].products(k, k + long) * float(k) ** 3
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``k^2 (k + n)``: the product ``X A^T``."""
         k, long = (m, n) if self.left(m, n) else (n, m)
         return float(k) ** 2 * (k + long)
@@ -245,12 +248,12 @@ class SquareRoot(Sided, OneCall):
         if not self.cross_normalize:
             return U
         square = cross_square(U, self.left(*U.shape[1:]), self.cross_normalize)
-        moved = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
-        return normalized(state, U, square, moved)
+        active = whole(square.sum((1, 2), keepdim=True).sqrt_()) > 0
+        return normalized(state, U, square, active)
 
 
 def _keep(state: State, S: Tensor, active: Tensor) -> None:
-    state["sqrt"].copy_(S if holds(active) else torch.where(active, S, state["sqrt"].to(S.dtype)))
+    state["sqrt"].copy_(S if known_all_true(active) else torch.where(active, S, state["sqrt"].to(S.dtype)))
 
 
 def from_gram(state: State, keep: torch.dtype) -> State:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from asgo._types import Root, Stack, State
-from asgo.linalg.masked import choose
+from asgo.linalg.masked import where
 from asgo.linalg.matmul import gram
 from asgo.linalg.spectral import inverse_power
-from asgo.structures.base import Structure, average, moving, shorten
+from asgo.structures.base import Structure, active_mask, masked_ema_, shorten
 
 
 @dataclass(frozen=True)
-class Kronecker(Structure):
+class TwoSided(Structure):
     """The gram matrices of both sides, each to the power -1/4.
 
     ``L <- b2 L + (1 - b2) G G^T``, ``R <- b2 R + (1 - b2) G^T G``, or their sums; direction
@@ -41,14 +41,14 @@ class Kronecker(Structure):
         return (m if m <= limit else 0), (n if n <= limit else 0)
 
     @property
-    def derived(self) -> tuple[str, ...]:
+    def root_keys(self) -> tuple[str, ...]:
         """What the memory alone determines."""
         return ("left_root", "right_root")
 
     @property
     def symmetric(self) -> tuple[str, ...]:
         """All of it."""
-        return ("left", "right", *self.derived)
+        return ("left", "right", *self.root_keys)
 
     def init(self, like: Stack) -> State:
         """Zero statistics and identities as roots."""
@@ -59,19 +59,19 @@ class Kronecker(Structure):
             state[f"{side}_root"] = torch.eye(k, dtype=like.dtype, device=like.device).repeat(b, 1, 1)
         return state
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """The gradient itself: its two grams have no common shape."""
         return grad
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average both grams in, or add them up with ``beta2`` of 1."""
-        moved = moving(measurement)
+        active = active_mask(measurement)
         if state["left"].numel():
-            average(state["left"], gram(measurement), beta2, moved)
+            masked_ema_(state["left"], gram(measurement), beta2, active)
         if state["right"].numel():
-            average(state["right"], gram(measurement.mT), beta2, moved)
+            masked_ema_(state["right"], gram(measurement.mT), beta2, active)
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """New roots where both can be computed; `root` is not asked, as it knows the power -1/2 alone."""
         sides = [side for side in ("left", "right") if state[side].numel()]
         fresh = [inverse_power(state[side], eps, 0.5 / len(sides)) for side in sides]
@@ -80,7 +80,7 @@ class Kronecker(Structure):
             ok = ok & well
         for side, (new, _) in zip(sides, fresh, strict=True):
             kept = state[f"{side}_root"]
-            kept.copy_(choose(ok[:, None, None], new, kept))
+            kept.copy_(where(ok[:, None, None], new, kept))
         return ok
 
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -94,10 +94,10 @@ class Kronecker(Structure):
         rows, columns = (torch.linalg.vector_norm(direction, dim=axis, keepdim=True) for axis in (2, 1))
         return shorten(direction, torch.maximum(rows, columns), self.limit)
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """``m^3 + n^3``."""
         return float(sum(k**3 for k in self.sizes(m, n)))
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """``2 m n (m + n)``: two grams and two products with roots."""
         return 2.0 * m * n * sum(self.sizes(m, n))

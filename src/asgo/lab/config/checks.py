@@ -11,11 +11,7 @@ LEAST_TRIALS = 4
 
 
 def validate(config: RunConfig) -> None:
-    """Refuse values that no run can use.
-
-    Raises:
-        LabError: naming the flag, the value and the range.
-    """
+    """Raise `LabError` for values that no run can use."""
     config.data.check()
     check_ranges(config)
     if isinstance(config, CompareConfig):

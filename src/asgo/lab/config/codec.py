@@ -23,11 +23,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[T], data: dict[str, Any]) -> T:
-    """The config that `to_json` wrote.
-
-    Raises:
-        LabError: for a field that this version does not know.
-    """
+    """The config that `to_json` wrote; raises `LabError` for a field that this version does not know."""
     hints = get_type_hints(kind)
     unknown = sorted(set(data) - set(hints))
     if unknown:

@@ -23,11 +23,7 @@ class Range:
     meaning: str = "a number"  # what it is
 
     def check(self, name: str, value: float) -> None:
-        """Refuse a value of the field `name`; NaN and infinity too.
-
-        Raises:
-            LabError: naming the flag, the value and the range.
-        """
+        """Raise `LabError` for a value of the field `name` that is out of range, NaN or infinite."""
         if not self.least <= value <= self.most or not math.isfinite(value):
             span = f"{self.least:g} or more" if self.most == math.inf else f"from {self.least:g} to {self.most:g}"
             raise LabError(f"{flag(name)} {value} is out of range: pass {self.meaning}, {span}.")
@@ -37,18 +33,12 @@ BLOCKS = Range(0, 1e12, "a number of validation blocks; 0 means all")
 NOT_NEGATIVE = Range(0)
 SEED = Range(0, 2**63 - 1, "a seed")
 THREADS = Range(1, 4096, "a number of CPU threads")
+TOKENS = Range(1, meaning="a number of tokens")
 STEPS = Range(1, 1e12, "a number of steps")
 
 
 def check_ranges(config: Any) -> None:
-    """Refuse numbers of a configuration, and of those within it, that are out of the range of their field.
-
-    Args:
-        config: a dataclass.
-
-    Raises:
-        LabError: naming the flag, the value and the range.
-    """
+    """Raise `LabError` for a number of a configuration, or of one within it, that is out of its range."""
     for name, value, allowed in _constraints(config, ""):
         for entry in value if isinstance(value, tuple) else () if value is None else (value,):
             allowed.check(name, entry)
@@ -66,33 +56,8 @@ def _constraints(config: Any, prefix: str) -> Iterator[tuple[str, Any, Range]]:
 
 
 def check_distinct(name: str, values: Collection[object], empty: bool = False) -> None:
-    """Refuse a list with an entry twice, or without any.
-
-    Args:
-        name: of the field.
-        values: its entries.
-        empty: whether there may be none.
-
-    Raises:
-        LabError: naming the flag and what would fit.
-    """
+    """Raise `LabError` for a list with an entry twice, or without any unless it may be `empty`."""
     if not values and not empty:
         raise LabError(f"{flag(name)} is empty: pass at least one.")
     if len(set(values)) < len(values):
         raise LabError(f"{flag(name)} {' '.join(map(str, values))} repeats an entry: pass each once.")
-
-
-def check_known(name: str, values: Collection[str], known: Collection[str]) -> None:
-    """Refuse names that do not exist.
-
-    Args:
-        name: of the field.
-        values: its entries.
-        known: the names that exist.
-
-    Raises:
-        LabError: naming the flag, the name and those that exist.
-    """
-    for value in values:
-        if value not in known:
-            raise LabError(f"{flag(name)} {value} does not exist: choose from {', '.join(known)}.")

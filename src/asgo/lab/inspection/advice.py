@@ -131,11 +131,7 @@ class WarmupTrainer(Trainer):
     """A run that is trained a while and leaves no folder."""
 
     def learn(self, steps: int, line: LiveLine) -> None:
-        """Do so many steps.
-
-        Raises:
-            Diverged: when the loss is not finite afterwards.
-        """
+        """Do so many steps; raise `Diverged` when the loss is not finite afterwards."""
         torch.manual_seed(self.config.seed)
         line.begin(0)
         while self.step < steps:
@@ -156,13 +152,7 @@ class WarmupTrainer(Trainer):
 
 
 class ProgressBatches(Sequence[Batch]):
-    """Batches that show how far they have been taken.
-
-    Args:
-        batches: the batches.
-        line: where to show it.
-        before: work that was done before.
-    """
+    """Batches that show how far they have been taken."""
 
     def __init__(self, batches: Sequence[Batch], line: LiveLine, before: int) -> None:
         self.batches, self.line, self.before = batches, line, before

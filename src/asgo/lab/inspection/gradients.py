@@ -108,15 +108,7 @@ def _check(config: GradientsConfig) -> TrainConfig:
 
 
 class Inspector(Trainer):
-    """A run whose optimizer has a probe; it trains bit for bit as `asgo train` does.
-
-    Args:
-        config: what is asked.
-        run: the run that it describes.
-
-    Raises:
-        LabError: for an optimizer of another library, or a model without matrices.
-    """
+    """A run whose optimizer has a probe; it trains bit for bit as `asgo train` does."""
 
     def __init__(self, config: GradientsConfig, run: TrainConfig) -> None:
         super().__init__(run)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from asgo.diagnostics.reports import report, text_table
+from asgo.lab.config.ranges import TOKENS, check_ranges
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
-from asgo.lab.errors import LabError
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import build_optimizer, state_bytes
@@ -37,20 +38,16 @@ class RoutingConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    vocab_size: int = 84
-    block_size: int = 128
+    vocab_size: Annotated[int, TOKENS] = 84
+    block_size: Annotated[int, TOKENS] = 128
     why: bool = False
     per_head: bool = False
     rules: str | None = None
 
 
 def inspect_routing(config: RoutingConfig) -> str:
-    """The routing of a model as text. No memory is needed for the model: its tensors are on the meta device.
-
-    Raises:
-        LabError: for a model or optimizer that does not exist, or sizes that do not fit.
-    """
-    check_sizes(config.vocab_size, config.block_size)
+    """The routing of a model as text. No memory is needed for the model: its tensors are on the meta device."""
+    check_ranges(config)
     with torch.device("meta"):
         model = build_model(config.model, config.vocab_size, config.block_size, seed=0)
         if config.why:
@@ -72,13 +69,6 @@ def decisions_text(decisions: Sequence[Decision]) -> str:
         else ""
     )
     return text_table([("name", "shape", "view", "found by"), *rows]) + note
-
-
-def check_sizes(vocab_size: int, block_size: int) -> None:
-    """Raise `LabError` for sizes that no model has."""
-    for flag, size in (("--vocab-size", vocab_size), ("--block-size", block_size)):
-        if size < 1:
-            raise LabError(f"{flag} {size} is out of range: pass 1 or more.")
 
 
 def routing_text(model: nn.Module, optimizer: Optimizer) -> str:

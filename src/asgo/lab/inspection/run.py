@@ -14,11 +14,7 @@ from asgo.lab.optimizers.registry import resolve
 
 
 def run_of(who: str, config: RunConfig, optimizer: OptimizerConfig, seed: int, out: Path, resume: bool) -> TrainConfig:
-    """The run that the configuration of a command describes.
-
-    Raises:
-        LabError: for what cannot be trained, or more than one process.
-    """
+    """The run that a command's configuration describes; raises `LabError` for what cannot be trained."""
     validate(config)
     shared = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
     run = TrainConfig(**shared, optimizer=resolve(optimizer), seed=seed, out=out, resume=resume)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Muon, Optimizer
 
 from asgo.diagnostics.reports import report, text_table
+from asgo.lab.config.ranges import TOKENS, check_ranges
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
-from asgo.lab.inspection.routing import check_sizes
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.optimizers.composite import Composite
 from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
@@ -41,8 +42,8 @@ class OptimizersConfig:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    vocab_size: int = 84
-    block_size: int = 128
+    vocab_size: Annotated[int, TOKENS] = 84
+    block_size: Annotated[int, TOKENS] = 128
 
 
 def list_optimizers(config: OptimizersConfig) -> str:
@@ -51,7 +52,7 @@ def list_optimizers(config: OptimizersConfig) -> str:
     Raises:
         LabError: for a model that does not exist, or sizes that do not fit.
     """
-    check_sizes(config.vocab_size, config.block_size)
+    check_ranges(config)
     head = ("name", "year", "memory", "state bytes", "cost", "operations", "paper")
     rows = [_row(name, _model(config)) for name in OPTIMIZERS]
     model = _model(config)
@@ -112,4 +113,4 @@ def _structured(optimizer: StructuredOptimizer) -> float:
 def _work(structure: Structure, view: View | None, param: Tensor) -> float:
     if view is None:
         return ENTRYWISE * param.numel()
-    return sum(b * structure.work(m, n) for b, m, n in view.shapes(param.shape))
+    return sum(b * structure.step_flops(m, n) for b, m, n in view.shapes(param.shape))

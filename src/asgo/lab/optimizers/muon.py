@@ -12,12 +12,12 @@ from torch.optim.optimizer import ParamsT
 
 from asgo._types import Stack, State
 from asgo.linalg.polar import Plan
-from asgo.optimizer.hyperparameters import LOOP
+from asgo.optimizer.hyperparameters import STEP_DEFAULTS
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.optimizer.update_size import RMS
 from asgo.structures import SquareRoot, Structure
 from asgo.structures.base import Axis as ShardAxis
-from asgo.structures.base import average, moving
+from asgo.structures.base import active_mask, masked_ema_
 
 SecondMoment: TypeAlias = Literal["none", "row", "element"]
 """What the orthogonal factor is divided by: nothing, the running size of its rows, or of its entries."""
@@ -51,7 +51,7 @@ class NewtonSchulz(SquareRoot):
         """Muon's coefficients, in the precision that is fast on the device."""
         return Plan(super().plan(like).dtype, SMALLEST, COEFFICIENTS)
 
-    def additive(self, axis: ShardAxis, m: int, n: int) -> bool:
+    def is_shard_additive(self, axis: ShardAxis, m: int, n: int) -> bool:
         """Shards are not: the factor is of a whole matrix."""
         return False
 
@@ -63,11 +63,13 @@ class NewtonSchulz(SquareRoot):
     def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
         """The factor of the direction, divided by its second moment."""
         direction = direction.sign() if self.sign else direction
-        O, ok = super().update(state, direction, direction, 0.0)
+        left = self.left(*direction.shape[1:])
+        O, ok = self._by_iteration(state, direction if left else direction.mT, None, 0.0)
+        O = O if left else O.mT
         if self.second_moment == "none":
             return O.mul_(RMS * math.sqrt(max(O.shape[1:]))), ok
         square = O.square() if self.second_moment == "element" else O.square().mean(2, keepdim=True)
-        average(state["second"], square, beta2, moving(square))
+        masked_ema_(state["second"], square, beta2, active_mask(square))
         return O.div_(state["second"].sqrt().add_(EPS)), ok
 
 
@@ -98,7 +100,7 @@ class Muon(StructuredOptimizer):
         precision: of the products: "auto", "bf16", "fp16" or "fp32"; "auto" is float32 on a CPU without bfloat16 units.
     """
 
-    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "statistic": "momentum"}
+    step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "statistic": "momentum"}
 
     def __init__(
         self,

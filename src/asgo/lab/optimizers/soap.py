@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from asgo._types import Root, Stack, State
-from asgo.linalg.masked import choose
+from asgo.linalg.masked import where
 from asgo.linalg.matmul import gram
 from asgo.linalg.spectral import decompose
-from asgo.optimizer.hyperparameters import LOOP
+from asgo.optimizer.hyperparameters import STEP_DEFAULTS
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import Structure
-from asgo.structures.base import average, moving, rootless
+from asgo.structures.base import active_mask, all_ok, masked_ema_
 from asgo.structures.one_sided import Cross, cross_square, init_cross, normalized
 
 Sides: TypeAlias = Literal["both", "short"]
@@ -40,7 +40,7 @@ class _Sided(Structure):
         return both if self.sides == "both" else both[:1] if m < n else both[1:]
 
     def statistics(self, like: Stack, derived: str) -> State:
-        """Zero statistics, and identities called `derived` beside them; empty for a side that has none."""
+        """Zero statistics, and identities called `root_keys` beside them; empty for a side that has none."""
         state, sizes = {}, {side: k for side, k, _ in self.of(*like.shape[1:])}
         for side in ("left", "right"):
             k = sizes.get(side, 0)
@@ -48,15 +48,15 @@ class _Sided(Structure):
             state[f"{side}_{derived}"] = torch.eye(k, dtype=like.dtype, device=like.device).repeat(len(like), 1, 1)
         return state
 
-    def measure(self, grad: Stack) -> Tensor:
+    def compute_statistic(self, grad: Stack) -> Tensor:
         """The gradient itself: its two grams have no common shape."""
         return grad
 
-    def cost(self, m: int, n: int) -> float:
+    def root_flops(self, m: int, n: int) -> float:
         """The cubes of the sides."""
         return float(sum(k**3 for _, k, _ in self.of(m, n)))
 
-    def work(self, m: int, n: int) -> float:
+    def step_flops(self, m: int, n: int) -> float:
         """A gram and a product with a root for each side."""
         return 2.0 * m * n * sum(k for _, k, _ in self.of(m, n))
 
@@ -83,20 +83,20 @@ class EigenAdam(_Sided):
         flags = {"due": like.new_zeros(len(like)), "renewed": like.new_zeros(len(like))}
         return {"square": torch.zeros_like(like)} | flags | self.statistics(like, "basis")
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Renew the bases that are due, then average the gradient into everything."""
         rows = state["due"].nonzero()[:, 0]
         if len(rows):
             self._renew(state, rows)
-        moved = moving(measurement)
-        average(state["square"], self._turn(state, measurement).square_(), beta2, moved)
+        moved = active_mask(measurement)
+        masked_ema_(state["square"], self._turn(state, measurement).square_(), beta2, moved)
         for side, _, axis in self.of(*measurement.shape[1:]):
-            average(state[side], gram(measurement if axis == 1 else measurement.mT), beta2, moved)
+            masked_ema_(state[side], gram(measurement if axis == 1 else measurement.mT), beta2, moved)
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
-        """Leave word for the next `fold`."""
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+        """Leave word for the next `update_statistic`."""
         state["due"].fill_(1.0)
-        return rootless(state)
+        return all_ok(state)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """Into the basis, divided, and back."""
@@ -119,7 +119,7 @@ class EigenAdam(_Sided):
             if first.any():
                 Q = torch.where(first[:, None, None], decompose(A)[1].flip(2), Q)
             fine = Q.isfinite().all(1).all(1)[:, None, None]
-            state[f"{side}_basis"][rows] = choose(fine, Q, state[f"{side}_basis"][rows])
+            state[f"{side}_basis"][rows] = where(fine, Q, state[f"{side}_basis"][rows])
             state["square"][rows] = v
         state["renewed"][rows] += 1
         state["due"][rows] = 0.0
@@ -151,25 +151,25 @@ class Inverse(_Sided):
         cross = init_cross(like, self._left(like), self.cross_normalize) if self.cross_normalize else {}
         return self.statistics(like, "root") | cross
 
-    def fold(self, state: State, measurement: Tensor, beta2: float) -> None:
+    def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
         """Average the grams in."""
-        moved = moving(measurement)
+        moved = active_mask(measurement)
         for side, _, axis in self.of(*measurement.shape[1:]):
-            average(state[side], gram(measurement if axis == 1 else measurement.mT), beta2, moved)
+            masked_ema_(state[side], gram(measurement if axis == 1 else measurement.mT), beta2, moved)
 
     @property
-    def derived(self) -> tuple[str, ...]:
+    def root_keys(self) -> tuple[str, ...]:
         """The roots."""
         return ("left_root", "right_root")
 
-    def refresh(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
         """New roots where they are finite."""
-        ok = rootless(state)
+        ok = all_ok(state)
         for side in ("left", "right"):
             if state[side].numel():
                 fresh = self._root(state[side], self.power or (0.25 if self.sides == "both" else 0.5))
                 fine = fresh.isfinite().all(1).all(1)
-                state[f"{side}_root"].copy_(choose(fine[:, None, None], fresh, state[f"{side}_root"]))
+                state[f"{side}_root"].copy_(where(fine[:, None, None], fresh, state[f"{side}_root"]))
                 ok = ok & fine
         return ok
 
@@ -180,14 +180,14 @@ class Inverse(_Sided):
         if not self.cross_normalize:
             return direction
         square = cross_square(direction, self._left(direction), self.cross_normalize)
-        return normalized(state, direction, square, moving(direction) > 0)
+        return normalized(state, direction, square, active_mask(direction) > 0)
 
     def _left(self, stack: Stack) -> bool:
         return stack.shape[1] < stack.shape[2]
 
     def _root(self, A: Tensor, power: float) -> Tensor:
         trace = A.diagonal(dim1=1, dim2=2).sum(1)[:, None]
-        scale = choose(trace > 0, trace, 1.0)
+        scale = where(trace > 0, trace, 1.0)
         values, vectors = decompose(A / scale[:, :, None])
         least = self.eps * values.amax(1, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
         weights = (values.clamp(min=least) if self.cut else values.clamp(min=0) + least).mul_(scale).pow(-power)
@@ -215,7 +215,7 @@ class SOAP(StructuredOptimizer):
         adjust_lr: None leaves the size of the step to Adam's quotient, as published.
     """
 
-    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
+    step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "root": "eigh64"}
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class AveragedShampoo(StructuredOptimizer):
         adjust_lr: None leaves the size of the step to the roots.
     """
 
-    loop: ClassVar[Mapping[str, Any]] = {**LOOP, "root": "eigh64"}
+    step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "root": "eigh64"}
 
     def __init__(
         self,

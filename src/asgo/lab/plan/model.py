@@ -40,10 +40,7 @@ class PlannedModel(NamedTuple):
 
 
 def load(name: str) -> PlannedModel:
-    """The model called `name`, without memory.
-
-    Args:
-        name: a preset, a published shape, a folder or file of a configuration, or OWNER/NAME on the Hub.
+    """The model called `name` (preset, published shape, folder, file, or OWNER/NAME on the Hub), without memory.
 
     Raises:
         LabError: for a model that does not exist or cannot be read.

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from asgo.distributed.ownership import Unit, cost, owners, turns
-from asgo.distributed.placement import Box, Kind, _aligned, _boxes, overlap, part_boxes, sizes
+from asgo.distributed.ownership import WorkItem, balanced_phases, owner_cost, owners
+from asgo.distributed.placement import Kind, Region, overlap, part_regions, rank_regions, sizes, whole_slices
 from asgo.distributed.summing import most_shards, sent
 from asgo.lab.plan.mesh import Mesh
 from asgo.optimizer.bucket import part_key
@@ -67,12 +67,7 @@ class Part:
 
 
 def read_parts(optimizer: StructuredOptimizer, tp_plan: Mapping[str, str]) -> list[Part]:
-    """Every part of every parameter of an optimizer (on the meta device), in its order.
-
-    Args:
-        optimizer: any.
-        tp_plan: how tensor parallel cuts modules, as transformers tells.
-    """
+    """Every part of every parameter of an optimizer, by preference on the meta device, in its order."""
     found: list[Part] = []
     names = names_of(optimizer)
     for group in optimizer.param_groups:
@@ -97,7 +92,7 @@ def _sizes(structure: Structure, state: Mapping[str, Tensor], index: int) -> dic
     found = {"momentum": momentum.nbytes, "failures": state[part_key("failures", index)].nbytes}
     found |= {"statistics": 0, "roots": 0, "sharded": 0}
     for key in structure.init(momentum):
-        kind = "roots" if key in structure.derived else "sharded" if key in structure.spread else "statistics"
+        kind = "roots" if key in structure.root_keys else "sharded" if key in structure.sharded_keys else "statistics"
         found[kind] += state[part_key(key, index)].nbytes
     return found
 
@@ -134,7 +129,9 @@ class Placed:
     @property
     def has_owner(self) -> bool:
         """Whether one rank keeps the part's state, or refreshes its roots for all."""
-        return self.kind == "owned" or (self.kind in ("shared", "summed") and bool(self.part.sizes["roots"]))
+        return self.kind == "owner_computes" or (
+            self.kind in ("root_sharing", "partial_sums") and bool(self.part.sizes["roots"])
+        )
 
     @property
     def on_ranks(self) -> Ranks:
@@ -156,29 +153,23 @@ class Placed:
     @property
     def updated(self) -> Ranks:
         """How many numbers of a parameter on AdamW each rank of the team updates and keeps the moments of."""
-        if not (self.kind == "entries" and self.mesh.is_whole):
+        if not (self.kind == "elementwise" and self.mesh.is_whole):
             return self.on_ranks
-        (boxes, width) = _boxes((self.part.shape[0],), (self.mesh.ranks,), (Shard(0),)), self.part.shape[1:]
+        (boxes, width) = rank_regions((self.part.shape[0],), (self.mesh.ranks,), (Shard(0),)), self.part.shape[1:]
         return np.array([math.prod((*sizes(box), *width)) for box in boxes]).reshape(self.team)
 
 
 def place(parts: Sequence[Part], mesh: Mesh, interval: int) -> list[Placed]:
-    """The parts on a mesh, with the owners and refresh phases that the optimizer chooses.
-
-    Args:
-        parts: of all parameters.
-        mesh: the ranks.
-        interval: steps between refreshes of a root.
-    """
+    """The parts on a mesh, with the owners and refresh phases that the optimizer chooses."""
     found = [_place(part, mesh) for part in parts]
     stacks = [(i, s, part.stack) for i, part in enumerate(parts) if (s := part.structure) is not None]
-    phases = turns([stack[0] * s.cost(*stack[1:]) for _, s, stack in stacks], interval)
-    units: dict[int, Unit] = {}
+    phases = balanced_phases([stack[0] * s.root_flops(*stack[1:]) for _, s, stack in stacks], interval)
+    units: dict[int, WorkItem] = {}
     for (i, structure, stack), phase in zip(stacks, phases, strict=True):
         found[i] = placed = replace(found[i], phase=phase, interval=interval)
         if placed.has_owner:
-            price = cost(structure, placed.kind, stack)
-            units[i] = Unit(price, tuple(range(math.prod(placed.team))), (interval, phase))
+            price = owner_cost(structure, placed.kind, stack)
+            units[i] = WorkItem(price, tuple(range(math.prod(placed.team))), (interval, phase))
     for i, owner in zip(units, owners(list(units.values())), strict=True):
         found[i] = replace(found[i], owner=owner)
     return found
@@ -188,48 +179,42 @@ def _place(part: Part, mesh: Mesh) -> Placed:
     across = mesh.tp if part.tp_dim is not None else 1
     if mesh.is_whole or not part.shape:
         if part.view is None:
-            kind = "entries" if mesh.zero1 and part.shape else "alone"
+            kind = "elementwise" if mesh.zero1 and part.shape else "local"
         else:
-            kind = "alone" if mesh.ranks == 1 else "owned" if mesh.zero1 else "shared"
+            kind = "local" if mesh.ranks == 1 else "owner_computes" if mesh.zero1 else "root_sharing"
         return Placed(part, mesh, kind, (part.numel,) * mesh.fsdp * across, across)
     # Tensor parallel cuts first, then `fully_shard` cuts the rows of each piece.
     rows = _StridedShard(0, split_factor=across) if part.tp_dim == 0 and across > 1 else Shard(0)
-    boxes = _boxes(part.shape, (mesh.fsdp, across), (rows, Shard(part.tp_dim or 0)))
+    boxes = rank_regions(part.shape, (mesh.fsdp, across), (rows, Shard(part.tp_dim or 0)))
     whole = tuple((0, length) for length in part.shape)
-    region = (whole,) if part.view is None else part_boxes(part.view, part.shape)[part.index]
+    region = (whole,) if part.view is None else part_regions(part.view, part.shape)[part.index]
     return Placed(part, mesh, _kind_of_shards(part, mesh, across, boxes), _held(boxes, region), across)
 
 
-def _kind_of_shards(part: Part, mesh: Mesh, across: int, boxes: tuple[Box, ...]) -> Kind:
+def _kind_of_shards(part: Part, mesh: Mesh, across: int, boxes: tuple[Region, ...]) -> Kind:
     if len(boxes) == 1:
-        return "alone"
+        return "local"
     if part.view is None or part.structure is None:
-        return "entries"
+        return "elementwise"
     dim = 0 if mesh.fsdp > 1 else part.tp_dim
     if min(mesh.fsdp, across) > 1 or dim is None:
-        return "owned"
-    if _aligned(part.view, part.shape, dim, boxes, 0) is not None:
-        return "aligned"
-    return "summed" if len(boxes) <= most_shards(part.view, part.shape, dim, part.structure) else "owned"
+        return "owner_computes"
+    if whole_slices(part.view, part.shape, dim, boxes, 0) is not None:
+        return "whole_slices"
+    return "partial_sums" if len(boxes) <= most_shards(part.view, part.shape, dim, part.structure) else "owner_computes"
 
 
 @lru_cache(maxsize=4096)
-def _held(boxes: tuple[Box, ...], region: tuple[Box, ...]) -> tuple[int, ...]:
+def _held(boxes: tuple[Region, ...], region: tuple[Region, ...]) -> tuple[int, ...]:
     return tuple(sum(_numel(overlap(box, piece)) for piece in region) for box in boxes)
 
 
-def _numel(box: Box | None) -> int:
+def _numel(box: Region | None) -> int:
     return 0 if box is None else math.prod(sizes(box))
 
 
 def memory(placed: Sequence[Placed], mesh: Mesh, itemsize: int) -> dict[str, Ranks]:
-    """Bytes that every rank keeps, by the names of `KEPT`; activations and temporaries are not among them.
-
-    Args:
-        placed: all parts.
-        mesh: the ranks.
-        itemsize: bytes of a number of a parameter and of its gradient.
-    """
+    """Bytes that every rank keeps, by the names of `KEPT`; activations and temporaries are not among them."""
     found = {name: np.zeros(mesh.shape) for name in KEPT}
     for p in placed:
         for name in ("params", "gradients"):
@@ -246,10 +231,10 @@ def _keepers(p: Placed) -> dict[str, Ranks]:
     if p.part.structure is None:
         return {"adamw": p.updated / max(p.part.numel, 1)}
     everywhere = np.ones(p.team)
-    share = everywhere if p.kind in ("alone", "shared") else p.on_ranks / p.part.numel
-    share = p.is_owner if p.kind == "owned" else share
+    share = everywhere if p.kind in ("local", "root_sharing") else p.on_ranks / p.part.numel
+    share = p.is_owner if p.kind == "owner_computes" else share
     statistics = roots = share
-    if p.kind == "summed":
+    if p.kind == "partial_sums":
         statistics, roots = (p.is_owner if p.has_owner else everywhere), everywhere
     return {"momentum": share, "sharded": share, "statistics": statistics, "failures": statistics, "roots": roots}
 
@@ -261,12 +246,6 @@ def traffic(placed: Sequence[Placed], mesh: Mesh, interval: int, itemsize: int) 
     """Bytes that every rank sends and receives in each step of an interval, ``(2, replicate, fsdp, tp)``.
 
     Not in it is what gradients cost on the way to their ranks, which is the same for every optimizer.
-
-    Args:
-        placed: all parts.
-        mesh: the ranks.
-        interval: steps between refreshes of a root.
-        itemsize: bytes of a number of a parameter and of its gradient.
     """
     flows = [sum((sent_always(p, itemsize) for p in placed), np.zeros((2, *mesh.shape), np.int64))] * interval
     for p in placed:
@@ -280,22 +259,24 @@ def sent_roots(p: Placed) -> Ranks:
     ``b (k^2 itemsize + 8)`` bytes to each of ``N - 1`` ranks; where statistics are summed over shards, without the
     count of failures. Packed, ``k (k + 1) / 2`` in place of ``k^2``.
     """
-    size = p.part.sizes["roots"] if p.kind in ("shared", "summed") else 0
-    return _broadcast(p, np.full(p.team, size + p.part.stack[0] * FAILURE_COUNT * (p.kind == "shared" and size > 0)))
+    size = p.part.sizes["roots"] if p.kind in ("root_sharing", "partial_sums") else 0
+    return _broadcast(
+        p, np.full(p.team, size + p.part.stack[0] * FAILURE_COUNT * (p.kind == "root_sharing" and size > 0))
+    )
 
 
 def sent_always(p: Placed, itemsize: int) -> Ranks:
     """What every step sends for a part, whichever roots are refreshed."""
     part, others = p.part, len(p.held) - 1
-    if p.kind == "owned":
+    if p.kind == "owner_computes":
         return _to_owner(p, p.on_ranks * itemsize) + _broadcast(p, p.on_ranks * STATE)
-    if p.kind == "aligned":
+    if p.kind == "whole_slices":
         return np.full((2, *p.mesh.shape), max(p.matrices) * STATE * others)
-    if p.kind == "summed" and part.structure is not None:
+    if p.kind == "partial_sums" and part.structure is not None:
         b, m, n = part.stack
         statistics = np.full(p.team, b * sent(part.structure, m, n)[0] * STATE)
         return _to_owner(p, statistics) + b * part.norms(p.interval) * STATE * others
-    if p.kind == "entries" and p.mesh.is_whole:
+    if p.kind == "elementwise" and p.mesh.is_whole:
         own = p.updated * itemsize
         return np.stack([own * (p.mesh.ranks - 1), own.sum() - own])
     return np.zeros((2, *p.mesh.shape), np.int64)
@@ -304,7 +285,7 @@ def sent_always(p: Placed, itemsize: int) -> Ranks:
 def _to_owner(p: Placed, own: Ranks) -> Ranks:
     """The ranks of the owner's replica send theirs to it; those of the first replica if the owner holds nothing."""
     owner = np.unravel_index(p.owner or 0, p.team)
-    replica = owner[0] if p.on_ranks[owner] or p.kind == "summed" else 0
+    replica = owner[0] if p.on_ranks[owner] or p.kind == "partial_sums" else 0
     both = np.zeros((2, *p.team), np.int64)
     both[0, replica] = own[replica]
     both[(slice(None), *owner)] = 0, both[0].sum() - both[0][owner]
@@ -326,11 +307,6 @@ def gradient_bytes(numbers: int, mesh: Mesh, itemsize: int) -> float:
     """What each rank sends for the gradients, whatever the optimizer: a ring's all-reduce or reduce-scatter.
 
     ``2 (N - 1)/N`` of the bytes for copies, ``(F - 1)/F`` for shards and then the copies of a shard.
-
-    Args:
-        numbers: of the whole model.
-        mesh: the ranks.
-        itemsize: bytes of a number of a gradient.
     """
     local = numbers * itemsize / mesh.tp
     scattered = local * (mesh.fsdp - 1) / mesh.fsdp

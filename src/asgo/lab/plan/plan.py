@@ -74,10 +74,6 @@ class Plan:
 def plan(config: PlanConfig, console: Console | None = None) -> Plan:
     """Plan every mesh with every interval, show it, and save it if asked.
 
-    Args:
-        config: what is asked.
-        console: where tables and the verdict are shown; None: nowhere.
-
     Raises:
         LabError: for a model, a mesh or a number that does not fit; nothing has been written then.
     """
