@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -13,7 +13,6 @@ from asgo.optimizer.rounding import Rounding
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.info import OptimInfo
 from asgo.structures import OneSided, SquareRoot, Structure, limit_of, packed_if
-from asgo.structures.one_sided import Cross
 
 
 class ASGO(StructuredOptimizer):
