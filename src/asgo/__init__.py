@@ -7,9 +7,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from asgo import checkpoint
+from asgo import checkpoint, presets
 from asgo.optimizer.step import StructuredOptimizer
-from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo.presets import *  # noqa: F403
 from asgo.views import View, fused
 from asgo.views.routing import Decision, Rule, explain, route
 
@@ -19,21 +19,10 @@ if TYPE_CHECKING:
     from asgo.diagnostics.reports import Report, report, state_bytes
 
 __all__ = [
-    "AGD",
-    "ASGO",
-    "BAG",
-    "BAGM",
-    "DASGO",
-    "SPAM",
-    "AdaBlock",
-    "AdaGram",
-    "AdamMini",
     "Advice",
     "Decision",
-    "OneSidedShampoo",
     "Report",
     "Rule",
-    "Shampoo",
     "StructuredOptimizer",
     "View",
     "advise",
@@ -45,6 +34,7 @@ __all__ = [
     "route",
     "state_bytes",
 ]
+__all__ += presets.__all__
 __version__ = "0.1.0"
 
 _LAZY = {

@@ -508,7 +508,7 @@ def alone_on_gloo(code):
 
 # ---- the page "Switch it on" ---------------------------------------------------------------------------------------
 
-PAGE = (Path(__file__).parents[1] / "docs/hosts.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/hosts.md").read_text()
 SCRIPTS = dict(re.findall(r'^```py title="(\w+)"\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL))
 
 

@@ -28,8 +28,8 @@ def named_state_dict(optimizer: Optimizer) -> dict[str, Any]:
 
     Returns:
         ``{"format": 1, "state": {name: {key: tensor}}, "groups": [{"params": [name, ...], "lr": ..., ...}]}``;
-        the tensors are the optimizer's own, not copies. Keys and shapes are those of one process on every rank; of
-        what is spread over ranks the tensors are `DTensor`.
+        the tensors are the optimizer's own, not copies. Keys and shapes are the same on every
+        rank, as on one process; tensors that are sharded over ranks are `DTensor`.
 
     Raises:
         ValueError: parameters without names.

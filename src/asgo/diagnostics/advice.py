@@ -101,11 +101,11 @@ def advise(
       a matrix). The other factor, ``D_op``, needs the solution and is taken to be the same. Of equally cheap ones the
       default is kept. Where `curvature` favours the other side by more than 5 %, the default side is kept too.
     - **interval**: the longest of 1, 2, 5 and 10 steps at which even the oldest root gives directions of a cosine of
-      0.9 or more with those of a fresh one, in steps of ASGO that do not move the weights. 10 takes 11 batches.
+      0.9 or more with a fresh one's, in steps of ASGO that do not move the weights. 10 takes 11 batches.
     - **statistic**: "momentum" where more than a tenth of a batch's gradient is noise, as the statistic of the gradient
-      would be that of its noise too; else "gradient" with the paper's betas (0.9, 0.8).
+      would follow its noise too; else "gradient" with the paper's betas (0.9, 0.8).
 
-    Gradients at the first weights are not those of training: train a little first. Nothing is changed: parameters,
+    Gradients at the initial weights differ from later ones: train a little first. Nothing is changed: parameters,
     gradients, buffers, training flags and torch's random numbers are left as they were, also after an error.
 
     "ASGO: Adaptive Structured Gradient Optimization", An, Liu, Pan, Ren, Ma, Goldfarb and Zhang 2025.

@@ -188,5 +188,5 @@ def _check(optimizer: StructuredOptimizer, every: int, done: int) -> None:
     if not any(any(group["views"]) for group in optimizer.param_groups):
         raise ValueError(
             f"GradientProbe: this {type(optimizer).__name__} has no matrices, all of its parameters go to AdamW. Give "
-            "it groups with views, such as those of asgo.route(model)."
+            "it groups with views, for example asgo.route(model)."
         )
