@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from asgo.views.defaults import view_of as default_view
-from asgo.views.layouts import FUSED, QUERY_KEY
+from asgo.views.layouts import FUSED
 from asgo.views.model_scan import Site, find_sites
+from asgo.views.projections import QUERY_KEY
 
 Role = Literal["query", "key", "value", "output", "fused", "other"]
 
