@@ -25,6 +25,7 @@ from asgo.views.routing import DEFAULT
 pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transformers
 
 from asgo.lab import cli
+from asgo.lab.compare.learning_rates import RatesConfig
 from asgo.lab.compare.summary import COLUMNS
 from asgo.lab.config.checks import validate
 from asgo.lab.config.codec import flag, flat
@@ -199,7 +200,7 @@ def check_command(words):
     if isinstance(parsed, RunConfig):
         validate(parsed)
         shape_of(parsed.model)
-    if isinstance(parsed, CompareConfig):
+    if isinstance(parsed, (CompareConfig, RatesConfig)):
         assert all(parse_entry(text).optimizer.lr for text in parsed.optimizers)
     elif isinstance(parsed, cli.OptimizersConfig):
         shape_of(parsed.model)
