@@ -14,9 +14,9 @@ from torch import Tensor
 
 from asgo._types import Stack, State
 from asgo.distributed.collectives import group_of
-from asgo.distributed.placement import Placement, entries_of, gradient, local
 from asgo.optimizer.bucket import Bucket
 from asgo.optimizer.hyperparameters import adamw_of
+from asgo.parts import Strategy
 from asgo.structures import OneSided, Packed, Structure
 from asgo.structures.packed import opened
 
@@ -50,28 +50,31 @@ class Recorder:
 
     def __init__(self) -> None:
         self._notes: list[Note] = []
-        self._placements: dict[Tensor, Placement] = {}
+        self._strategies: dict[Tensor, Strategy] = {}
         self._matrices: dict[Tensor, int] = {}
 
     def start(self) -> None:
         """Forget the step before."""
         self._notes.clear()
-        self._placements.clear()
+        self._strategies.clear()
 
     def gradients(self, bucket: Bucket, norms: Tensor) -> None:
         """Take up the norms ``(b, 1, 1)`` of the gradients of whole matrices."""
-        self._note_bucket("gradient", bucket, norms, bucket.slices * bucket.entries)
+        self._note_bucket("gradient", bucket, norms, bucket.matrices_per_param * bucket.matrix_numel)
 
     def updates(self, bucket: Bucket, structure: Structure, group: Mapping[str, Any], update: Stack) -> None:
         """Take up the updates of a bucket, failures and the error of the roots that made them."""
         norms = torch.linalg.vector_norm(update, dim=(1, 2))
-        self._note_bucket("update", bucket, norms, bucket.slices * update[0].numel())
-        first, count = (bucket.own.start or 0) // bucket.slices, len(bucket.memory["failures"]) // bucket.slices
-        kept = [member.param for member in bucket.members[first : first + count]]
+        self._note_bucket("update", bucket, norms, bucket.matrices_per_param * update[0].numel())
+        first, count = (
+            (bucket.own.start or 0) // bucket.matrices_per_param,
+            len(bucket.memory["failures"]) // bucket.matrices_per_param,
+        )
+        kept = [part.param for part in bucket.parts[first : first + count]]
         if not kept:
             return
         failures = bucket.memory["failures"].view(count, -1).sum(1)
-        self._notes.append(Note("failures", kept, failures, bucket.slices))
+        self._notes.append(Note("failures", kept, failures, bucket.matrices_per_param))
         found = residuals(structure, group, bucket.memory)
         if found is not None:
             self._notes.append(Note("residual", kept, found.view(count, -1).amax(1), 1))
@@ -79,15 +82,15 @@ class Recorder:
     def finish(self, groups: Iterable[Mapping[str, Any]], plans: Iterable[Any], states: Mapping[Tensor, State]) -> None:
         """Take up AdamW's parameters and the weights, after a step by these plans."""
         for group, plan in zip(groups, plans, strict=True):
-            self._placements |= dict(zip(plan.entries, plan.where, strict=True))
+            self._strategies |= dict(zip(plan.entries, plan.strategies, strict=True))
             self._matrices |= dict.fromkeys(plan.entries, 1)
             for bucket in plan.buckets:
-                for member in bucket.all_parts:
-                    self._placements[member.param] = member.placement
-                    self._matrices[member.param] = sum(b for b, _, _ in member.view.shapes(member.param.shape))
+                for part in bucket.all_parts:
+                    self._strategies[part.param] = part.strategy
+                    self._matrices[part.param] = sum(b for b, _, _ in part.view.shapes(part.param.shape))
             params = [*plan.viewed, *plan.entries]
             for some in _by_device(params):
-                held = [local(param.detach()) for param in some]
+                held = [self._strategies[param].held(param.detach()) for param in some]
                 norms = torch.stack(torch._foreach_norm(held, 2, dtype=_wide(held)))
                 self._notes.append(Note("weight", some, norms, [x.numel() for x in held]))
             for some in _by_device(plan.entries):
@@ -112,11 +115,12 @@ class Recorder:
         return {names[p]: self._metrics(p, *found) for p, found in table.items() if p in names}
 
     def _note_bucket(self, column: str, bucket: Bucket, norms: Tensor, count: int) -> None:
-        whole = torch.linalg.vector_norm(norms.reshape(-1, bucket.slices), dim=1)
-        self._notes.append(Note(column, [member.param for member in bucket.members], whole, count))
+        whole = torch.linalg.vector_norm(norms.reshape(-1, bucket.matrices_per_param), dim=1)
+        self._notes.append(Note(column, [part.param for part in bucket.parts], whole, count))
 
     def _note_entries(self, params: list[Tensor], states: list[State], group: Mapping[str, Any]) -> None:
-        grads = [entries_of(param, self._placements[param], gradient(param)) for param in params]
+        where = [self._strategies[param] for param in params]
+        grads = [at.entries(param, at.gradient(param)) for at, param in zip(where, params, strict=True)]
         sizes = [grad.numel() for grad in grads]
         norms = torch.stack(torch._foreach_norm(grads, 2, dtype=_wide(grads)))
         updates = torch.where(norms.isfinite(), adamw_norms(states, group), 0.0)
@@ -127,7 +131,7 @@ class Recorder:
     def _gathered(self, table: Mapping[Tensor, tuple[list[float], float]]) -> dict[Tensor, tuple[list[float], float]]:
         """The rows of sharded parameters, added up over the ranks that hold them."""
         by_ranks: dict[tuple[int, ...], list[Tensor]] = {}
-        for param, where in self._placements.items():  # in the same order on all ranks
+        for param, where in self._strategies.items():  # in the same order on all ranks
             if param in table and where.kind not in ("local", "root_sharing"):
                 by_ranks.setdefault(where.ranks, []).append(param)
         found: dict[Tensor, tuple[list[float], float]] = {}

@@ -38,9 +38,15 @@ def part_key(key: str, part: int) -> str:
     return key if part == 0 else f"{key}.{part}"
 
 
+def split_key(key: str) -> tuple[str, int]:
+    """The name of a key without the number of its part, and that number: ``gram.1`` is ``("gram", 1)``."""
+    base, _, part = key.partition(".")
+    return base, int(part) if part.isdigit() else 0
+
+
 def base_key(key: str) -> str:
     """A key of a state without the number of its part."""
-    return key.partition(".")[0]
+    return split_key(key)[0]
 
 
 def is_own(key: str) -> bool:

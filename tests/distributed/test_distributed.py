@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asgo import ASGO, DASGO, route
 from asgo.checkpoint import sharded
-from asgo.distributed.ownership import WorkItem, owner_cost, owners, refresh_phases
+from asgo.distributed.ownership import WorkItem, owner_cost, owners
 from asgo.optimizer.param_groups import views_of
+from asgo.optimizer.refresh_schedule import refresh_phases
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
 from family import PRESETS
 from worlds import Counted, World, on

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from asgo import ASGO
 from asgo.linalg.inverse_root import ROOTS
 from asgo.optimizer.hyperparameters import adamw_of
-from asgo.optimizer.step import WARMUP_STEPS
+from asgo.optimizer.refresh_schedule import WARMUP_STEPS
 from asgo.views import MATRIX, heads
 from family import BAD, LARGEST, PRESETS, every_preset, without_decay
 

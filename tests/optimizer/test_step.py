@@ -11,12 +11,12 @@ from torch._dynamo.testing import CompileCounter
 
 import asgo
 from asgo import ASGO, route
-from asgo.distributed.ownership import balanced_phases, refresh_phases
 from asgo.linalg import matmul, spectral
 from asgo.linalg.inverse_root import ROOTS
 from asgo.linalg.masked import known_all_true, where
 from asgo.optimizer import bucket
 from asgo.optimizer.param_groups import views_of
+from asgo.optimizer.refresh_schedule import balanced_phases, refresh_phases
 from asgo.views import MATRIX, TRANSPOSED, View, heads
 from family import every_preset
 
@@ -62,8 +62,8 @@ def test_a_bucket_has_at_most_so_many_bytes_or_one_member(monkeypatch, limit):
     optimizer.step()
     made = [bucket for plan in optimizer._plans.values() for bucket in plan.buckets]
     sizes = [bucket.state["exp_avg"].numel() * 4 for bucket in made]
-    assert all(size <= limit or len(bucket.members) == 1 for size, bucket in zip(sizes, made, strict=True))
-    assert sum(len(bucket.members) for bucket in made) == 5
+    assert all(size <= limit or len(bucket.parts) == 1 for size, bucket in zip(sizes, made, strict=True))
+    assert sum(len(bucket.parts) for bucket in made) == 5
     monkeypatch.setitem(bucket.BUCKET_BYTES, "cpu", 2**25)
     ASGO(groups(same)).step()
     for p, q in zip(params, same, strict=True):

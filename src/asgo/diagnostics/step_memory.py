@@ -162,7 +162,7 @@ def _contents(optimizer: Optimizer) -> dict[str, Any]:
 def _prepare(twin: Any) -> None:
     """Make what state a twin lacks and its buckets; of buckets that are alike keep one: they step one by one."""
     for plan in twin._current_plans():
-        alike = {(bucket.shape, bucket.view, bucket.part, len(bucket.members)): bucket for bucket in plan.buckets}
+        alike = {(bucket.shape, bucket.view, bucket.index, len(bucket.parts)): bucket for bucket in plan.buckets}
         plan.buckets[:] = alike.values()
 
 

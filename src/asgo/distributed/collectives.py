@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from asgo.parts import Wait
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-Wait: TypeAlias = Callable[[], None]
-"""Waits until what was started has arrived."""
 
 _groups: dict[tuple[object, tuple[int, ...]], ProcessGroup] = {}
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, combinations, product
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from asgo.distributed.collectives import ensure_group
 from asgo.distributed.dtensor import is_dtensor
+from asgo.structures import Structure
+from asgo.structures.base import Axis
 from asgo.views import View, axes_of, lengths
 
 Region: TypeAlias = tuple[tuple[int, int], ...]
@@ -31,9 +34,9 @@ class ShardSpec:
 
     Args:
         axis: of a stack: 1 if ranks have some rows of each matrix, 2 if they have some columns.
-        ranks: the global ranks that hold the shards of those matrices of which this rank holds one, in order.
-        sharded_keys: keys of the state that are cut as the matrices are.
-        owner_keys: keys that the owner of a matrix alone has; all other ranks have what is in neither, whole.
+        ranks: global ranks that shard the same matrices as this one, in order.
+        sharded_keys: state keys that are sharded as the matrices are.
+        owner_keys: state keys stored on the owner only; keys in neither list are replicated.
     """
 
     axis: int
@@ -47,13 +50,11 @@ class Placement:
     """Where the entries of a parameter are, and so how it is stepped.
 
     Args:
-        kind: ``"local"``: this rank holds all and does all. ``"root_sharing"``: as alone, but ranks divide the roots
-            among
-            them. ``"owner_computes"``: every matrix has a rank that keeps its state and computes its update.
-            ``"whole_slices"``:
-            what this rank holds are whole matrices of the view. ``"partial_sums"``: this rank holds some rows or
-            columns of
-            every matrix, and statistics are sums over ranks. ``"elementwise"``: no view, so any part will do.
+        kind: ``"local"``: this rank holds all and does all. ``"root_sharing"``: likewise, but ranks divide the roots
+            among them. ``"owner_computes"``: every matrix has a rank that keeps its state and computes its update.
+            ``"whole_slices"``: what this rank holds are whole matrices of the view. ``"partial_sums"``: this rank
+            holds some rows or columns of every matrix, and statistics are sums over ranks. ``"elementwise"``: no
+            view, so any part will do.
         ranks: the global ranks that have to do with it, in order; none if it is alone.
         group_rank: this rank's place among them.
         boxes: the entries that each of them holds.
@@ -116,8 +117,7 @@ def find(param: Tensor, view: View | None, caller: str) -> Placement:
     if not _disjoint(boxes, math.prod(param.shape)):
         raise TypeError(
             f"{caller} has the placements {placements} on a mesh {tuple(mesh.shape)}, with which a rank holds rows "
-            f"that "
-            "are not side by side. Choose a mesh that divides its rows."
+            "that are not side by side. Choose a mesh that divides its rows."
         )
     if view is None:
         ensure_group(ranks, mesh)
@@ -249,6 +249,84 @@ def entries_of(param: Tensor, placement: Placement, tensor: Tensor) -> Tensor:
     return held[within(placement.box, whole(param))] if placement.rows else held
 
 
-def holds_state(placement: Placement, owner: int | None) -> bool:
-    """Whether this rank keeps the state of a matrix with that owner."""
-    return placement.kind != "owner_computes" or owner == placement.group_rank
+# ---- shards of single matrices ------------------------------------------------------------------------------------
+
+AXES: dict[Axis, int] = {"rows": 1, "columns": 2}
+"""The axis of a stack."""
+
+
+def with_partial_sums(found: Placement, param: Tensor, view: View, structure: Structure) -> Placement:
+    """The placement ``"partial_sums"`` where it is possible and sends less than ``"owner_computes"``, else the one
+    that was found.
+
+    Possible: one dimension of the mesh cuts one axis of the parameter, which is the axis of rows, or that of columns,
+    of all its matrices and no more than that; and shards along it are additive for the structure.
+
+    Less: for every matrix its S shards send q numbers of a measurement to an owner and get r numbers of roots back,
+    ``(S - 1) (q + r)`` in all (without roots the measurement is all-reduced: r = q). To gather the gradient and send
+    the update back takes ``2 m n (S - 1) / S``. So the rule is ``S (q + r) < 2 m n``, summed over the parts of a split:
+    for a one-sided statistic ``S k^2 < m n``, packed ``S k (k + 1) / 2 < m n``. It asks for shapes, mesh and structure
+    only: all ranks answer alike.
+
+    Args:
+        found: by `find`.
+        param: the parameter.
+        view: through which it is read as a whole.
+        structure: of its group.
+    """
+    if found.kind != "owner_computes" or not is_dtensor(param):
+        return found
+    cuts = [(i, placed) for i, placed in enumerate(param.placements) if not placed.is_replicate()]
+    shape, mesh, (along, placed) = tuple(param.shape), param.device_mesh, cuts[0]
+    if len(cuts) > 1 or type(placed).__name__ != "Shard" or mesh.size(along) == 1:
+        return found
+    dim: int = placed.dim  # pyright: ignore[reportAttributeAccessIssue]
+    axis, piece = _shard_axis(view, shape, dim)
+    if axis is None or mesh.size(along) > most_shards(view, shape, dim, structure):
+        return found
+    keys = {*structure.init(torch.empty(1, 1, 1, device="meta")), "failures"}
+    owned = keys - {*structure.root_keys, *structure.sharded_keys} if structure.root_keys else set()
+    cut = ShardSpec(AXES[axis], ensure_group(None, mesh, along), structure.sharded_keys, tuple(sorted(owned)))
+    return replace(found, kind="partial_sums", view=piece, cut=cut)
+
+
+def most_shards(view: View, shape: Sequence[int], dim: int, structure: Structure) -> int:
+    """Into how many shards an axis may be cut so that statistics are summed; 0: never. See `with_partial_sums`."""
+    (axis, _), stacks = _shard_axis(view, shape, dim), view.shapes(shape)
+    if axis is None or 0 in shape or not all(structure.is_shard_additive(axis, m, n) for _, m, n in stacks):
+        return 0
+    return (2 * math.prod(shape) - 1) // sum(b * sum(sent(structure, m, n)) for b, m, n in stacks)
+
+
+@lru_cache(maxsize=4096)
+def sent(structure: Structure, m: int, n: int) -> tuple[int, int]:
+    """Numbers that go from and to a shard of an ``m x n`` matrix: a measurement; roots, or without any that again."""
+    like = torch.empty(1, m, n, device="meta")
+    measured, state = structure.compute_statistic(like).numel(), structure.init(like)
+    return measured, sum(state[key].numel() for key in structure.root_keys) or measured
+
+
+def _shard_axis(view: View, shape: Sequence[int], dim: int) -> tuple[Axis | None, View]:
+    """Whether an axis of a parameter is that of the rows or the columns of all its matrices, and the view of a shard.
+
+    Axes of length 1 do not count: the rows of ``"(g o) i -> g o i"`` with one group are a whole axis.
+    """
+    at = dim  # in a part, which has one axis more if parts are repeated
+    if view.split is not None:
+        if view.split_dim % len(shape) == dim:
+            return None, view
+        at += view.repeated and view.split_dim % len(shape) < dim
+    found, sizes = set[Axis | None](), dict(view.sizes)
+    for part, piece in enumerate(view.cut(torch.empty(tuple(shape), device="meta"))):
+        source, target = view.pattern_of(part).split("->")
+        known = lengths(source, tuple(piece.shape), tuple(view.sizes))  # pyright: ignore[reportArgumentType]
+        cut, rows, columns = (
+            [name for name in names if known.get(name, 1) > 1] for names in (axes_of(source)[at], *axes_of(target)[1:])
+        )
+        single = len(cut) == 1 and (view.split is None or len(axes_of(source)[at]) == 1)
+        found.add(("rows" if cut == rows else "columns" if cut == columns else None) if single else None)
+        if view.split is None:
+            sizes = dict(known)
+        for name in cut:
+            sizes.pop(name, None)
+    return (found.pop() if len(found) == 1 else None), replace(view, sizes=sizes)

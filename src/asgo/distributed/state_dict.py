@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from asgo._types import State
 from asgo.distributed.dtensor import is_dtensor
 from asgo.distributed.placement import Placement, ShardSpec
 from asgo.state_keys import is_own
@@ -26,41 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 
-def export(state: State, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> State:
-    """The state of a parameter as the whole world sees it, on the same memory.
-
-    Args:
-        state: what this rank keeps.
-        param: the parameter.
-        placement: where its entries are.
-        owners: the owner of each part.
-    """
-    return {key: _exported(key, tensor, param, placement, owners) for key, tensor in state.items()}
-
-
-def _exported(key: str, tensor: Tensor, param: Tensor, placement: Placement, owners: Sequence[int | None]) -> Tensor:
-    name, _, part = key.partition(".")
-    if not is_own(key):
-        return tensor
-    if key in ("spike_sq", "residual") or (placement.kind == "elementwise" and name.startswith("exp_avg")):
-        return _entries(key, tensor, param, placement)
-    if key == "step" or placement.kind in ("local", "root_sharing", "elementwise"):
-        return tensor
-    if placement.kind == "whole_slices" and is_dtensor(param):
-        share = [math.prod(hi - lo for lo, hi in box) for box in placement.boxes]
-        matrices = len(tensor) * sum(share) // share[placement.group_rank]
-        return _world(tensor, param.device_mesh, _along(0, param), (matrices, *tensor.shape[1:]))
-    from torch.distributed.tensor import Replicate
-
-    number = int(part or 0)
-    stack = placement.view.shapes(param.shape)[number]  # pyright: ignore[reportOptionalMemberAccess]
-    if placement.cut is not None and name not in placement.cut.owner_keys:
-        return _shard(name, tensor, param, placement.cut, stack)
-    mesh = _mesh(param.device.type, (placement.ranks[owners[number] or 0],))
-    return _world(tensor, mesh, (Replicate(),), (stack[0], *tensor.shape[1:]))
-
-
-def _entries(key: str, tensor: Tensor, param: Tensor, placement: Placement) -> Tensor:
+def like_param(key: str, tensor: Tensor, param: Tensor, placement: Placement) -> Tensor:
     """A tensor with an entry for each of the parameter's, held as those are."""
     if is_dtensor(param):
         return _world(tensor, param.device_mesh, param.placements, param.shape)
@@ -71,7 +36,23 @@ def _entries(key: str, tensor: Tensor, param: Tensor, placement: Placement) -> T
     return tensor
 
 
-def _shard(name: str, tensor: Tensor, param: Tensor, cut: ShardSpec, stack: tuple[int, int, int]) -> Tensor:
+def slices(tensor: Tensor, param: Tensor, placement: Placement) -> Tensor:
+    """A tensor of matrices of which every rank holds some."""
+    if not is_dtensor(param):
+        return tensor
+    share = [math.prod(hi - lo for lo, hi in box) for box in placement.boxes]
+    matrices = len(tensor) * sum(share) // share[placement.group_rank]
+    return _world(tensor, param.device_mesh, _along(0, param), (matrices, *tensor.shape[1:]))
+
+
+def on_owner(tensor: Tensor, param: Tensor, rank: int, matrices: int) -> Tensor:
+    """A tensor of this many matrices that one rank holds."""
+    from torch.distributed.tensor import Replicate
+
+    return _world(tensor, _mesh(param.device.type, (rank,)), (Replicate(),), (matrices, *tensor.shape[1:]))
+
+
+def shard(name: str, tensor: Tensor, param: Tensor, cut: ShardSpec, stack: tuple[int, int, int]) -> Tensor:
     """A tensor of a matrix of which ranks have rows or columns, cut as those are or whole on every rank."""
     if not is_dtensor(param) or (name != "exp_avg" and name not in cut.sharded_keys):
         return tensor

@@ -1,110 +1,248 @@
-"""Buckets whose work several ranks share. Each says what travels; the step is the same for all."""
+"""One class for each way in which parameters live on several ranks: what is kept where, and what a step sends."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
-from asgo.distributed.collectives import Wait, all_gather, all_reduce_norm, all_reduce_sum, all_to_all
-from asgo.distributed.placement import Region, ShardSpec, gradient, overlap, part_regions, pieces, sizes, within
-from asgo.optimizer.bucket import Bucket, Member, view_here
-from asgo.optimizer.rounding import Rounding
-from asgo.structures import Structure
+from asgo.distributed import state_dict
+from asgo.distributed.collectives import all_gather, all_reduce_and, all_reduce_norm, all_reduce_sum, all_to_all
+from asgo.distributed.part_regions import bucket_layout, held_region
+from asgo.distributed.placement import (
+    Placement,
+    ShardSpec,
+    entries_of,
+    gradient,
+    local,
+    pieces,
+    sizes,
+    whole,
+    within,
+)
+from asgo.parts import Due, ParameterPart, StackedParts, Strategy, Wait
+from asgo.state_keys import is_own, split_key
+from asgo.structures import OneCall, Structure
+
+ROOT_PRODUCTS = 20.0
+"""Products of k x k matrices that a root counts for beside an owner's other work; only the balance depends on it."""
+
+WHOLE_KEYS = frozenset({"step", "spike_sq", "residual"})
+"""Keys of a state that are of the whole parameter, not of one part."""
 
 
-class Shared(Bucket):
-    """All ranks hold everything; each refreshes the roots of some members and sends them to the others.
+class Placed(Strategy):
+    """Every rank holds all of the parameter and does all of its work; the parameter may be a `DTensor`.
 
-    Attributes:
-        extra_keys: what goes with the roots.
+    Args:
+        placement: where its entries are.
     """
 
+    def __init__(self, placement: Placement) -> None:
+        super().__init__(placement.view)
+        self.placement, self.ranks, self.group_rank = placement, placement.ranks, placement.group_rank
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """The local tensor of a `DTensor`, else the tensor itself."""
+        return local(tensor)
+
+    def gradient(self, param: Tensor) -> Tensor:
+        """The local gradient, placed as the parameter is."""
+        return gradient(param)
+
+    def export(self, state: State, param: Tensor, owners: Sequence[int | None]) -> State:
+        """A `DTensor` of the global shape for each tensor that this rank holds a part of."""
+        return {
+            key: self._exported(key, tensor, param, owners) if is_own(key) else tensor for key, tensor in state.items()
+        }
+
+    def _exported(self, key: str, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
+        if key in ("spike_sq", "residual"):
+            return state_dict.like_param(key, tensor, param, self.placement)
+        return tensor if key == "step" else self.export_part(*split_key(key), tensor, param, owners)
+
+    def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
+        """The state of one part as the whole world sees it."""
+        return tensor
+
+
+class Elementwise(Placed):
+    """AdamW: every rank updates the entries that it holds, or with ZeRO-1 a run of rows, which it then sends."""
+
+    kind: ClassVar[str] = "elementwise"
+
+    def entries(self, param: Tensor, tensor: Tensor) -> Tensor:
+        """Those that this rank holds or, of replicated ones, its rows."""
+        return entries_of(param, self.placement, tensor)
+
+    def keep_own(self, state: State, param: Tensor, owners: Sequence[int | None]) -> None:
+        """Keep the moments of this rank's rows."""
+        for key in ("exp_avg", "exp_avg_sq", "residual") if self.placement.rows else ():
+            if key in state:
+                state[key] = state[key][within(self.placement.box, whole(param))].clone()
+
+    def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
+        """Moments have an entry for each of the parameter's."""
+        if not name.startswith("exp_avg"):
+            return tensor
+        return state_dict.like_param(name, tensor, param, self.placement)
+
+    def all_agree(self, flags: Tensor, strategies: Sequence[Strategy]) -> Tensor:
+        """All-reduce one flag for each parameter."""
+        return all_reduce_and(flags, [strategy.ranks for strategy in strategies])
+
+    def exchange_entries(self, params: Sequence[Tensor], strategies: Sequence[Strategy]) -> list[Wait]:
+        """Exchange updated rows (ZeRO-1): one collective for each dtype and device."""
+        sorts: dict[tuple[object, ...], list[tuple[Tensor, Placement]]] = {}
+        for param, strategy in zip(params, strategies, strict=True):
+            if isinstance(strategy, Elementwise) and strategy.placement.rows:
+                key = (strategy.ranks, param.dtype, param.device)
+                sorts.setdefault(key, []).append((local(param.detach()), strategy.placement))
+        return [_exchange_rows(alike) for alike in sorts.values()]
+
+
+def _exchange_rows(alike: Sequence[tuple[Tensor, Placement]]) -> Wait:
+    like, (ranks, me) = alike[0][0], (alike[0][1].ranks, alike[0][1].group_rank)
+    rows = [
+        [param[within(placement.boxes[rank], whole(param))] for param, placement in alike] for rank in range(len(ranks))
+    ]
+    outgoing = [rows[me] if rank != me else [] for rank in range(len(ranks))]
+    rows[me] = []
+    return all_to_all(ranks, me, outgoing, rows, like)
+
+
+class RootSharing(Placed):
+    """All ranks hold everything; each refreshes the roots of some parts and sends them to the others."""
+
+    kind: ClassVar[str] = "root_sharing"
+    shares_roots: ClassVar[bool] = True
     extra_keys: ClassVar[tuple[str, ...]] = ("failures",)
+    """What goes with the roots."""
 
-    def __init__(self, all_parts: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
-        super().__init__(all_parts, states, keys)
-        self.root_retry.retries = not self.root_retry.deferred
+    def bucket_key(self, param: Tensor) -> tuple[object, ...]:
+        """One dtype: collectives send one."""
+        return self.kind, self.ranks, param.dtype
 
-    def share(self, due: Callable[[Member], bool], keys: Sequence[str]) -> Wait | None:
-        """Start to bring the roots of the members whose turn it is from their owners here: their bytes, once each."""
-        found = [(i, member) for i, member in enumerate(self.members) if due(member)]
+    def has_owners(self, structure: Structure) -> bool:
+        """Where there are roots, or updates that make them."""
+        return bool(structure.root_keys) or isinstance(structure, OneCall)
+
+    @staticmethod
+    def owner_cost(structure: Structure, shape: tuple[int, int, int]) -> float:
+        """Its roots."""
+        b, m, n = shape
+        return b * structure.root_flops(m, n)
+
+    def broadcast_roots(self, bucket: StackedParts, due: Due, keys: Sequence[str]) -> Wait | None:
+        """Broadcast the roots due this step from their owners."""
+        found = [(i, part) for i, part in enumerate(bucket.parts) if due(part)]
         if not found or not keys or found[0][1].owner is None:
             return None
-        return self._from_owners(found, [self.state[key] for key in (*keys, *self.extra_keys)])
+        return self._from_owners(bucket, found, [bucket.state[key] for key in (*keys, *self.extra_keys)])
 
-    def bring(self, update: Stack) -> Wait | None:
-        """Start to bring the updates of all members from their owners here, and all of their state but the momentum."""
-        state = [tensor for key, tensor in self.state.items() if key != "exp_avg"]
-        return self._from_owners(list(enumerate(self.members)), [update, *state])
+    def broadcast_updates(self, bucket: StackedParts, update: Stack) -> Wait | None:
+        """Broadcast the updates of all parts from their owners, and all of their state but the momentum."""
+        state = [tensor for key, tensor in bucket.state.items() if key != "exp_avg"]
+        return self._from_owners(bucket, list(enumerate(bucket.parts)), [update, *state])
 
-    def _from_owners(self, found: Sequence[tuple[int, Member]], tensors: Sequence[Tensor]) -> Wait:
-        """Start to bring some members' rows of these tensors from their owners here."""
-        outgoing: list[list[Tensor]] = [[] for _ in self.placement.ranks]
-        incoming: list[list[Tensor]] = [[] for _ in self.placement.ranks]
-        for i, member in found:
-            rows = slice(i * self.slices, (i + 1) * self.slices)
+    def _from_owners(
+        self, bucket: StackedParts, found: Sequence[tuple[int, ParameterPart]], tensors: Sequence[Tensor]
+    ) -> Wait:
+        """Send some parts' rows of these tensors from their owners to all."""
+        outgoing, incoming = _boxes(self.ranks), _boxes(self.ranks)
+        for i, part in found:
+            rows = slice(i * bucket.matrices_per_param, (i + 1) * bucket.matrices_per_param)
             held = [tensor[rows].view(-1).view(torch.uint8) for tensor in tensors]
-            for rank in range(len(self.placement.ranks)) if member.is_owner else ():
+            for rank in range(len(self.ranks)) if part.is_owner else ():
                 outgoing[rank] += held
-            incoming[member.owner or 0] += held
-        like = torch.empty(0, dtype=torch.uint8, device=self.state["failures"].device)
-        me = self.placement.group_rank
-        outgoing[me], incoming[me] = [], []
-        return all_to_all(self.placement.ranks, me, outgoing, incoming, like)
+            incoming[part.owner or 0] += held
+        like = torch.empty(0, dtype=torch.uint8, device=bucket.state["failures"].device)
+        outgoing[self.group_rank], incoming[self.group_rank] = [], []
+        return all_to_all(self.ranks, self.group_rank, outgoing, incoming, like)
 
 
-class Summed(Shared):
+class PartialSums(RootSharing):
     """Every rank holds some rows, or some columns, of each matrix and steps those; statistics are sums over ranks.
 
-    The memory of a structure with roots is with the owner of a matrix alone: ranks send it their measurements, which it
-    adds up, and it sends them roots when they are due. Without roots, measurements are added up on all ranks, which
-    remember alike.
+    The statistic of a structure with roots is with the owner of a matrix alone: ranks send it their shares, which it
+    sums, and it sends them roots when they are due. Without roots, statistics are all-reduced.
     """
 
+    kind: ClassVar[str] = "partial_sums"
+    sums_statistics: ClassVar[bool] = True
     extra_keys = ()
 
-    def __init__(self, all_parts: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
-        super().__init__(all_parts, states, keys)
-        mine = [
-            i for i, member in enumerate(all_parts) if member.is_owner
-        ]  # side by side, as `make_buckets` sorts them
-        start = mine[0] if mine else 0
-        self.own = slice(start * self.slices, (start + len(mine)) * self.slices)
-        self.cut: ShardSpec = self.placement.cut  # pyright: ignore[reportAttributeAccessIssue]
-        self.memory = {key: x if key in self.cut.owner_keys else x[self.own] for key, x in self.state.items()}
+    def __init__(self, placement: Placement) -> None:
+        super().__init__(placement)
+        self.cut: ShardSpec = placement.cut  # pyright: ignore[reportAttributeAccessIssue]
+        self.owner_keys = self.cut.owner_keys
 
-    def with_side_of(self, structure: Structure) -> Structure:
-        """With what it chooses for whole matrices."""
-        first = self.all_parts[0]
-        return structure.with_side_of(*self.view.shapes(first.param.shape)[self.part][1:])
+    def bucket_key(self, param: Tensor) -> tuple[object, ...]:
+        """Shards of one shape."""
+        return *super().bucket_key(param), self.placement.boxes
 
-    def all_reduce_norm(self, norms: Tensor) -> Wait | None:
-        """Start to make them those of whole matrices, in place."""
+    def stacks(self, param: Tensor) -> list[tuple[int, int, int]]:
+        """Of whole matrices."""
+        return self.matrix_view.shapes(param.shape)
+
+    def shards(self) -> int:
+        """One for each rank along the cut."""
+        return len(self.cut.ranks)
+
+    def has_owners(self, structure: Structure) -> bool:
+        """Where there are roots."""
+        return bool(structure.root_keys)
+
+    @staticmethod
+    def owner_cost(structure: Structure, shape: tuple[int, int, int]) -> float:
+        """Its roots, beside work that all ranks share."""
+        b, m, n = shape
+        return b * structure.root_flops(m, n) * ROOT_PRODUCTS
+
+    def local_structure(self, structure: Structure, m: int, n: int) -> Structure:
+        """With the side that it takes for whole matrices, so that every shard agrees."""
+        return structure.with_side_of(m, n)
+
+    def initial(self, state: State, owner: int | None) -> State:
+        """Statistics of matrices that another rank owns have length 0."""
+        if owner in (None, self.group_rank):
+            return state
+        return state | {key: state[key][:0].clone() for key in self.owner_keys}
+
+    def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
+        """Shards of what is cut, replicas of roots, and statistics on their owners."""
+        stack = self.stacks(param)[index]
+        if name in self.owner_keys:
+            return state_dict.on_owner(tensor, param, self.ranks[owners[index] or 0], stack[0])
+        return state_dict.shard(name, tensor, param, self.cut, stack)
+
+    def broadcast_updates(self, bucket: StackedParts, update: Stack) -> Wait | None:
+        """No-op: every rank computes the update of its shards."""
+        return None
+
+    def reduce_norms(self, norms: Tensor) -> Wait | None:
+        """All-reduce shard norms to matrix norms."""
         return all_reduce_norm(norms, self.cut.ranks)
 
-    def sum(self, measurement: Tensor) -> Wait | None:
-        """Start to bring the measurements of this rank's own matrices here, where they are added up in place."""
-        if self.all_parts[0].owner is None:
-            return all_reduce_sum(measurement, self.cut.ranks)
-        me, ranks = self.placement.group_rank, self.placement.ranks
+    def reduce_statistics(self, bucket: StackedParts, statistic: Tensor) -> Wait | None:
+        """Reduce the statistics of this rank's own matrices here or, without owners, all of them everywhere."""
+        if bucket.all_parts[0].owner is None:
+            return all_reduce_sum(statistic, self.cut.ranks)
+        me, ranks = self.group_rank, self.ranks
         near = [place for place, rank in enumerate(ranks) if rank in self.cut.ranks and place != me]
-        outgoing: list[list[Tensor]] = [[] for _ in ranks]
-        incoming: list[list[Tensor]] = [[] for _ in ranks]
-        for member, piece in zip(self.all_parts, measurement.split(self.slices), strict=True):
-            if member.owner in near:
-                outgoing[member.owner].append(piece)
-        own = measurement[self.own]
+        outgoing, incoming = _boxes(ranks), _boxes(ranks)
+        for part, piece in zip(bucket.all_parts, statistic.split(bucket.matrices_per_param), strict=True):
+            if part.owner in near:
+                outgoing[part.owner].append(piece)
+        own = statistic[bucket.own]
         arrived = own.new_empty(len(near), *own.shape)
         for place, piece in zip(near, arrived, strict=True):
             incoming[place].append(piece)
-        wait = all_to_all(ranks, me, outgoing, incoming, measurement)
+        wait = all_to_all(ranks, me, outgoing, incoming, statistic)
 
         def arrive() -> None:
             wait()
@@ -112,165 +250,133 @@ class Summed(Shared):
 
         return arrive
 
-    def precondition(self, structure: Structure, direction: Stack) -> Stack:
-        """The shards of the direction, rescaled."""
-        return structure.precondition_shard(self.state, direction, self.whole)
 
-
-class Aligned(Bucket):
+class WholeSlices(Placed):
     """Every rank holds whole matrices and steps them by itself; only a size that spans all of them is shared."""
 
-    def everywhere(self, norms: Tensor) -> Tensor:
-        """One number per matrix, from every rank."""
+    kind: ClassVar[str] = "whole_slices"
+
+    def bucket_key(self, param: Tensor) -> tuple[object, ...]:
+        """Slices of one shape."""
+        return self.kind, self.ranks, param.dtype, self.placement.boxes
+
+    def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
+        """Shards along the axis of matrices."""
+        return state_dict.slices(tensor, param, self.placement)
+
+    def all_norms(self, bucket: StackedParts, norms: Tensor) -> Tensor:
+        """One norm per matrix, from every rank."""
         held = [torch.Size(sizes(box)).numel() for box in self.placement.boxes]
-        most = self.slices * max(held) // held[self.placement.group_rank]
-        return all_gather(norms, self.placement.ranks, most)
+        most = bucket.matrices_per_param * max(held) // held[self.group_rank]
+        return all_gather(norms, self.ranks, most)
 
 
-class Owned(Bucket):
-    """Members are in boxes on several ranks; for each of them one rank keeps the state and computes the update.
+class OwnerComputes(Placed):
+    """Parts are in boxes on several ranks; for each of them one rank keeps the state and computes the update.
 
-    It gathers the gradients of its members, does with them what a single process does with all, and sends every rank
-    its box of the updates: two collectives a bucket. What it holds meanwhile are whole gradients of its own members.
+    It gathers the gradients of its parts, does with them what a single process does with all, and sends every rank its
+    box of the updates: two collectives a bucket. What it holds meanwhile are whole gradients of its own parts.
     """
 
-    def __init__(self, all_parts: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
-        super().__init__(all_parts, states, keys)
-        self._arrived: list[Tensor] = []
-        self._places = [_places(member) for member in all_parts]
-        self._moves = any(
-            source != member.owner
-            for member, places in zip(all_parts, self._places, strict=True)
-            for place in places
-            for source in place.sources.values()
-        )
+    kind: ClassVar[str] = "owner_computes"
 
-    def gather(self) -> Wait | None:
-        """Start to bring the gradients of this rank's members here: every entry from one rank that holds it."""
-        me, ranks = self.placement.group_rank, self.placement.ranks
-        outgoing: list[list[Tensor]] = [[] for _ in ranks]
-        incoming: list[list[Tensor]] = [[] for _ in ranks]
-        grads = [gradient(member.param) for member in self.all_parts]
-        self._arrived = [grads[0].new_empty(self.shape) for _ in self.members]
-        targets = iter(self._arrived)
-        for member, places, grad in zip(self.all_parts, self._places, grads, strict=True):
-            wanted = pieces(self.view, next(targets)) if member.is_owner else [None] * len(places)
+    def bucket_key(self, param: Tensor) -> tuple[object, ...]:
+        """One dtype: collectives send one."""
+        return self.kind, self.ranks, param.dtype
+
+    def worked_shape(self, param: Tensor) -> tuple[int, ...]:
+        """All of the parameter."""
+        return tuple(param.shape)
+
+    def holds_state(self, owner: int | None) -> bool:
+        """On the owner alone."""
+        return owner == self.group_rank
+
+    def has_owners(self, structure: Structure) -> bool:
+        """Always."""
+        return True
+
+    @staticmethod
+    def owner_cost(structure: Structure, shape: tuple[int, int, int]) -> float:
+        """All of its work."""
+        b, m, n = shape
+        return b * (ROOT_PRODUCTS * structure.root_flops(m, n) + structure.step_flops(m, n) + m * n)
+
+    def keep_own(self, state: State, param: Tensor, owners: Sequence[int | None]) -> None:
+        """The state of parts that another rank owns has length 0 here."""
+        for key, tensor in state.items():
+            name, index = split_key(key)
+            if name not in WHOLE_KEYS and not self.holds_state(owners[index]):
+                state[key] = tensor[:0].clone()
+
+    def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
+        """On the owner."""
+        matrices = self.matrix_view.shapes(param.shape)[index][0]
+        return state_dict.on_owner(tensor, param, self.ranks[owners[index] or 0], matrices)
+
+    def gather_gradients(self, bucket: StackedParts) -> Wait | None:
+        """Gather the gradients of this rank's parts: every entry from one rank that holds it."""
+        me, layout = self.group_rank, bucket_layout(bucket)
+        outgoing, incoming = _boxes(self.ranks), _boxes(self.ranks)
+        grads = [part.strategy.gradient(part.param) for part in bucket.all_parts]
+        layout.arrived = [grads[0].new_empty(bucket.shape) for _ in bucket.parts]
+        targets = iter(layout.arrived)
+        for part, places, grad in zip(bucket.all_parts, layout.places, grads, strict=True):
+            wanted = pieces(bucket.view, next(targets)) if part.is_owner else [None] * len(places)
             for place, target in zip(places, wanted, strict=True):
                 for box, source in place.sources.items():
                     if source == me:
-                        outgoing[member.owner or 0].append(grad[within(box, member.placement.box)])
+                        outgoing[part.owner or 0].append(grad[within(box, held_region(part))])
                     if target is not None:
                         incoming[source].append(target[within(box, place.box)])
-        if self._moves:
-            return all_to_all(ranks, me, outgoing, incoming, grads[0])
+        if layout.sends:
+            return all_to_all(self.ranks, me, outgoing, incoming, grads[0])
         for mine, target in zip(outgoing[me], incoming[me], strict=True):
             target.copy_(mine)
         return None
 
-    def gradients(self) -> Stack:
-        """What `gather` brought, as one stack."""
-        arrived, self._arrived = self._arrived, []
-        return self.view.stack_all(self.part, arrived).to(self.dtype)
+    def gradients(self, bucket: StackedParts) -> list[Tensor]:
+        """What `gather_gradients` brought."""
+        layout = bucket_layout(bucket)
+        arrived, layout.arrived = layout.arrived, []
+        return arrived
 
-    def add(self, update: Stack | None, decay: float | Tensor, rounding: Rounding) -> Wait | None:
-        """Start to send every rank its boxes of the update; with them come those of the other members."""
-        me, ranks = self.placement.group_rank, self.placement.ranks
-        outgoing: list[list[Tensor]] = [[] for _ in ranks]
-        incoming: list[list[Tensor]] = [[] for _ in ranks]
-        updates, written, buffers = iter(self._pieces(update)), [], []
-        like = torch.empty(0, dtype=self.dtype, device=self.all_parts[0].param.device)
-        for member, places in zip(self.all_parts, self._places, strict=True):
-            given = pieces(self.view, next(updates)) if member.is_owner else [None] * len(places)
+    def scatter_updates(
+        self, bucket: StackedParts, update: Stack | None, decay: float | Tensor, rounding: Any
+    ) -> Wait | None:
+        """Send every rank its boxes of the updates, and add those that arrive to the parameters."""
+        me = self.group_rank
+        outgoing, incoming = _boxes(self.ranks), _boxes(self.ranks)
+        updates, written, buffers = iter(bucket.pieces(update)), [], []
+        like = torch.empty(0, dtype=bucket.dtype, device=bucket.all_parts[0].param.device)
+        for part, places in zip(bucket.all_parts, bucket_layout(bucket).places, strict=True):
+            given = pieces(bucket.view, next(updates)) if part.is_owner else [None] * len(places)
             for place, piece in zip(places, given, strict=True):
                 for rank, box in place.holders.items() if piece is not None else ():
                     outgoing[rank].append(piece[within(box, place.box)])  # pyright: ignore[reportOptionalSubscript]
                 if me in place.holders:
-                    written.append((member, partial(_at, within(place.holders[me], member.placement.box))))
+                    written.append((part, partial(_at, within(place.holders[me], held_region(part)))))
                     buffers.append(like.new_empty(sizes(place.holders[me])))
-                    incoming[member.owner or 0].append(buffers[-1])
-        wait = all_to_all(ranks, me, outgoing, incoming, like)
+                    incoming[part.owner or 0].append(buffers[-1])
+        wait = all_to_all(self.ranks, me, outgoing, incoming, like)
 
         def arrive() -> None:
             wait()
-            self.write(written, buffers, decay, rounding)
+            bucket.write(written, buffers, decay, rounding)
 
         return arrive
+
+
+def _boxes(ranks: Sequence[int]) -> list[list[Tensor]]:
+    """What goes to, or comes from, every rank of a group."""
+    return [[] for _ in ranks]
 
 
 def _at(index: tuple[slice, ...], tensor: Tensor) -> Tensor:
     return tensor[index]
 
 
-def _places(member: Member) -> list[_Piece]:
-    boxes = part_regions(view_here(member), tuple(member.param.shape))[member.part]
-    return [_Piece.of(member, box) for box in boxes]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A box of a member's part.
-
-    Args:
-        box: its entries in the parameter.
-        holders: which ranks hold entries of it, and which.
-        sources: the rank that sends each box: the owner if it holds it, else the one of the owner's replica.
-    """
-
-    box: Region
-    holders: dict[int, Region]
-    sources: dict[Region, int]
-
-    @staticmethod
-    def of(member: Member, box: Region) -> _Piece:
-        """The box of this member's part with the ranks that hold it."""
-        found = {rank: overlap(held, box) for rank, held in enumerate(member.placement.boxes)}
-        holders = {rank: held for rank, held in found.items() if held is not None}
-        return _Piece(box, holders, _sources(member, holders))
-
-
-def _sources(member: Member, held: dict[int, Region]) -> dict[Region, int]:
-    by_box: dict[Region, list[int]] = {}
-    for rank, box in held.items():
-        by_box.setdefault(box, []).append(rank)
-    twins = by_box[held[member.owner]] if member.owner in held else []
-    replica = twins.index(member.owner) if twins else 0  # pyright: ignore[reportArgumentType]
-    return {box: ranks[replica % len(ranks)] for box, ranks in by_box.items()}
-
-
-KINDS: dict[str, type[Bucket]] = {
-    "local": Bucket,
-    "root_sharing": Shared,
-    "whole_slices": Aligned,
-    "partial_sums": Summed,
-    "owner_computes": Owned,
+STRATEGIES: dict[str, type[Placed]] = {
+    cls.kind: cls for cls in (Placed, RootSharing, OwnerComputes, WholeSlices, PartialSums, Elementwise)
 }
-"""The bucket of every kind of placement with a view."""
-
-
-def pause(coming: Wait | None) -> Iterator[None]:
-    """Let others go on until something has arrived, if anything is on its way."""
-    if coming is not None:
-        yield
-        coming()
-
-
-def interleave(tasks: Iterable[Iterator[None]]) -> None:
-    """Run generators to their ends in order; while one waits where it yields, those after it go on.
-
-    Every round begins one more of them, then takes each that is under way one yield further, the youngest first: so
-    what a bucket needs from other ranks travels while the bucket before it computes. One that never yields is done
-    before the next begins.
-    """
-    under_way: deque[Iterator[None]] = deque()
-    for task in tasks:
-        under_way.appendleft(task)
-        _further(under_way)
-    while under_way:
-        _further(under_way)
-
-
-def _further(under_way: deque[Iterator[None]]) -> None:
-    ended = object()
-    for task in list(under_way):
-        if next(task, ended) is ended:
-            under_way.remove(task)
+"""The strategy of every kind of placement."""

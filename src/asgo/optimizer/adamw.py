@@ -1,7 +1,7 @@
 """AdamW for parameters without a view: vectors, embeddings, output heads.
 
 The arithmetic is `torch.optim.AdamW`'s own ("Decoupled Weight Decay Regularization", Loshchilov and Hutter
-2019), called through its functional form with the fused kernel, so the two agree step for step.
+2019), called through its functional form with the fused kernel, so the two all_agree step for step.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def adamw(
     states: Sequence[State],
     group: dict[str, Any],
     places: Sequence[int] = (),
-    agree: Callable[[Tensor, Sequence[int]], Tensor] = lambda flags, of: flags,
+    all_agree: Callable[[Tensor, Sequence[int]], Tensor] = lambda flags, of: flags,
 ) -> None:
     """One step of AdamW on parameters that have gradients, in place.
 
@@ -82,7 +82,8 @@ def adamw(
         states: their states.
         group: with the hyperparameters.
         places: a number for each that it has on all ranks and no other has, for random numbers.
-        agree: given one flag for each of some parameters and their places, which of them hold on every rank that has
+        all_agree: given one flag for each of some parameters and their places, which of them hold on every rank that
+            has
             entries of the parameter.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -93,7 +94,7 @@ def adamw(
         written = Written([params[i] for i in some], [states[i] for i in some], numbers, group)
         work = written.widened()
         alike = [_in_order(grads[i], of) for i, of in zip(some, work, strict=True)]
-        finite = agree(torch.stack(torch._foreach_norm(alike)).isfinite(), some)
+        finite = all_agree(torch.stack(torch._foreach_norm(alike)).isfinite(), some)
         _update_finite(work, alike, [states[i] for i in some], finite, group)
         written.write(work)
 

@@ -17,11 +17,12 @@ from torch.optim.optimizer import ParamsT
 from asgo import state_keys
 from asgo._types import State
 from asgo.distributed.ownership import WorkPartition
-from asgo.distributed.placement import Placement
-from asgo.distributed.state_dict import assign, export
+from asgo.distributed.state_dict import assign
 from asgo.optimizer import group_checks, hyperparameters, loading, param_groups
 from asgo.optimizer.membership import Membership
+from asgo.optimizer.refresh_schedule import refresh_phases
 from asgo.optimizer.state import init_state, is_made
+from asgo.parts import Strategy
 from asgo.structures import Structure
 from asgo.views import View, default_view
 from asgo.views.defaults import default_views
@@ -122,7 +123,7 @@ class GroupedOptimizer(Optimizer, ABC):
     def is_local(self) -> bool:
         """Whether this process holds and steps every parameter by itself."""
         known, members = self._members.views, [(p, group) for group in self.param_groups for p in group["params"]]
-        return all(param in known and self._where(param, group)[0].kind == "local" for param, group in members)
+        return all(param in known and self._strategy(param, group).kind == "local" for param, group in members)
 
     def reset(self) -> None:
         """Reset all state to its initial values, except for the counts of failures."""
@@ -154,7 +155,7 @@ class GroupedOptimizer(Optimizer, ABC):
         """
         self._follow_groups()
         self._partition.share(type(self).__name__, process_group, shard_state)
-        self._partition.divide(self.param_groups, self._members.views, self.structure)
+        self._partition.divide(self.param_groups, self._members.views, self.structure, self._refresh_phases)
         self._partition.keep_own(self.param_groups, self._members.views, self.state, self.structure)
         self._forget_plans()
 
@@ -187,7 +188,7 @@ class GroupedOptimizer(Optimizer, ABC):
 
     def _begin(self) -> None:
         """Assign owners, then initialize the state of parameters that have none."""
-        self._partition.divide(self.param_groups, self._members.views, self.structure)
+        self._partition.divide(self.param_groups, self._members.views, self.structure, self._refresh_phases)
         for group in self.param_groups:
             for param in group["params"]:
                 if not is_made(self.state[param]):
@@ -231,7 +232,7 @@ class GroupedOptimizer(Optimizer, ABC):
         """The state of every parameter, with the keys and shapes of a single process; see `state_dict`."""
         self._follow_groups()
         return {
-            param: export(self.state[param], param, *self._where(param, group))
+            param: self._strategy(param, group).export(self.state[param], param, self._owners(param))
             for group in self.param_groups
             for param in group["params"]
         }
@@ -298,10 +299,16 @@ class GroupedOptimizer(Optimizer, ABC):
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> State:
         structure = None if self._members.views[param] is None else self.structure(group)
-        return init_state(param, *self._where(param, group), structure, group)
+        return init_state(param, self._strategy(param, group), self._owners(param), structure, group)
 
-    def _where(self, param: Tensor, group: dict[str, Any]) -> tuple[Placement, Sequence[int | None]]:
-        """The placement of a parameter, and the owner of each of its parts."""
+    def _strategy(self, param: Tensor, group: dict[str, Any]) -> Strategy:
+        """Where the entries of a parameter are; what one process holds and steps by itself is looked up nowhere."""
         view = self._members.views[param]
-        structure = None if view is None else self.structure(group)
-        return self._partition.placement(param, view, structure), self._partition.owners(param, view)
+        return self._partition.strategy(param, view, None if view is None else self.structure(group))
+
+    def _owners(self, param: Tensor) -> Sequence[int | None]:
+        """The owner of each part of a parameter."""
+        return self._partition.owners(param, self._members.views[param])
+
+    def _refresh_phases(self) -> dict[tuple[Tensor, int], int]:
+        return refresh_phases(self.param_groups, self._members.views, self.structure)

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
-from asgo.distributed.collectives import Wait
-from asgo.distributed.placement import Placement, gradient, holds_state, local
 from asgo.optimizer.root_retry import RootRetry
 from asgo.optimizer.rounding import BITS, Rounding, add_rounded_, seed_of
 from asgo.optimizer.state import state_dtype
+from asgo.parts import Due, ParameterPart
 from asgo.state_keys import part_key
 from asgo.structures import Structure
-from asgo.views import View
 
 BUCKET_BYTES = {"cpu": 20 * 2**20, "other": 2**28}
 """Size of a bucket's stack; what a step needs beside the state is a few times this. On a CPU larger temporaries would
@@ -31,39 +27,10 @@ be given back to the system and cleared anew every step (glibc's threshold is 32
 of 5, 10, 20 and 32 MiB, 20 was the fastest for GPT-2's shapes."""
 
 
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One part of one parameter.
-
-    Args:
-        param: the parameter.
-        view: through which all of it is read.
-        part: the number of the part.
-        refresh_phase: the step (modulo the refresh interval) on which its turn comes.
-        placement: where the parameter's entries are.
-        owner: the place in the placement's ranks of the one that refreshes its roots; None: all do.
-        place: a number that the same part has on all ranks and no other part has, for random numbers.
-    """
-
-    param: Tensor
-    view: View
-    part: int
-    refresh_phase: int
-    placement: Placement
-    owner: int | None
-    place: int = 0
-
-    @property
-    def is_owner(self) -> bool:
-        """Whether this rank refreshes its roots."""
-        return self.owner is None or self.owner == self.placement.group_rank
-
-
 class Bucket:
-    """Parts of parameters whose stacks have one shape ``(b, m, n)``, pattern, dtype and device.
+    """Parts of parameters whose stacks have one shape ``(b, m, n)``, pattern, dtype, device and strategy.
 
-    What travels between ranks begins in `gather`, `join`, `sum`, `share`, `bring` and `add`; each answers how to wait
-    for it, or None.
+    It stacks gradients and state, and takes updates apart; what ranks send each other is its strategy's.
 
     Args:
         all_parts: the parts, in the order in which their matrices stand in the bucket's stack.
@@ -71,41 +38,56 @@ class Bucket:
         keys: the keys of a part's state.
 
     Attributes:
-        slices: how many consecutive matrices of the stack belong to one parameter.
-        entries: of a whole matrix; here may be a shard of it.
-        own: the matrices of which this rank has the memory.
-        memory: the state of those.
+        strategy: where the parameters live.
+        parts: those of which this rank holds the momentum.
+        state: of these, one tensor for each key.
+        own: the matrices of which this rank holds the statistic.
+        memory: their state.
+        matrices_per_param: how many consecutive matrices of the stack belong to one parameter.
+        matrix_numel: numel of one unsharded matrix.
+        layout: what the strategy works out once for this bucket.
     """
 
-    def __init__(self, all_parts: Sequence[Member], states: Sequence[State], keys: Sequence[str]) -> None:
+    def __init__(self, all_parts: Sequence[ParameterPart], states: Sequence[State], keys: Sequence[str]) -> None:
         first, self.all_parts = all_parts[0], list(all_parts)
-        self.part, self.placement = first.part, first.placement  # the others are read by the same pattern
-        self.view: View = first.placement.view  # pyright: ignore[reportAttributeAccessIssue]
-        self.members = [member for member in all_parts if holds_state(member.placement, member.owner)]
-        whole = (
-            tuple(first.param.shape) if first.placement.kind == "owner_computes" else tuple(local(first.param).shape)
-        )
-        self.shape = self.view.cut(torch.empty(whole, device="meta"))[self.part].shape  # all have the same
-        self.slices, m, n = self.view.shapes(first.param.shape if first.placement.cut else whole)[self.part]
-        self.entries, self.own = m * n, slice(None)
+        self.strategy, self.index = first.strategy, first.index  # the others are read by the same pattern
+        self.view = self.strategy.matrix_view
+        self.parts = [part for part in all_parts if part.holds_state]
+        like = torch.empty(self.strategy.worked_shape(first.param), device="meta")
+        self.shape = self.view.cut(like)[self.index].shape
+        self.matrices_per_param, m, n = self.strategy.stacks(first.param)[self.index]
+        self.matrix_shape, self.matrix_numel = (m, n), m * n
         self.dtype = state_dtype(first.param)
-        self.root_retry = RootRetry(deferred=first.param.device.type != "cpu")
+        deferred = first.param.device.type != "cpu"
+        self.root_retry = RootRetry(deferred, retries=not (deferred and self.strategy.shares_roots))
         self.state: State = {}
+        self.layout: Any = None
         self._bound: list[tuple[State, str, Tensor]] = []
-        self._states = {member.param: state for member, state in zip(all_parts, states, strict=True)}
-        kept = [state for m, state in zip(all_parts, states, strict=True) if holds_state(m.placement, m.owner)]
-        for key in keys if kept else ():
-            names = [part_key(key, member.part) for member in self.members]
-            tensors = [state[name] for state, name in zip(kept, names, strict=True)]
+        self._states = {part.param: state for part, state in zip(all_parts, states, strict=True)}
+        self._bind([state for part, state in zip(all_parts, states, strict=True) if part.holds_state], keys)
+        self.own = self._own()
+        self.memory = {key: x if key in self.strategy.owner_keys else x[self.own] for key, x in self.state.items()}
+
+    def _bind(self, states: Sequence[State], keys: Sequence[str]) -> None:
+        """Put the tensors of the states side by side, and views into the result in their place."""
+        for key in keys if states else ():
+            names = [part_key(key, part.index) for part in self.parts]
+            tensors = [state[name] for state, name in zip(states, names, strict=True)]
             self.state[key] = self._joined(tensors) if key == "exp_avg" else _cat(tensors)
             pieces = self.state[key].split([len(tensor) for tensor in tensors])
-            for state, name, rows in zip(kept, names, pieces, strict=True):
+            for state, name, rows in zip(states, names, pieces, strict=True):
                 state[name] = rows
                 self._bound.append((state, name, rows))
-        self.memory = self.state
+
+    def _own(self) -> slice:
+        if not self.strategy.sums_statistics:
+            return slice(None)
+        own = [i for i, part in enumerate(self.all_parts) if part.is_owner]  # side by side, as `make_buckets` sorts
+        start = own[0] if own else 0
+        return slice(start * self.matrices_per_param, (start + len(own)) * self.matrices_per_param)
 
     def is_bound(self, states: Mapping[Tensor, State]) -> bool:
-        """Whether the states still hold this bucket's tensors: false once somebody put others there."""
+        """Whether the states still hold this bucket's tensors; not after user code has replaced one."""
         is_here = all(states.get(param) is state for param, state in self._states.items())
         return is_here and all(state.get(name) is rows for state, name, rows in self._bound)
 
@@ -115,116 +97,69 @@ class Bucket:
             if state.get(name) is rows:
                 state[name] = compact(rows)
 
-    def gather(self) -> Wait | None:
-        """Start to bring the gradients of the members here: they are."""
-        return None
-
     def gradients(self) -> Stack:
-        """The members' gradients as one stack: a copy, but for a single member of the state's dtype."""
-        return self.view.stack_all(self.part, self._parts([gradient(m.param) for m in self.members])).to(self.dtype)
+        """The gradients of the parts as one stack: a copy, but for a single part of the state's dtype."""
+        return self.view.stack_all(self.index, self.strategy.gradients(self)).to(self.dtype)
 
-    def with_side_of(self, structure: Structure) -> Structure:
-        """The structure for what is here of the matrices: all."""
-        return structure
-
-    def join(self, norms: Tensor) -> Wait | None:
-        """Start to make the norms ``(b, 1, 1)`` of what is here those of whole matrices, in place: they are."""
-        return None
-
-    def whole(self, norms: Tensor) -> Tensor:
-        """The norms of whole matrices, once they are here."""
-        wait = self.join(norms)
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """The norms ``(b, 1, 1)`` of whole matrices for those of their shards here; every rank must call it."""
+        wait = self.strategy.reduce_norms(norms)
         if wait is not None:
             wait()
         return norms
 
-    def sum(self, measurement: Tensor) -> Wait | None:
-        """Start to add up the measurements of shards of matrices, those of `own`, in place: there are no shards."""
-        return None
+    def all_norms(self, norms: Tensor) -> Tensor:
+        """The norms ``(parameters, matrices)`` of all matrices of a parameter for those that are here."""
+        return self.strategy.all_norms(self, norms)
 
-    def precondition(self, structure: Structure, direction: Stack) -> Stack:
-        """The direction rescaled."""
-        return structure.precondition(self.state, direction)
-
-    def rows(self, due: Callable[[Member], bool]) -> list[slice]:
+    def due_rows(self, due: Due) -> list[slice]:
         """The runs of matrices, in `own`, that this rank refreshes and that are due, as few and long as possible."""
         runs: list[slice] = []
-        for i, member in enumerate(self.members):
-            start, stop = (j * self.slices - (self.own.start or 0) for j in (i, i + 1))
-            if not (member.is_owner and due(member)):
+        for i, part in enumerate(self.parts):
+            start, stop = (j * self.matrices_per_param - (self.own.start or 0) for j in (i, i + 1))
+            if not (part.is_owner and due(part)):
                 continue
             if runs and runs[-1].stop == start:
                 start = runs.pop().start
             runs.append(slice(start, stop))
         return runs
 
-    def share(self, due: Callable[[Member], bool], keys: Sequence[str]) -> Wait | None:
-        """Start to bring what other ranks have refreshed here: nothing."""
-        return None
-
-    def bring(self, update: Stack) -> Wait | None:
-        """Start to bring updates here that other ranks have computed, with what they remember: nothing."""
-        return None
-
-    def everywhere(self, norms: Tensor) -> Tensor:
-        """The norms ``(members, slices)`` of all matrices of every member, wherever they are."""
-        return norms
-
-    def add(self, update: Stack | None, decay: float | Tensor, rounding: Rounding) -> Wait | None:
-        """Multiply the members by `decay`, then add the update to them, in place and rounded once."""
-        written = [(member, partial(part_of, member)) for member in self.members]
-        self.write(written, self._pieces(update), decay, rounding)
-        return None
-
     def write(
         self,
-        written: Sequence[tuple[Member, Callable[[Tensor], Tensor]]],
+        written: Sequence[tuple[ParameterPart, Callable[[Tensor], Tensor]]],
         updates: Sequence[Tensor],
         decay: float | Tensor,
         rounding: Rounding,
     ) -> None:
-        """Bring updates into what this rank holds of members.
+        """Multiply entries of parameters by `decay`, then add updates to them, in place and rounded once.
 
         Args:
-            written: members, each with what takes the part to update out of what this rank holds of its parameter.
+            written: parts, each with a function that selects the entries to update from what this rank holds.
             updates: one for each of them.
-            decay: by which the members are multiplied first.
+            decay: a factor for the entries.
             rounding: see `asgo.optimizer.rounding`.
         """
         if not written:
             return
         # Detached: a graph that breaks here would meet views of leaves, which it cannot take up again.
-        targets = [cut(local(member.param.detach())) for member, cut in written]
+        targets = [select(part.strategy.held(part.param.detach())) for part, select in written]
         residuals = seeds = None
         if rounding == "compensated" and targets[0].dtype in BITS:
-            residuals = [cut(self._states[member.param]["residual"]) for member, cut in written]
+            residuals = [select(self._states[part.param]["residual"]) for part, select in written]
         elif rounding == "stochastic":
-            seeds = [seed_of(self._states[member.param]["step"], member.place) for member, _ in written]
+            seeds = [seed_of(self._states[part.param]["step"], part.place) for part, _ in written]
         add_rounded_(targets, decay, updates, rounding if residuals or seeds else "nearest", residuals, seeds)
 
-    def _pieces(self, update: Stack | None) -> list[Tensor]:
-        """The update of every member, in the shape of its part."""
+    def pieces(self, update: Stack | None) -> list[Tensor]:
+        """The update of every part, in the shape of the part."""
         if update is None:
             return []
-        return list(self.view.unstack_all(self.part, update, self.shape, len(self.members)))
-
-    def _parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [part_of(member, x) for x, member in zip(tensors, self.members, strict=True)]
+        return list(self.view.unstack_all(self.index, update, self.shape, len(self.parts)))
 
     def _joined(self, momenta: list[Tensor]) -> Stack:
         """Momenta in the memory order that gradients will have, so that both run along memory together."""
-        parts = [self.view.unstack(self.part, momentum, self.shape) for momentum in momenta]
-        return compact(momenta[0]) if len(parts) == 1 else self.view.stack_all(self.part, parts)
-
-
-def view_here(member: Member) -> View:
-    """Through which what this rank holds of a member's parameter is read."""
-    return member.placement.view  # pyright: ignore[reportReturnType]
-
-
-def part_of(member: Member, held: Tensor) -> Tensor:
-    """The part of a member, as a view into what this rank holds of its parameter."""
-    return view_here(member).cut(held)[member.part]
+        parts = [self.view.unstack(self.index, momentum, self.shape) for momentum in momenta]
+        return compact(momenta[0]) if len(parts) == 1 else self.view.stack_all(self.index, parts)
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -238,44 +173,36 @@ def _cat(tensors: list[Tensor]) -> Tensor:
     return compact(tensors[0]) if len(tensors) == 1 else torch.cat(tensors)
 
 
-def make_buckets(
-    members: Sequence[Member],
-    structure: Structure,
-    states: Mapping[Tensor, State],
-    kinds: Mapping[str, type[Bucket]],
-) -> list[Bucket]:
+def make_buckets(parts: Sequence[ParameterPart], structure: Structure, states: Mapping[Tensor, State]) -> list[Bucket]:
     """Sort parts of parameters into buckets of one shape, pattern, dtype and device, alike on all ranks.
 
-    A bucket's stack has at most `BUCKET_BYTES`, or one member. Members of one turn stand side by side; those of one
-    owner too, and then every bucket has some of each owner, so that no rank waits for another's bucket.
+    A bucket's stack has at most `BUCKET_BYTES`, or one part. Parts of one refresh phase stand side by side; those of
+    one owner too, and then every bucket has some of each owner, so that no rank waits for another's bucket.
     """
-    sorts: dict[tuple[Any, ...], list[Member]] = {}
-    for member in members:
-        param, where, shape = member.param, member.placement, tuple(member.param.shape)
-        stack = member.view.shapes(shape)[member.part]
+    sorts: dict[tuple[Any, ...], list[ParameterPart]] = {}
+    for part in parts:
+        param, shape = part.param, tuple(part.param.shape)
+        stack = part.view.shapes(shape)[part.index]
         if 0 not in stack:
-            piece = tuple(member.view.cut(torch.empty(shape, device="meta"))[member.part].shape)
-            pattern = member.view.pattern_of(member.part)
-            key = (stack, pattern, piece, state_dtype(param), param.device, where.kind, where.ranks)
-            if where.ranks:
-                key = (*key, param.dtype, where.boxes if where.kind in ("whole_slices", "partial_sums") else ())
-            sorts.setdefault(key, []).append(member)
+            piece = tuple(part.view.cut(torch.empty(shape, device="meta"))[part.index].shape)
+            pattern = part.view.pattern_of(part.index)
+            key = (stack, pattern, piece, state_dtype(param), param.device, *part.strategy.bucket_key(param))
+            sorts.setdefault(key, []).append(part)
     keys = ["exp_avg", *structure.init(torch.empty(1, 1, 1)), "failures"]
     buckets = []
     for (stack, *_), alike in sorts.items():
-        shards = 1 if alike[0].placement.cut is None else len(alike[0].placement.cut.ranks)
-        for some in _batches(alike, -(-math.prod(stack) // shards)):
-            buckets.append(kinds[some[0].placement.kind](some, [states[member.param] for member in some], keys))
+        for some in _batches(alike, -(-math.prod(stack) // alike[0].strategy.shards())):
+            buckets.append(Bucket(some, [states[part.param] for part in some], keys))
     return buckets
 
 
-def _batches(members: list[Member], numel: int) -> list[list[Member]]:
+def _batches(parts: list[ParameterPart], numel: int) -> list[list[ParameterPart]]:
     """As even as possible, each within `BUCKET_BYTES`."""
-    param = members[0].param
+    param = parts[0].param
     limit = BUCKET_BYTES.get(param.device.type, BUCKET_BYTES["other"])
     most = max(1, limit // (numel * state_dtype(param).itemsize))
-    count = -(-len(members) // most)
-    members = sorted(members, key=lambda member: (-1 if member.owner is None else member.owner, member.refresh_phase))
-    if members[0].owner is not None:
-        return [members[i::count] for i in range(count)]
-    return [members[len(members) * i // count : len(members) * (i + 1) // count] for i in range(count)]
+    count = -(-len(parts) // most)
+    parts = sorted(parts, key=lambda part: (-1 if part.owner is None else part.owner, part.refresh_phase))
+    if parts[0].owner is not None:
+        return [parts[i::count] for i in range(count)]
+    return [parts[len(parts) * i // count : len(parts) * (i + 1) // count] for i in range(count)]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from asgo._types import State
-from asgo.distributed.placement import Placement, entries_of, holds_state, local
 from asgo.optimizer import adamw
 from asgo.optimizer.rounding import BITS, init_residual
-from asgo.state_keys import is_own, part_key
+from asgo.parts import Strategy
+from asgo.state_keys import is_own, part_key, split_key
 from asgo.structures import Structure
 from asgo.views import View
 
@@ -22,11 +22,11 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _residual(param: Tensor, placement: Placement, group: Mapping[str, Any]) -> State:
+def _residual(param: Tensor, strategy: Strategy, group: Mapping[str, Any]) -> State:
     """What rounding loses of a parameter, if it is to be kept."""
     if group["rounding"] != "compensated" or param.dtype not in BITS:
         return {}
-    return {"residual": init_residual(entries_of(param, placement, local(param.detach())))}
+    return {"residual": init_residual(strategy.entries(param, param.detach()))}
 
 
 def is_made(state: Mapping[str, Any]) -> bool:
@@ -36,36 +36,34 @@ def is_made(state: Mapping[str, Any]) -> bool:
 
 def init_state(
     param: Tensor,
-    placement: Placement,
+    strategy: Strategy,
     owners: Sequence[int | None],
     structure: Structure | None,
     group: Mapping[str, Any],
 ) -> State:
     """The state of a parameter before its first step: its steps and, part by part, momentum, the structure's own,
-    failures; without a structure that of AdamW. What of a part another rank keeps has no matrices here.
+    failures; without a structure that of AdamW. State owned by another rank has length 0 here.
     """
-    dtype, device, view = state_dtype(param), param.device, placement.view
+    dtype, device, view = state_dtype(param), param.device, strategy.view
     state = {"step": torch.zeros((), dtype=torch.float32, device=_device_of_step(param, group, view))}
-    state |= _residual(param, placement, group)
+    state |= _residual(param, strategy, group)
     if view is None or structure is None:
-        return state | adamw.init(entries_of(param, placement, local(param.detach())), dtype)
-    whole = tuple(param.shape) if placement.kind == "owner_computes" else tuple(local(param).shape)
-    pieces = [piece.shape for piece in view.cut(torch.empty(whole, device="meta"))]
-    for part, (_, m, n) in enumerate(view.shapes(tuple(param.shape) if placement.cut else whole)):
-        if holds_state(placement, owners[part]):
-            momentum = view.stack(part, torch.zeros(pieces[part], dtype=dtype, device=device))
+        return state | adamw.init(strategy.entries(param, param.detach()), dtype)
+    pieces = [piece.shape for piece in view.cut(torch.empty(strategy.worked_shape(param), device="meta"))]
+    for index, (_, m, n) in enumerate(strategy.stacks(param)):
+        if strategy.holds_state(owners[index]):
+            momentum = view.stack(index, torch.zeros(pieces[index], dtype=dtype, device=device))
         else:
             momentum = torch.zeros(0, m, n, dtype=dtype, device=device)
-        own = {"exp_avg": momentum} | (structure.with_side_of(m, n) if placement.cut else structure).init(momentum)
+        own = {"exp_avg": momentum} | strategy.local_structure(structure, m, n).init(momentum)
         own["failures"] = torch.zeros(len(momentum), dtype=torch.int64, device=device)
-        if placement.cut and owners[part] not in (None, placement.group_rank):
-            own |= {key: own[key][:0].clone() for key in placement.cut.owner_keys}
-        state |= {part_key(key, part): tensor for key, tensor in own.items()}
+        own = strategy.initial(own, owners[index])
+        state |= {part_key(key, index): tensor for key, tensor in own.items()}
     return state
 
 
 def move_state_to_param(
-    state: State, param: Tensor, group: Mapping[str, Any], view: View | None, placement: Placement
+    state: State, param: Tensor, group: Mapping[str, Any], view: View | None, strategy: Strategy
 ) -> None:
     """Bring the state of a parameter to where the parameter is now and, entry by entry, into its memory order.
 
@@ -79,9 +77,9 @@ def move_state_to_param(
             state[key] = tensor.to(_device_of_step(param, group, view), torch.float32)
         else:
             state[key] = tensor.to(param.device, dtype if tensor.dtype == before else tensor.dtype)
-    held = local(param.detach())
+    held = strategy.held(param.detach())
     if "residual" not in state:
-        state |= _residual(param, placement, group)
+        state |= _residual(param, strategy, group)
     if view is None and state["exp_avg"].shape == held.shape and state["exp_avg"].stride() != held.stride():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.empty_like(held, dtype=dtype).copy_(state[key])
@@ -99,7 +97,7 @@ def renew(state: State, fresh: State) -> None:
 
 
 def check_shape(
-    caller: str, name: str | None, param: Tensor, state: State, placement: Placement, owners: Sequence[int | None]
+    caller: str, name: str | None, param: Tensor, state: State, strategy: Strategy, owners: Sequence[int | None]
 ) -> bool:
     """Whether the state is of a parameter of this shape, or was never used.
 
@@ -108,7 +106,7 @@ def check_shape(
         name: of the parameter.
         param: the parameter.
         state: its state.
-        placement: where its entries are.
+        strategy: where its entries are.
         owners: the owner of each of its parts.
 
     Returns:
@@ -117,7 +115,7 @@ def check_shape(
     Raises:
         ValueError: it is of another shape and was used.
     """
-    wanted, found = _momentum_shapes(param, placement, owners), _found_shapes(state)
+    wanted, found = _momentum_shapes(param, strategy, owners), _found_shapes(state)
     if wanted == found:
         return True
     if float(state["step"]) == 0:
@@ -130,7 +128,7 @@ def check_shape(
 
 
 def check_form(
-    caller: str, name: str | None, param: Tensor, state: State, placement: Placement, structure: Structure
+    caller: str, name: str | None, param: Tensor, state: State, strategy: Strategy, structure: Structure
 ) -> bool:
     """Whether the state is of this structure, or was never used; shards of a matrix are not looked at.
 
@@ -139,7 +137,7 @@ def check_form(
         name: of the parameter.
         param: the parameter.
         state: its state.
-        placement: where its entries are.
+        strategy: where its entries are.
         structure: that its group describes now.
 
     Returns:
@@ -148,9 +146,9 @@ def check_form(
     Raises:
         ValueError: it is of another structure and was used.
     """
-    if placement.cut is not None:
+    if strategy.sums_statistics:
         return True
-    for part, (_, m, n) in enumerate(_momentum_shapes(param, placement, [None] * len(_found_shapes(state)))):
+    for part, (_, m, n) in enumerate(_momentum_shapes(param, strategy, [None] * len(_found_shapes(state)))):
         for key, like in structure.init(torch.empty(1, m, n, device="meta")).items():
             found = state.get(part_key(key, part))
             if found is not None and found.shape[1:] == like.shape[1:]:
@@ -166,20 +164,18 @@ def check_form(
 
 
 def _found_shapes(state: State) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for key, tensor in state.items() if key.partition(".")[0] == "exp_avg"]
+    return [tuple(tensor.shape) for key, tensor in state.items() if split_key(key)[0] == "exp_avg"]
 
 
-def _momentum_shapes(param: Tensor, placement: Placement, owners: Sequence[int | None]) -> list[tuple[int, ...]]:
-    view = placement.view
-    if view is None:
-        return [tuple(entries_of(param, placement, local(param.detach())).shape)]
-    whole = tuple(param.shape) if placement.kind == "owner_computes" else tuple(local(param).shape)
-    stacks = view.shapes(whole)
+def _momentum_shapes(param: Tensor, strategy: Strategy, owners: Sequence[int | None]) -> list[tuple[int, ...]]:
+    if strategy.view is None:
+        return [tuple(strategy.entries(param, param.detach()).shape)]
+    stacks = strategy.view.shapes(strategy.worked_shape(param))
     return [
-        stack if holds_state(placement, owner) else (0, *stack[1:]) for stack, owner in zip(stacks, owners, strict=True)
+        stack if strategy.holds_state(owner) else (0, *stack[1:]) for stack, owner in zip(stacks, owners, strict=True)
     ]
 
 
 def _device_of_step(param: Tensor, group: Mapping[str, Any], view: View | None) -> torch.device:
-    """On the host, which reads it to know whose turn it is; the fused AdamW and a captured graph read it on device."""
+    """On the host, which reads it to know which roots are due; fused AdamW and captured graphs read it on device."""
     return param.device if view is None or group["capturable"] else torch.device("cpu")

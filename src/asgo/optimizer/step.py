@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,23 +12,18 @@ import torch
 from torch import Tensor
 
 from asgo._types import Stack
-from asgo.distributed.collectives import Wait, all_reduce_and
-from asgo.distributed.ownership import exchange_rows, refresh_phases
-from asgo.distributed.placement import Placement, entries_of, gradient, local
-from asgo.distributed.strategies import KINDS, interleave, pause
 from asgo.linalg.masked import masked_lerp_, where
 from asgo.linalg.matmul import exact_matmul
 from asgo.metrics import Recorder
 from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
-from asgo.optimizer.bucket import Bucket, Member, make_buckets
+from asgo.optimizer.bucket import Bucket, make_buckets
 from asgo.optimizer.hyperparameters import adamw_of, learning_rate
+from asgo.optimizer.refresh_schedule import is_due
 from asgo.optimizer.state import check_form, check_shape, move_state_to_param, renew
 from asgo.optimizer.update_size import SCALINGS
+from asgo.parts import Due, ParameterPart, Strategy, Wait
 from asgo.structures import OneCall, Structure
-
-WARMUP_STEPS = 10
-"""The first steps refresh every root, whatever the interval: the statistic changes fastest there."""
 
 
 class StructuredOptimizer(GroupedOptimizer):
@@ -91,13 +86,14 @@ class StructuredOptimizer(GroupedOptimizer):
         if self._recorder is not None:
             self._recorder.start()
         waits: list[Wait] = []
-        tasks: list[Iterator[None]] = []
+        tasks: list[Iterator[Wait | None]] = []
         for group, plan in zip(groups, plans, strict=True):
-            waits += self._update_entries(plan, group)
+            waits += self._step_adamw(plan, group)
             if plan.viewed:
                 torch._foreach_add_([self.state[p]["step"] for p in plan.viewed], 1)
-            tasks += [self._update(bucket, group) for bucket in plan.buckets]
-        interleave(tasks)
+                structure = self.structure(group)
+                tasks += [self._step_bucket(bucket, group, structure) for bucket in plan.buckets]
+        run_overlapped(tasks)
         for wait in waits:
             wait()
         if self._recorder is not None:
@@ -132,113 +128,66 @@ class StructuredOptimizer(GroupedOptimizer):
             )
         return self._recorded.read(param_groups.names_of(self))
 
-    def _update_entries(self, plan: Plan, group: dict[str, Any]) -> list[Wait]:
+    def _step_adamw(self, plan: Plan, group: dict[str, Any]) -> list[Wait]:
         """AdamW on the entries that this rank updates of parameters without a view; returns pending exchanges."""
-        if not plan.entries:
+        params, strategies = plan.entries, plan.strategies
+        if not params:
             return []
-        held, grads = (
-            [entries_of(p, at, of(p)) for p, at in zip(plan.entries, plan.where, strict=True)]
-            for of in (local, gradient)
-        )
-        states = [self.state[p] for p in plan.entries]
-        ranks = [at.ranks for at in plan.where]
-        adamw.adamw(
-            held,
-            grads,
-            states,
-            adamw_of(group),
-            plan.places,
-            lambda flags, of: all_reduce_and(flags, [ranks[i] for i in of]),
-        )
-        return exchange_rows(plan.entries, plan.where)
+        pairs = list(zip(params, strategies, strict=True))
+        held, grads = [s.entries(p, p) for p, s in pairs], [s.entries(p, s.gradient(p)) for p, s in pairs]
+        speaker = next((s for s in strategies if s.ranks), strategies[0])  # starts the collectives of all of them
 
-    def _update(self, bucket: Bucket, group: dict[str, Any]) -> Iterator[None]:
-        """The step of a bucket; it yields while a collective runs, so that other buckets compute meanwhile."""
-        structure, due = bucket.with_side_of(self.structure(group)), partial(self._is_due, group)
-        yield from pause(bucket.gather())
-        direction, update, lr = None, None, learning_rate(group)
-        if bucket.members:
-            direction, seen = yield from self._directions(bucket, group)
-            if isinstance(structure, OneCall):
-                update = yield from self._in_one_call(bucket, group, structure, direction, seen)
-            else:
-                yield from self._learn(bucket, group, structure, seen, due)
-            del seen  # a stack of gradients that the rest of the step does without
-        yield from pause(bucket.share(due, structure.root_keys))
+        def all_agree(flags: Tensor, of: Sequence[int]) -> Tensor:
+            return speaker.all_agree(flags, [strategies[i] for i in of])
+
+        adamw.adamw(held, grads, [self.state[p] for p in params], adamw_of(group), plan.places, all_agree)
+        return speaker.exchange_entries(params, strategies)
+
+    def _step_bucket(self, bucket: Bucket, group: dict[str, Any], structure: Structure) -> Iterator[Wait | None]:
+        """The step of a bucket: gather, momentum, statistic, reduce, root, apply, scatter.
+
+        A coroutine that yields what it waits for, so that other buckets compute while a collective runs.
+        """
+        strategy, (beta1, _), lr = bucket.strategy, group["betas"], learning_rate(group)
+        structure = strategy.local_structure(structure, *bucket.matrix_shape)
+        direction = update = None
+        due = partial(self._is_due, group)
+        yield strategy.gather_gradients(bucket)
+        if bucket.parts:
+            grad, momentum = bucket.gradients(), bucket.state["exp_avg"]
+            norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
+            yield strategy.reduce_norms(norm)
+            if self._recorder is not None:
+                self._recorder.gradients(bucket, norm)
+            active = norm.isfinite() & (norm > 0)
+            grad = where(active, -grad if group["maximize"] else grad, 0.0)
+            bucket.memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]
+            masked_lerp_(momentum, grad, 1 - beta1, active)
+            direction = where(active, momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum, 0.0)
+            seen, statistic = direction if group["statistic"] == "momentum" else grad, None
+            del grad  # a stack that the rest of the step does without, as `seen` below
+            if strategy.sums_statistics or not isinstance(structure, OneCall):
+                with exact_matmul(seen.device):
+                    statistic = structure.compute_statistic(seen)
+                yield strategy.reduce_statistics(bucket, statistic)
+            update = _learn(bucket, group, structure, direction, seen, statistic, due)
+            del seen, statistic
+        if update is None:
+            yield strategy.broadcast_roots(bucket, due, structure.root_keys)
+        else:
+            yield strategy.broadcast_updates(bucket, update)
         if direction is not None:
-            if update is None:
-                with exact_matmul(direction.device):
-                    update = bucket.precondition(structure, direction)
+            update = _apply(bucket, structure, direction) if update is None else update
             size = SCALINGS[group["adjust_lr"]](update, bucket) * -lr
             # A structure may give back the direction, and that may be the momentum itself: it must not change.
             update = update * size if update is bucket.state["exp_avg"] else update.mul_(size)
             if self._recorder is not None:
                 self._recorder.updates(bucket, structure, group, update)
-        yield from pause(bucket.add(update, 1 - lr * group["weight_decay"], group["rounding"]))
+        yield strategy.scatter_updates(bucket, update, 1 - lr * group["weight_decay"], group["rounding"])
 
-    def _directions(self, bucket: Bucket, group: dict[str, Any]) -> Generator[None, None, tuple[Stack, Stack]]:
-        """Momentum: what to precondition, and what enters the statistic."""
-        beta1, momentum = group["betas"][0], bucket.state["exp_avg"]
-        grad = bucket.gradients()
-        norm = torch.linalg.vector_norm(grad, dim=(1, 2), keepdim=True)
-        yield from pause(bucket.join(norm))
-        if self._recorder is not None:
-            self._recorder.gradients(bucket, norm)
-        moved = norm.isfinite() & (norm > 0)
-        grad = where(moved, -grad if group["maximize"] else grad, 0.0)
-        bucket.memory["failures"] += ~norm[bucket.own].isfinite()[:, 0, 0]
-
-        masked_lerp_(momentum, grad, 1 - beta1, moved)
-        direction = momentum.lerp(grad, 1 - beta1) if group["nesterov"] else momentum
-        direction = where(moved, direction, 0.0)
-        return direction, direction if group["statistic"] == "momentum" else grad
-
-    def _learn(
-        self,
-        bucket: Bucket,
-        group: dict[str, Any],
-        structure: Structure,
-        seen: Stack,
-        due: Callable[[Member], bool],
-    ) -> Iterator[None]:
-        """Take what was seen into the statistic, and refresh the roots that are due."""
-        with exact_matmul(seen.device):
-            measurement = structure.compute_statistic(seen)
-        yield from pause(bucket.sum(measurement))
-        with exact_matmul(seen.device):
-            structure.update_statistic(bucket.memory, measurement[bucket.own], group["betas"][1])
-            bucket.root_retry.refresh(structure, bucket.memory, bucket.rows(due), group["root"], group["eps"])
-
-    def _in_one_call(
-        self, bucket: Bucket, group: dict[str, Any], structure: OneCall, direction: Stack, seen: Stack
-    ) -> Generator[None, None, Stack]:
-        """The preconditioned direction of a structure that has no root beside it."""
-        beta2 = group["betas"][1]
-        if bucket.placement.kind == "partial_sums":
-            with exact_matmul(seen.device):
-                measurement = structure.compute_statistic(seen)
-            yield from pause(bucket.sum(measurement))
-            update, ok = structure.update_from(bucket.memory, direction, measurement, beta2, bucket.whole)
-            bucket.memory["failures"] += ~ok
-            return update
-        if bucket.placement.kind != "root_sharing":
-            update, ok = structure.update(bucket.memory, direction, seen, beta2)
-            bucket.memory["failures"] += ~ok
-            return update
-        update = torch.empty(direction.shape, dtype=direction.dtype, device=direction.device)
-        for rows in bucket.rows(lambda member: True):  # those of this rank
-            memory, some = {key: x[rows] for key, x in bucket.memory.items()}, direction[rows]
-            update[rows], ok = structure.update(memory, some, some if seen is direction else seen[rows], beta2)
-            memory["failures"] += ~ok
-        yield from pause(bucket.bring(update))
-        return update
-
-    def _is_due(self, group: dict[str, Any], member: Member) -> bool:
+    def _is_due(self, group: dict[str, Any], part: ParameterPart) -> bool:
         interval = group["precondition_frequency"]
-        if interval == 1:
-            return True
-        step = int(self.state[member.param]["step"])
-        return step <= WARMUP_STEPS or step % interval == member.refresh_phase
+        return interval == 1 or is_due(int(self.state[part.param]["step"]), interval, part.refresh_phase)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, checked before anything changes. The dict is kept; defaults and ``views`` are added to it."""
@@ -259,7 +208,7 @@ class StructuredOptimizer(GroupedOptimizer):
         for i in stale:
             self._check_shapes(self.param_groups[i])
         if stale:
-            phases = refresh_phases(self.param_groups, self._members.views, self.structure)
+            phases = self._refresh_phases()
             places = {param: i << 10 for i, param in enumerate(self._members.views)}
             for i in stale:
                 old = self._plans.pop(i, None)
@@ -278,14 +227,15 @@ class StructuredOptimizer(GroupedOptimizer):
 
     def _check_shapes(self, group: dict[str, Any]) -> None:
         """Raise for a parameter that no longer has the shape of its state; unused state is initialized again."""
+        structure = self.structure(group)
         for name, param in param_groups.names_of_group(group):
             view = self._members.views[param]
             if view is not None:
                 view.check(name or "a parameter", param.shape)
-            caller, state, where = type(self).__name__, self.state[param], self._where(param, group)
-            fits = check_shape(caller, name, param, state, *where)
+            caller, state, strategy = type(self).__name__, self.state[param], self._strategy(param, group)
+            fits = check_shape(caller, name, param, state, strategy, self._owners(param))
             if fits and view is not None:
-                fits = check_form(caller, name, param, state, where[0], self.structure(group))
+                fits = check_form(caller, name, param, state, strategy, structure)
             if not fits:
                 self._partition.forget_one(param)
                 renew(state, self._init_state(param, group))
@@ -297,20 +247,83 @@ class StructuredOptimizer(GroupedOptimizer):
         phases: Mapping[tuple[Tensor, int], int],
         places: Mapping[Tensor, int],
     ) -> Plan:
-        params = [param for param in group["params"] if param.grad is not None]
+        params, views = [param for param in group["params"] if param.grad is not None], self._members.views
         for param in params:
-            move_state_to_param(
-                self.state[param], param, group, self._members.views[param], self._where(param, group)[0]
-            )
-        viewed = [param for param in params if self._members.views[param] is not None]
-        entries = [param for param in params if self._members.views[param] is None]
-        structure = self.structure(group) if viewed else None
-        buckets = []
-        if structure is not None:
-            members = self._partition.members(viewed, self._members.views, structure, phases, places)
-            buckets = make_buckets(members, structure, self.state, KINDS)
-        where = [self._where(param, group)[0] for param in entries]
-        return Plan(signature, entries, where, [places[param] for param in entries], viewed, buckets)
+            move_state_to_param(self.state[param], param, group, views[param], self._strategy(param, group))
+        entries = [param for param in params if views[param] is None]
+        strategies = [self._strategy(param, group) for param in entries]
+        viewed = [param for param in params if views[param] is not None]
+        parts = [
+            ParameterPart(param, view, i, self._strategy(param, group), phases[param, i], owner, places[param] + i)
+            for param in viewed
+            if (view := views[param]) is not None
+            for i, owner in enumerate(self._owners(param))
+        ]
+        buckets = make_buckets(parts, self.structure(group), self.state) if parts else []
+        return Plan(signature, entries, strategies, [places[param] for param in entries], viewed, buckets)
+
+
+def _learn(
+    bucket: Bucket,
+    group: Mapping[str, Any],
+    structure: Structure,
+    direction: Stack,
+    seen: Stack,
+    statistic: Tensor | None,
+    due: Due,
+) -> Stack | None:
+    """Take a statistic in and refresh the roots that are due; of a `OneCall`, the update, else None."""
+    beta2 = group["betas"][1]
+    if not isinstance(structure, OneCall):
+        with exact_matmul(direction.device):
+            structure.update_statistic(bucket.memory, statistic[bucket.own], beta2)  # pyright: ignore[reportOptionalSubscript]
+            bucket.root_retry.refresh(structure, bucket.memory, bucket.due_rows(due), group["root"], group["eps"])
+        return None
+    if statistic is not None:
+        update, ok = structure.update_from(bucket.memory, direction, statistic, beta2, bucket.whole_norms)
+        bucket.memory["failures"] += ~ok
+        return update
+    if not bucket.strategy.shares_roots:
+        update, ok = structure.update(bucket.memory, direction, seen, beta2)
+        bucket.memory["failures"] += ~ok
+        return update
+    update = torch.empty(direction.shape, dtype=direction.dtype, device=direction.device)
+    for rows in bucket.due_rows(lambda part: True):  # those of this rank
+        memory, some = {key: x[rows] for key, x in bucket.memory.items()}, direction[rows]
+        update[rows], ok = structure.update(memory, some, some if seen is direction else seen[rows], beta2)
+        memory["failures"] += ~ok
+    return update
+
+
+def _apply(bucket: Bucket, structure: Structure, direction: Stack) -> Stack:
+    """The direction, preconditioned by the roots."""
+    with exact_matmul(direction.device):
+        if bucket.strategy.sums_statistics:
+            return structure.precondition_shard(bucket.state, direction, bucket.whole_norms)
+        return structure.precondition(bucket.state, direction)
+
+
+def run_overlapped(tasks: Iterable[Iterator[Wait | None]]) -> None:
+    """Run coroutines that yield what they wait for, or None, to their ends.
+
+    Every round starts one bucket, then resumes all pending ones, newest first, so that its transfer overlaps the
+    previous bucket's compute. One that never waits is done before the next begins.
+    """
+    pending: list[tuple[Iterator[Wait | None], Wait]] = []
+    for task in tasks:
+        pending = _resume_all([(task, lambda: None), *pending])
+    while pending:
+        pending = _resume_all(pending)
+
+
+def _resume_all(pending: Iterable[tuple[Iterator[Wait | None], Wait]]) -> list[tuple[Iterator[Wait | None], Wait]]:
+    """Wait for each and run it up to its next wait; those that have not ended."""
+    found = []
+    for task, wait in pending:
+        wait()
+        handle = next((handle for handle in task if handle is not None), None)
+        found += [] if handle is None else [(task, handle)]
+    return found
 
 
 def structured(optimizer: Any) -> StructuredOptimizer | None:
@@ -359,7 +372,7 @@ class Plan:
     Args:
         signature: see `_signature`; the plan is valid while it is unchanged.
         entries: the parameters without a view.
-        where: their placements.
+        strategies: where these live.
         places: a number for each of them that it has on all ranks and no other has.
         viewed: the parameters with a view.
         buckets: the stacks of the parameters with a view.
@@ -367,7 +380,7 @@ class Plan:
 
     signature: object
     entries: list[Tensor]
-    where: list[Placement]
+    strategies: list[Strategy]
     places: list[int]
     viewed: list[Tensor]
     buckets: list[Bucket]

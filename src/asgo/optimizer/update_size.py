@@ -21,58 +21,58 @@ not the same best value: 0.0141 against AdamW's 0.0057 in ``benchmarks/shakespea
 ("Muon is Scalable for LLM Training", Liu et al. 2025; the released ASGO uses the same constant)."""
 
 
-class Extent(Protocol):
-    """What a stack of updates is of.
+class UpdateNorms(Protocol):
+    """Norms of the full parameters behind a (possibly sharded) stack of updates.
 
     Attributes:
-        slices: how many consecutive matrices of the stack belong to one parameter.
-        entries: of a whole matrix; here may be a shard of it.
+        matrices_per_param: how many consecutive matrices of the stack belong to one parameter.
+        matrix_numel: numel of one unsharded matrix.
     """
 
-    slices: int
-    entries: int
+    matrices_per_param: int
+    matrix_numel: int
 
-    def whole(self, norms: Tensor) -> Tensor:
-        """The norms ``(b, 1, 1)`` of whole matrices for those of what is here of them."""
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """The norms ``(b, 1, 1)`` of whole matrices for those of their shards here."""
         ...
 
-    def everywhere(self, norms: Tensor) -> Tensor:
+    def all_norms(self, norms: Tensor) -> Tensor:
         """The norms ``(parameters, matrices)`` of all matrices of a parameter for those that are here."""
         ...
 
 
-def match_rms(update: Stack, of: Extent) -> PerMatrix:
+def match_rms(update: Stack, of: UpdateNorms) -> PerMatrix:
     """The factor to a root mean square of 0.2 over a whole parameter.
 
-    ``0.2 * sqrt(moving * m * n) / ||U||_F`` with `moving` the number of its matrices that are not zero, so that an
-    expert that rests does not enlarge the steps of the others.
+    ``0.2 * sqrt(active * m * n) / ||U||_F`` with `active` the number of its matrices that are not zero, so that an
+    expert that is idle does not enlarge the steps of the others.
     """
-    here = _norms(update, of).view(-1, of.slices)
-    return _factor(of.everywhere(here), of.entries).expand_as(here).reshape(-1, 1, 1)
+    here = _norms(update, of).view(-1, of.matrices_per_param)
+    return _factor(of.all_norms(here), of.matrix_numel).expand_as(here).reshape(-1, 1, 1)
 
 
-def match_rms_per_slice(update: Stack, of: Extent) -> PerMatrix:
+def match_rms_per_slice(update: Stack, of: UpdateNorms) -> PerMatrix:
     """The factor of every matrix of the stack by itself to a root mean square of 0.2."""
-    return _factor(_norms(update, of).view(-1, 1), of.entries).view(-1, 1, 1)
+    return _factor(_norms(update, of).view(-1, 1), of.matrix_numel).view(-1, 1, 1)
 
 
-def unscaled(update: Stack, of: Extent) -> PerMatrix:
+def unscaled(update: Stack, of: UpdateNorms) -> PerMatrix:
     """1: leave the size to the preconditioner: the theory form, whose steps decay like AdaGrad's."""
     return update.new_ones(1, 1, 1)
 
 
-def _norms(update: Stack, of: Extent) -> PerMatrix:
-    return of.whole(torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True))
+def _norms(update: Stack, of: UpdateNorms) -> PerMatrix:
+    return of.whole_norms(torch.linalg.vector_norm(update, dim=(1, 2), keepdim=True))
 
 
-def _factor(norms: Float[Tensor, "p s"], entries: int) -> Float[Tensor, "p 1"]:
+def _factor(norms: Float[Tensor, "p s"], matrix_numel: int) -> Float[Tensor, "p 1"]:
     """The factor of matrices that have one size of step, a row for each parameter."""
-    size = (norms > 0).to(norms.dtype).sum(1, keepdim=True) * entries
+    size = (norms > 0).to(norms.dtype).sum(1, keepdim=True) * matrix_numel
     norm = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
     return torch.where(norm > 0, RMS * size.sqrt() / norm, 0.0)
 
 
-SCALINGS: dict[str | None, Callable[[Stack, Extent], PerMatrix]] = {
+SCALINGS: dict[str | None, Callable[[Stack, UpdateNorms], PerMatrix]] = {
     "rms": match_rms,
     "slice_rms": match_rms_per_slice,
     None: unscaled,

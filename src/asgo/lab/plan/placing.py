@@ -20,13 +20,23 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from asgo.distributed.ownership import WorkItem, balanced_phases, owner_cost, owners
-from asgo.distributed.placement import Kind, Region, overlap, part_regions, rank_regions, sizes, whole_slices
-from asgo.distributed.summing import most_shards, sent
+from asgo.distributed.ownership import WorkItem, owner_cost, owners
+from asgo.distributed.placement import (
+    Kind,
+    Region,
+    most_shards,
+    overlap,
+    part_regions,
+    rank_regions,
+    sent,
+    sizes,
+    whole_slices,
+)
 from asgo.lab.plan.mesh import Mesh
-from asgo.optimizer.bucket import part_key
 from asgo.optimizer.param_groups import names_of, with_views
+from asgo.optimizer.refresh_schedule import balanced_phases
 from asgo.optimizer.step import StructuredOptimizer
+from asgo.state_keys import part_key
 from asgo.structures import OneSided, Packed, Structure
 from asgo.views import View
 
