@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from asgo.lab.config.codec import flag
-from asgo.lab.config.ranges import SEED, THREADS, Range, check_distinct, check_ranges
-from asgo.lab.errors import LabError
+from asgo.lab.config.ranges import SEED, THREADS, Range, check_distinct, check_known, check_ranges
 from asgo.lab.files import check_new
 from asgo.linalg.inverse_root import ROOTS
 from benchmarks.speed.matrices import KINDS
@@ -135,13 +132,6 @@ def check(config: BenchConfig) -> None:
         if isinstance(value, tuple):
             check_distinct(name, value)
         if name in _NAMES:
-            _check_known(name, value, _NAMES[name])
+            check_known(name, value, _NAMES[name])
     check_ranges(config)
     check_new(config.out)
-
-
-def _check_known(name: str, values: Collection[str], known: Collection[str]) -> None:
-    """Raise `LabError` for names that are not among the `known`."""
-    for value in values:
-        if value not in known:
-            raise LabError(f"{flag(name)} {value} does not exist: choose from {', '.join(known)}.")

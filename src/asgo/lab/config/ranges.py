@@ -61,3 +61,14 @@ def check_distinct(name: str, values: Collection[object], empty: bool = False) -
         raise LabError(f"{flag(name)} is empty: pass at least one.")
     if len(set(values)) < len(values):
         raise LabError(f"{flag(name)} {' '.join(map(str, values))} repeats an entry: pass each once.")
+
+
+def check_known(name: str, values: Collection[str], known: Collection[str]) -> None:
+    """Refuse names that do not exist.
+
+    Raises:
+        LabError: naming the flag, the name and those that exist.
+    """
+    for value in values:
+        if value not in known:
+            raise LabError(f"{flag(name)} {value} does not exist: choose from {', '.join(known)}.")

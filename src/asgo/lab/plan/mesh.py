@@ -44,7 +44,7 @@ class Mesh(NamedTuple):
 
 
 def _made(sizes: dict[str, int]) -> Mesh:
-    return Mesh(*(sizes.get(name, 1) for name in SIZES))
+    return Mesh(**{name: sizes.get(name, 1) for name in SIZES})  # pyright: ignore[reportArgumentType]
 
 
 def _text(sizes: dict[str, int]) -> str:
