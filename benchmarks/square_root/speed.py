@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from asgo.linalg import polar
-from asgo.linalg.inverse_root import ROOTS
 from asgo.structures import OneSided, SquareRoot
 
 LAYERS = {
@@ -63,14 +62,14 @@ class Step:
 
 def form(shapes: list[tuple[int, int, int]], name: str, beta2: float) -> Step:
     """The square-root form in a precision, or the library's default on a CPU."""
-    structure = OneSided() if name == "eigh" else SquareRoot(precision=name)
+    structure = OneSided(root="eigh") if name == "eigh" else SquareRoot(precision=name)
     states = [structure.init(torch.zeros(shape)) for shape in shapes]
 
     def update(D: Tensor, i: int) -> Tensor:
         if isinstance(structure, SquareRoot):
             return structure.update(states[i], D, D, beta2)[0]
-        structure.fold(states[i], structure.measure(D), beta2)
-        structure.refresh(states[i], ROOTS["eigh"], 1e-6)
+        structure.update_statistic(states[i], structure.compute_statistic(D), beta2)
+        structure.compute_root(states[i])
         return structure.precondition(states[i], D)
 
     return Step(shapes, update)

@@ -155,7 +155,7 @@ def values(model):
 
 def kinds(optimizer):
     return {
-        name: optimizer._partition._strategies[param].kind
+        name: optimizer._strategy(param, group).kind
         for group in optimizer.param_groups
         for name, param in zip(group["param_names"], group["params"], strict=True)
     }

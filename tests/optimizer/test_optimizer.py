@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -484,7 +485,7 @@ def fails_first(A, eps):
 def test_a_failed_root_is_tried_again_in_float64(monkeypatch):
     net, x, y = problem()
     optimizer = ASGO(net.named_parameters())
-    monkeypatch.setitem(ROOTS, "auto", fails_first)
+    monkeypatch.setitem(ROOTS, "auto", replace(ROOTS["auto"], solve=fails_first))
     train(net, optimizer, x, y, 3)
     state = optimizer.state[net.b.weight]
     assert torch.equal(state["root"], ROOTS["eigh64"](state["gram"], 1e-6)[0])
@@ -497,7 +498,7 @@ def test_where_flags_travel_the_second_try_comes_one_step_later(monkeypatch):
     train(net, optimizer, x, y, 9)
     for bucket in optimizer._plans[0].buckets:
         bucket.root_retry.deferred = True
-    monkeypatch.setitem(ROOTS, "auto", fails_first)
+    monkeypatch.setitem(ROOTS, "auto", replace(ROOTS["auto"], solve=fails_first))
     state = optimizer.state[net.b.weight]
     kept = state["root"].clone()
     train(net, optimizer, x, y, 1)  # the last of the warm steps, in which all roots are due
@@ -516,8 +517,9 @@ def test_a_root_that_fails_twice_keeps_the_last_good_one_and_is_counted(monkeypa
     optimizer = ASGO(net.named_parameters())
     train(net, optimizer, x, y, 3)
     kept = optimizer.state[net.b.weight]["root"].clone()
-    monkeypatch.setitem(ROOTS, "auto", fails_first)
-    monkeypatch.setattr("asgo.optimizer.root_retry.eigh64", lambda A, eps: (A, torch.zeros(len(A), dtype=torch.bool)))
+    monkeypatch.setitem(ROOTS, "auto", replace(ROOTS["auto"], solve=fails_first))
+    never = replace(ROOTS["eigh64"], solve=lambda A, eps: (A, torch.zeros(len(A), dtype=torch.bool)))
+    monkeypatch.setitem(ROOTS, "eigh64", never)
     before = net.b.weight.detach().clone()
     train(net, optimizer, x, y, 2)
     assert torch.equal(kept, optimizer.state[net.b.weight]["root"])

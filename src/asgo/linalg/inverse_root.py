@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from asgo._types import Root
 from asgo.linalg import polynomial as iteration
 from asgo.linalg import spectral
 from asgo.linalg.masked import where
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
     Result: TypeAlias = tuple[Square, Bool[Tensor, "b"]]
     Solver: TypeAlias = Callable[[Square, PerMatrix, float], Square]
+    Solve: TypeAlias = Callable[[Square, float], Result]
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9}
 """Asked of the schedule of `minimax`."""
@@ -243,22 +244,69 @@ def reference(A: Square, eps: float) -> Result:
     return torch.where(finite[:, None, None], Z, eye).to(A.dtype), torch.ones_like(finite)
 
 
-ROOTS: dict[str, Root] = {
-    "auto": auto,
-    "eigh": eigh,
-    "eigh64": eigh64,
-    "minimax": minimax,
-    "minimax_fast": minimax_fast,
-    "minimax_bf16x3": minimax_bf16x3,
-    "minimax_tf32": minimax_tf32,
-    "outside": outside,
-    "inside": inside,
-    "reference": reference,
-}
+@dataclass(frozen=True)
+class InverseRoot:
+    """A root and what others ask about it; call it as ``root(A, eps)``, see the module.
+
+    Args:
+        solve: ``(A, eps) -> (Z, ok)``.
+        formula: how it damps: ``"relative"`` (inside, times the norm), ``"outside"`` or ``"inside"`` (absolute), or
+            ``"released"``, that of "reference".
+        products: of ``k x k`` matrices that one float32 matrix costs, by eps.
+        retry: whether "eigh64" computes the same more exactly, so that a failure is tried once more by it.
+        min_eps: the least damping it can work with.
+    """
+
+    solve: Solve
+    formula: Literal["relative", "outside", "inside", "released"]
+    products: Callable[[float], float]
+    retry: bool = False
+    min_eps: float = 0.0
+
+    def __call__(self, A: Square, eps: float) -> Result:
+        """The roots of a stack, and which of them can be trusted."""
+        return self.solve(A, eps)
+
+
 _EIGH_PRODUCTS = 6.5  # measured on CPU at k = 768, in times of one float32 product; float64 takes twice that
 
 
-def resolve(name: str) -> Root:
+def _eigh_products(eps: float) -> float:
+    return _EIGH_PRODUCTS
+
+
+def _eigh64_products(eps: float) -> float:
+    return 2 * _EIGH_PRODUCTS
+
+
+def _scheduled(eps: float) -> float:
+    return iteration.products(iteration.schedule(eps))
+
+
+def _scheduled_fast(eps: float) -> float:
+    return iteration.products(iteration.schedule(eps, FAST_TOLERANCE, 9))
+
+
+def _released_products(eps: float) -> float:
+    return 4 * len(_RELEASED)
+
+
+ROOTS: dict[str, InverseRoot] = {
+    "auto": InverseRoot(auto, "relative", _scheduled, retry=True),
+    "eigh": InverseRoot(eigh, "relative", _eigh_products, retry=True),
+    "eigh64": InverseRoot(eigh64, "relative", _eigh64_products),
+    "minimax": InverseRoot(minimax, "relative", _scheduled, retry=True),
+    "minimax_fast": InverseRoot(minimax_fast, "relative", _scheduled_fast, retry=True),
+    "minimax_bf16x3": InverseRoot(minimax_bf16x3, "relative", _scheduled, retry=True),
+    "minimax_tf32": InverseRoot(minimax_tf32, "relative", _scheduled, retry=True, min_eps=LEAST_EPS_TF32),
+    "outside": InverseRoot(outside, "outside", _eigh64_products),
+    "inside": InverseRoot(inside, "inside", _eigh64_products),
+    "reference": InverseRoot(reference, "released", _released_products),
+}
+"""All roots by name; a new one is a function and a row here. ("auto" is one of the others, see `products`.)"""
+
+
+def resolve(name: str) -> InverseRoot:
     """The root called ``name``.
 
     Raises:
@@ -271,9 +319,10 @@ def resolve(name: str) -> Root:
 
 def check_eps(name: str, eps: float) -> None:
     """Raise `ValueError` if a root cannot work with so little damping."""
-    if name == "minimax_tf32" and eps < LEAST_EPS_TF32:
+    least = ROOTS[name].min_eps if name in ROOTS else 0.0
+    if eps < least:
         raise ValueError(
-            f"root 'minimax_tf32' got eps={eps}: TF32 products need eps of {LEAST_EPS_TF32} or more. Pass "
+            f"root {name!r} got eps={eps}: TF32 products need eps of {least} or more. Pass "
             "eps=1e-5, or use root 'minimax_bf16x3' or 'minimax'"
         )
 
@@ -287,11 +336,5 @@ def products(name: str, eps: float, device: torch.device | str = "cpu", k: int =
     Raises:
         ValueError: if there is no root of that name, or "minimax" cannot take eps.
     """
-    resolve(name)
     name = _fastest(torch.device(device).type, k) if name == "auto" else name
-    if name.startswith("minimax"):
-        fast = name == "minimax_fast"
-        return iteration.products(iteration.schedule(eps, *((FAST_TOLERANCE, 9) if fast else ())))
-    if name == "reference":
-        return 4 * len(_RELEASED)
-    return _EIGH_PRODUCTS if name == "eigh" else 2 * _EIGH_PRODUCTS
+    return resolve(name).products(eps)

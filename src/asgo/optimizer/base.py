@@ -251,7 +251,7 @@ class GroupedOptimizer(Optimizer, ABC):
             structure = self.structure(group)
             for param in group["params"]:
                 if self._members.views[param] is not None and param in saved:
-                    state = loading.converted(saved[param].state, structure, group["eps"])
+                    state = loading.converted(saved[param].state, structure)
                     found[param] = loading.Saved(state, saved[param].view)
         return found
 

@@ -137,7 +137,7 @@ def check_tensors(
             )
 
 
-def converted(saved: Mapping[str, Any], structure: Structure, eps: float) -> Mapping[str, Any]:
+def converted(saved: Mapping[str, Any], structure: Structure) -> Mapping[str, Any]:
     """A saved state in the form that a structure keeps, part by part; a sharded one stays as it is."""
     if any(is_dtensor(value) for value in saved.values()):
         return saved
@@ -149,7 +149,7 @@ def converted(saved: Mapping[str, Any], structure: Structure, eps: float) -> Map
             parts.setdefault(part, {})[base] = value
         else:
             rest[key] = value
-    found = {part: structure.converted(state, eps) for part, state in parts.items()}
+    found = {part: structure.converted(state) for part, state in parts.items()}
     return rest | {
         base + (f".{part}" if part else ""): value for part, state in found.items() for base, value in state.items()
     }

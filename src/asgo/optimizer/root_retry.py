@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from asgo.linalg.inverse_root import ROOTS, eigh64
 from asgo.linalg.masked import known_all_true
 
 if TYPE_CHECKING:
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
 
     from asgo._types import State
     from asgo.structures import Structure
-
-SAME_FORMULA = frozenset({"auto", "eigh", "minimax", "minimax_fast", "minimax_bf16x3", "minimax_tf32"})
-"""The roots that `eigh64` computes better; the others work in float64 already or keep rules of their own."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class _Flags:
 
 
 class RootRetry:
-    """Refreshes the roots of a bucket, and those that fail once more by `eigh64`.
+    """Refreshes the roots of a bucket, and those that fail once more by `Structure.retried`.
 
     On a CPU the second try follows at once. A device is not waited for: its flags travel to the host while it works
     on, the last good root serves this step, and the second try comes with the next step that finds them arrived.
@@ -61,26 +57,27 @@ class RootRetry:
         self.deferred, self.retries = deferred, retries
         self._flags: list[_Flags] = []
 
-    def refresh(self, structure: Structure, state: State, runs: list[slice], root: str, eps: float) -> None:
+    def refresh(self, structure: Structure, state: State, runs: list[slice]) -> None:
         """A new root for every matrix in `runs`, in place; failures are counted in ``state["failures"]``."""
-        pending = self._pending()
+        pending, exact = self._pending(), structure.retried()
         for rows in runs:
             due = {key: tensor[rows] for key, tensor in state.items()}
-            ok = structure.compute_root(due, ROOTS[root], eps)
-            if structure.root_keys and self.retries and root in SAME_FORMULA and _can_be_told(ok):
-                ok = self._retry(structure, due, rows.start, ok, eps)
+            ok = structure.compute_root(due)
+            if exact is not None and self.retries and _can_be_told(ok):
+                ok = self._retry(exact, due, rows.start, ok)
             due["failures"] += ~ok
-        for row in pending:
-            _again(structure, state, row, eps)
+        if exact is not None:
+            for row in pending:
+                _again(exact, state, row)
 
-    def _retry(self, structure: Structure, due: State, start: int, ok: Bool[Tensor, "b"], eps: float) -> Tensor:
+    def _retry(self, exact: Structure, due: State, start: int, ok: Bool[Tensor, "b"]) -> Tensor:
         if self.deferred:
             self._flags.append(_Flags.send(start, ~ok))
             return ok
         if known_all_true(ok):
             return ok
         rows = _Flags.send(0, ~ok).rows()
-        return ok.index_copy(0, torch.tensor(rows), torch.cat([_again(structure, due, row, eps) for row in rows]))
+        return ok.index_copy(0, torch.tensor(rows), torch.cat([_again(exact, due, row) for row in rows]))
 
     def _pending(self) -> list[int]:
         rows: set[int] = set()
@@ -98,5 +95,5 @@ def _can_be_told(ok: Tensor) -> bool:
     return ok.device.type == "cpu" or (ok.is_cuda and not torch.cuda.is_current_stream_capturing())
 
 
-def _again(structure: Structure, state: State, row: int, eps: float) -> Tensor:
-    return structure.compute_root({key: tensor[row : row + 1] for key, tensor in state.items()}, eigh64, eps)
+def _again(exact: Structure, state: State, row: int) -> Tensor:
+    return exact.compute_root({key: tensor[row : row + 1] for key, tensor in state.items()})

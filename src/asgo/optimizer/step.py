@@ -277,7 +277,7 @@ def _learn(
     if not isinstance(structure, OneCall):
         with exact_matmul(direction.device):
             structure.update_statistic(bucket.memory, statistic[bucket.own], beta2)  # pyright: ignore[reportOptionalSubscript]
-            bucket.root_retry.refresh(structure, bucket.memory, bucket.due_rows(due), group["root"], group["eps"])
+            bucket.root_retry.refresh(structure, bucket.memory, bucket.due_rows(due))
         return None
     if statistic is not None:
         update, ok = structure.update_from(bucket.memory, direction, statistic, beta2, bucket.whole_norms)

@@ -199,5 +199,7 @@ class ASGO(StructuredOptimizer):
         """The gram matrix of the group's side."""
         if group["root"] == "square_root":
             return SquareRoot(group["side"], group["precision"], group["cross_normalize"])
-        structure = OneSided(group["side"], group["cross_normalize"], limit=limit_of(group))
+        structure = OneSided(
+            group["side"], group["cross_normalize"], limit=limit_of(group), root=group["root"], eps=group["eps"]
+        )
         return packed_if(group["packed_state"], structure)

@@ -85,7 +85,10 @@ class OneSidedShampoo(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The mean gram matrix of the group's side."""
-        return packed_if(group["packed_state"], OneSided(group["side"], mean=True, limit=limit_of(group)))
+        return packed_if(
+            group["packed_state"],
+            OneSided(group["side"], mean=True, limit=limit_of(group), root=group["root"], eps=group["eps"]),
+        )
 
 
 class Shampoo(StructuredOptimizer):
@@ -160,4 +163,4 @@ class Shampoo(StructuredOptimizer):
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The gram matrices of both sides."""
-        return packed_if(group["packed_state"], TwoSided(group["max_size"], limit_of(group)))
+        return packed_if(group["packed_state"], TwoSided(group["max_size"], limit_of(group), group["eps"]))

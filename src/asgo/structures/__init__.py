@@ -1,5 +1,7 @@
 """What is remembered about a stream of gradients, and how that memory rescales a step."""
 
+import warnings
+
 from asgo.structures.base import Algebra, OneCall, Structure, limit_of
 from asgo.structures.block_diagonal import BlockDiagonal
 from asgo.structures.block_mean import BlockMean
@@ -27,3 +29,18 @@ __all__ = [
     "opened",
     "packed_if",
 ]
+
+_RENAMED: dict[str, type[Structure]] = {
+    "Blockwise": BlockMean,
+    "DenseBlocks": BlockDiagonal,
+    "Difference": MomentumChange,
+    "Kronecker": TwoSided,
+}
+
+
+def __getattr__(name: str) -> type[Structure]:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"asgo.structures.{name} is called {new.__name__} now.", DeprecationWarning, stacklevel=2)
+    return new

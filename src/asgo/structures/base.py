@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -11,11 +12,26 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
+from asgo.linalg.inverse_root import ROOTS
 from asgo.linalg.masked import known_all_true, masked_lerp_, where
 
 Axis: TypeAlias = Literal["rows", "columns"]
 """Along which a matrix is cut into shards."""
+
+
+RENAMED = {
+    "measure": "compute_statistic",
+    "fold": "update_statistic",
+    "cost": "root_flops",
+    "work": "step_flops",
+    "derived": "root_keys",
+    "spread": "sharded_keys",
+    "entrywise": "linear_statistic",
+    "additive": "is_shard_additive",
+    "fixed": "with_side_of",
+}
+"""Methods of a structure by their names in version 0.1."""
 
 
 class Structure(ABC):
@@ -29,6 +45,19 @@ class Structure(ABC):
     matrix
     whose gradient is zero rests: nothing of its state changes.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Let structures with the method names of version 0.1 work: their `refresh` got a root and eps."""
+        super().__init_subclass__()
+        own = vars(cls)
+        for old, new in RENAMED.items():
+            if new not in own and (callable(own.get(old)) or isinstance(own.get(old), property)):
+                warnings.warn(f"{cls.__name__}.{old} is called {new} now.", DeprecationWarning, stacklevel=2)
+                setattr(cls, new, own[old])
+        if "refresh" in own and "compute_root" not in own:
+            warnings.warn(f"{cls.__name__}.refresh is compute_root(state) now.", DeprecationWarning, stacklevel=2)
+            refresh: Callable[..., Tensor] = own["refresh"]
+            cls.compute_root = lambda self, state: refresh(self, state, ROOTS["auto"], 1e-6)
 
     def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
         """Whether shards of an ``m x n`` matrix, cut along an axis, give what the whole gives.
@@ -82,12 +111,16 @@ class Structure(ABC):
         """Average a measurement into the memory, in place; with ``beta2`` of 1 add it up (AdaGrad's sum)."""
 
     @abstractmethod
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """Recompute what is derived from the memory, in place: the only cubic work.
 
         Returns:
             ``(b,)`` bool: whether the root could be computed. Where not, the last good one stays.
         """
+
+    def retried(self) -> Structure | None:
+        """This structure with a more exact root, by which a matrix whose root failed is tried once more, or None."""
+        return None
 
     @abstractmethod
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -104,12 +137,11 @@ class Structure(ABC):
         """
         return self.precondition(state, direction)
 
-    def converted(self, state: State, eps: float) -> State:
+    def converted(self, state: State) -> State:
         """A saved state of one part, in the form that this structure keeps; itself where it knows no other form.
 
         Args:
             state: of one part, its momentum and failures among it.
-            eps: damping of roots that have to be computed.
         """
         return state
 

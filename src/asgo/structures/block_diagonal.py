@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.linalg.packed_symmetric import diagonal
 from asgo.linalg.spectral import apply_to_eigenvalues
 from asgo.structures.base import Algebra, active_mask, ema_denominator, masked_ema_, shorten, update_ema_weight
@@ -96,8 +96,8 @@ class BlockDiagonal(Algebra):
         state["steps"] += active
         state["root_age"] += active
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
-        """New roots, clipped if asked, where all of a matrix can be computed; `root` cannot clip and is not asked."""
+    def compute_root(self, state: State) -> Tensor:
+        """New roots, clipped if asked, where all of a matrix can be computed."""
         gram, (low, high) = state["gram"], self.bounds(state)
         runs = gram.shape[1]
         low, high = (bound[:, 0].double().repeat_interleave(runs, 0) for bound in (low, high))

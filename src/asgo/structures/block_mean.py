@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.structures.base import Algebra, Axis, active_mask, all_ok, ema_denominator, masked_ema_, update_ema_weight
 
 Blocks = Literal["matrix", "row", "column", "entry", "auto"]
@@ -87,7 +87,7 @@ class BlockMean(Algebra):
         if self.momentum is not None:
             update_ema_weight(state["momentum_weight"], self.momentum, active)
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """Nothing: a root of numbers is taken when it is needed."""
         return all_ok(state)
 

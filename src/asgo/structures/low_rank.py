@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.linalg.masked import known_all_true, where
 from asgo.structures.base import Structure, active_mask
 
@@ -46,7 +46,7 @@ class LowRank(Structure):
         """The gradient as a column."""
         return grad.reshape(len(grad), -1, 1)
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """Nothing is left to do but to say where the last fold could not be computed."""
         ok = state["failed"][:, 0, 0] == 0
         state["failed"].zero_()

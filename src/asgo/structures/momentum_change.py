@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.structures.base import Structure, active_mask, all_ok, ema_denominator, masked_ema_, update_ema_weight
 
@@ -53,7 +53,7 @@ class MomentumChange(Structure):
         masked_ema_(state["exp_avg_sq"], (current - state["previous"]).square_(), beta2, active)
         state["previous"].copy_(where(active > 0, current, state["previous"]))
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """Nothing: a root of numbers is taken when it is needed."""
         return all_ok(state)
 

@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
-from asgo.linalg.inverse_root import eigh64
+from asgo._types import Stack, State
+from asgo.linalg.inverse_root import ROOTS, eigh64
 from asgo.linalg.masked import masked_lerp_, where
 from asgo.linalg.matmul import gram, times
 from asgo.linalg.packed_symmetric import diagonal
@@ -78,6 +78,8 @@ class OneSided(Sided, Algebra):
         length: that length, where shards of the other side are measured; None: what is measured is whole.
         limit: the longest that a row (left) or column (right) of the root times the direction may be, times the square
             root of that length with `mean`; None for any. For roots that are older than the statistic, see `reach`.
+        root: one of `asgo.linalg.inverse_root.ROOTS`.
+        eps: its damping.
     """
 
     side: Literal["auto", "left", "right"] = "auto"
@@ -85,6 +87,8 @@ class OneSided(Sided, Algebra):
     mean: bool = False
     length: int | None = None
     limit: float | None = None
+    root: str = "auto"
+    eps: float = 1e-6
 
     def with_side_of(self, m: int, n: int) -> OneSided:
         """With the side that ``"auto"`` would take, and the length of the other one."""
@@ -132,11 +136,15 @@ class OneSided(Sided, Algebra):
             active = diagonal(measurement).sum(1)[:, None, None] > 0
             masked_lerp_(state["gram"], measurement, 1 - beta2, active)
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """A new root of the gram where it can be computed."""
-        fresh, ok = root(state["gram"], eps)
+        fresh, ok = ROOTS[self.root](state["gram"], self.eps)
         state["root"].copy_(where(ok[:, None, None], fresh, state["root"]))
         return ok
+
+    def retried(self) -> OneSided | None:
+        """By "eigh64", where that computes the same root more exactly."""
+        return replace(self, root="eigh64") if ROOTS[self.root].retry else None
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The root times the direction, limited and divided by its running size along the other side if asked."""
@@ -165,9 +173,9 @@ class OneSided(Sided, Algebra):
     def _length(self, m: int, n: int) -> int:
         return max(self.length or (n if self.left(m, n) else m), 1)
 
-    def converted(self, state: State, eps: float) -> State:
+    def converted(self, state: State) -> State:
         """From the square root of `SquareRoot`, whose inverse root is computed anew."""
-        return to_gram(state, state["exp_avg"].dtype, eps) if "sqrt" in state else state
+        return to_gram(state, state["exp_avg"].dtype, self.eps) if "sqrt" in state else state
 
     def root_flops(self, m: int, n: int) -> float:
         """``k^3``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.linalg.packed_symmetric import pack, size, unpack
 from asgo.structures.base import Axis, Structure
@@ -73,15 +73,20 @@ class Packed(Structure):
         for key in self._memory():
             state[key].copy_(pack(whole[key]))
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """As the inner structure does; of each new root the mean with its transpose is kept."""
         memory, roots = self._memory(), self._roots()
         fresh = {key: _blank(state[key]) for key in roots}  # its last root is kept here, not there
-        ok = self.inner.compute_root(self.whole(state, memory) | fresh, root, eps)
+        ok = self.inner.compute_root(self.whole(state, memory) | fresh)
         for key in roots:
             new = pack(fresh[key]).lerp_(pack(fresh[key].mT), 0.5)
             state[key].copy_(where(ok.view(-1, *[1] * (new.ndim - 1)), new, state[key]))
         return ok
+
+    def retried(self) -> Packed | None:
+        """The inner structure retried."""
+        inner = self.inner.retried()
+        return None if inner is None else Packed(inner)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """As the inner structure does."""
@@ -91,9 +96,9 @@ class Packed(Structure):
         """As the inner structure does."""
         return self.inner.precondition_shard(self.whole(state, self._roots()), direction, whole)
 
-    def converted(self, state: State, eps: float) -> State:
+    def converted(self, state: State) -> State:
         """As the inner structure, packed."""
-        found = self.inner.converted(state, eps)
+        found = self.inner.converted(state)
         if found is state:
             return state
         return {key: pack(x) if key in self.inner.symmetric else x for key, x in found.items()}

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.linalg import polar
 from asgo.linalg.inverse_root import eigh
 from asgo.linalg.masked import known_all_true, where
@@ -216,7 +216,7 @@ class SquareRoot(Sided, OneCall):
         """The new square root, from the measurement of whole matrices."""
         self._take_in(state, measurement, beta2)
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """``S`` is refreshed by `update_statistic`; where that failed the last one stays."""
         return torch.isfinite(state["sqrt"]).all(-1).all(-1)
 
@@ -231,7 +231,7 @@ class SquareRoot(Sided, OneCall):
         U, *_ = polar.polar_and_root([(state["sqrt"].to(D.dtype), 1.0)], self.plan(D, carried=True), D, root=False)
         return self._across(state, U if left else U.mT, whole)
 
-    def converted(self, state: State, eps: float) -> State:
+    def converted(self, state: State) -> State:
         """From the gram and root of `OneSided`."""
         return from_gram(state, self._kept(state["exp_avg"])) if "gram" in state else state
 

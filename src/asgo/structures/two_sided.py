@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.linalg.matmul import gram
 from asgo.linalg.spectral import inverse_power
@@ -30,10 +30,12 @@ class TwoSided(Structure):
             -1/2.
         limit: the longest that a row or a column of the result may be; None for any. For roots that are older than the
             statistic, see `asgo.structures.base.reach`.
+        eps: damping, absolute and inside the roots.
     """
 
     max_size: int | None = 8192
     limit: float | None = None
+    eps: float = 1e-8
 
     def sizes(self, m: int, n: int) -> tuple[int, int]:
         """The sizes of both grams; 0 for a side that is left alone."""
@@ -71,10 +73,10 @@ class TwoSided(Structure):
         if state["right"].numel():
             masked_ema_(state["right"], gram(measurement.mT), beta2, active)
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
-        """New roots where both can be computed; `root` is not asked, as it knows the power -1/2 alone."""
+    def compute_root(self, state: State) -> Tensor:
+        """New roots where both can be computed."""
         sides = [side for side in ("left", "right") if state[side].numel()]
-        fresh = [inverse_power(state[side], eps, 0.5 / len(sides)) for side in sides]
+        fresh = [inverse_power(state[side], self.eps, 0.5 / len(sides)) for side in sides]
         ok = torch.ones(len(state["left"]), dtype=torch.bool, device=state["left"].device)
         for _, well in fresh:
             ok = ok & well

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo._types import Root, Stack, State
+from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.linalg.matmul import gram
 from asgo.linalg.spectral import decompose
@@ -93,7 +93,7 @@ class EigenAdam(_Sided):
         for side, _, axis in self.of(*measurement.shape[1:]):
             masked_ema_(state[side], gram(measurement if axis == 1 else measurement.mT), beta2, moved)
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """Leave word for the next `update_statistic`."""
         state["due"].fill_(1.0)
         return all_ok(state)
@@ -162,7 +162,7 @@ class Inverse(_Sided):
         """The roots."""
         return ("left_root", "right_root")
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """New roots where they are finite."""
         ok = all_ok(state)
         for side in ("left", "right"):
