@@ -12,7 +12,6 @@ import pytest
 import asgo
 
 ROOT = Path(asgo.__file__).parent
-LINEAR_ALGEBRA = {"linalg"}
 
 
 @dataclass
@@ -97,14 +96,57 @@ def test_nothing_imports_the_laboratory_or_the_package_itself():
     assert not broken(CORE, rule)
 
 
-def test_linear_algebra_knows_no_optimizer_and_structures_know_matrices_alone():
+FLOORS = (
+    ("_types", "state_keys"),
+    ("linalg",),
+    ("views", "parts", "structures"),
+    ("distributed",),
+    ("optimizer", "metrics"),
+    ("presets",),
+    ("checkpoint", "diagnostics"),
+    ("hosts",),
+    ("lab",),
+)
+"""A room may import its own modules and rooms of floors below; on a shared floor, the ones named in `BESIDE`."""
+
+BESIDE = {("parts", "views"), ("optimizer", "metrics"), ("metrics", "optimizer")}
+
+
+def test_rooms_are_acyclic():
+    level = {room: i for i, floor in enumerate(FLOORS) for room in floor}
+
     def rule(module):
-        allowed = LINEAR_ALGEBRA | {"_types"}
-        if module.room not in allowed:
-            allowed = allowed | {"structures"}
+        for name in module.internal():
+            room = name.split(".")[0]
+            if room in level and room != module.room and (module.room, room) not in BESIDE:
+                yield from [f"imports {name}"] if level[room] >= level[module.room] else []
+
+    assert not broken([module for module in MODULES if module.room in level], rule)
+
+
+def test_structures_know_matrices_alone():
+    def rule(module):
+        allowed = {"_types", "linalg", "structures"}
         yield from (f"imports {name}" for name in module.internal() if name.split(".")[0] not in allowed)
 
-    assert not broken([module for module in CORE if module.room in LINEAR_ALGEBRA | {"structures"}], rule)
+    assert not broken([module for module in CORE if module.room == "structures"], rule)
+
+
+def test_a_step_on_one_process_passes_no_distributed_module():
+    """Of the modules from a gradient to the weight, which only look up whether something is distributed."""
+    walk = ("step", "bucket", "update_size", "rounding", "root_retry", "refresh_schedule")
+    modules = [module for module in MODULES if module.name in ("parts", *(f"optimizer.{name}" for name in walk))]
+    assert len(modules) == len(walk) + 1
+    assert not broken(modules, lambda m: (f"imports {n}" for n in m.internal() if n.startswith("distributed")))
+
+
+def test_no_public_function_hides_a_module():
+    def rule(module):
+        inside = {n.rpartition(".")[2] for n in NAMES if n.rpartition(".")[0] == module.name}
+        defined = {node.name for node in module.tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        yield from (f"{name} is a module and a function" for name in inside & defined)
+
+    assert not broken([module for module in MODULES if module.path.stem == "__init__"], rule)
 
 
 def test_the_core_needs_torch_and_einops_alone():

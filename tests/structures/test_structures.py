@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import asgo.structures
 from asgo.linalg.inverse_root import TOLERANCE
 from asgo.structures import (
     Algebra,
@@ -345,3 +346,30 @@ def test_memory_is_that_of_the_preconditioned_side(side):
             "gram": (2, k, k),
             "root": (2, k, k),
         }
+
+
+# ---- names of version 0.1 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Kronecker", TwoSided), ("Blockwise", BlockMean), ("DenseBlocks", BlockDiagonal), ("Difference", MomentumChange)],
+)
+def test_old_names_of_structures_work_with_a_warning(old, new):
+    with pytest.warns(DeprecationWarning, match=f"asgo.structures.{old} is called {new.__name__} now"):
+        assert getattr(asgo.structures, old) is new
+
+
+def test_a_structure_with_the_old_names_of_methods_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"Old.measure is called compute_statistic now"):
+
+        class Old(BlockMean):
+            def measure(self, grad):
+                return grad.square()
+
+            def refresh(self, state, root, eps):
+                return root(torch.eye(2)[None].repeat(len(state["exp_avg_sq"]), 1, 1), eps)[1]
+
+    structure, like = Old("entry", 1e-8), torch.ones(3, 2, 2)
+    assert torch.equal(structure.compute_statistic(2 * like), 4 * like)
+    assert structure.compute_root(structure.init(like)).tolist() == [True] * 3
