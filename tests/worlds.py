@@ -40,7 +40,7 @@ class World:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def __call__(self, function, *args, seconds=120):
+    def __call__(self, function, *args, seconds=600):
         """What the function returns on every rank; all of them call it with the same arguments."""
         self.ask(function, *args)
         answers, left = {}, time.monotonic() + seconds

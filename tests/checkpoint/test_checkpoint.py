@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from asgo import ASGO, checkpoint, route
+from asgo.checkpoint import files
 from asgo.views import MATRIX
 
 
@@ -117,7 +118,7 @@ def test_a_disk_that_is_full_while_tensors_are_written(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with pytest.raises(OSError, match="cannot write|No space left"), open("/dev/full", "wb") as file:
-        checkpoint._write({"a": torch.ones(1 << 16)}, file, "o.pt")
+        files._write({"a": torch.ones(1 << 16)}, file, "o.pt")
 
 
 def test_a_broken_file_is_named(tmp_path):
