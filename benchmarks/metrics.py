@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from asgo.lab.bench.timing import seconds
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from asgo import ASGO, route
+from benchmarks.speed.timing import seconds
 
 
 def taken(run: Callable[[], object], device: torch.device) -> float:
@@ -49,7 +49,7 @@ def measured(
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=width // 64)
-    model = GPT2LMHeadModel(config).to(device)
+    model = GPT2LMHeadModel(config).to(device)  # pyright: ignore[reportArgumentType]
     optimizer = ASGO(route(model), **options)
     for param in model.parameters():
         param.grad = torch.randn_like(param)

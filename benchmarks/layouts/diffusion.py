@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import diffusers
+import diffusers  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor, nn
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import litgpt
+import litgpt  # pyright: ignore[reportMissingImports]
 import torch
-from litgpt.config import name_to_config
+from litgpt.config import name_to_config  # pyright: ignore[reportMissingImports]
 
 from benchmarks.layouts.trace import Table, trace
 

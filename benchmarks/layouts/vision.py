@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import sys
 
-import timm
+import timm  # pyright: ignore[reportMissingImports]
 import torch
 from torch import nn
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from asgo import ASGO, route
 from asgo.lab.config.runs import ModelConfig
-from asgo.lab.data.batches import Data, DataConfig, open_data
+from asgo.lab.data.batches import DataConfig, open_data
 from asgo.lab.models.language import build_model, token_loss
 from asgo.optimizer.rounding import Rounding, init_residual, seed_of, widened, write_rounded_
 
@@ -96,7 +96,7 @@ def run(mode: str, seed: int, steps: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def validation(net: nn.Module, data: Data) -> float:
+def validation(net: nn.Module, data: Any) -> float:
     """The mean loss over 128 held-out blocks."""
     total, tokens = 0.0, 0
     for inputs, targets in data.validation(16, 128):

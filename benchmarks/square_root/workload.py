@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asgo.lab.data.corpora import read_shakespeare
+from asgo.lab.data.pinned import PINNED
 
 HELD_OUT = 0.1
 
@@ -65,7 +65,7 @@ class CharGPT(nn.Module):
 
 def tokens() -> tuple[Tensor, Tensor, int]:
     """Training and held-out characters of Shakespeare as numbers, and how many different ones there are."""
-    text = read_shakespeare()
+    text = PINNED["shakespeare"].read()
     table = {character: i for i, character in enumerate(sorted(set(text)))}
     ids = torch.tensor([table[character] for character in text])
     cut = int(len(ids) * (1 - HELD_OUT))

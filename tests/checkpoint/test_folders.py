@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from asgo import ASGO, DASGO, View, checkpoint, route
-from asgo.checkpoint import sharded
+from asgo.checkpoint import files, sharded
 from worlds import World
 
 
@@ -86,7 +86,7 @@ def patched(owner, name, new):
 MOMENTS = {
     "the first file": (1, dcp.FileSystemWriter, "write_data"),
     "torch's index": (0, dcp.FileSystemWriter, "finish"),
-    "the last file": (0, checkpoint, "save"),
+    "the last file": (0, files, "save"),
 }
 """After what a rank of the two stands still until it is killed."""
 
@@ -285,7 +285,7 @@ def damaged_and_refused(folder):
     messages = []
     for owner, name, new in (
         (dcp.FileSystemWriter, "write_data", full),
-        (checkpoint, "save", full_at_the_end),
+        (files, "save", full_at_the_end),
     ):
         with patched(owner, name, new):
             messages.append(message_of(sharded.save, folder / "next", called, optimizer))

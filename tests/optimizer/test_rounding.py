@@ -258,8 +258,8 @@ def test_it_is_one_graph_that_is_compiled_once(mode):
     ("mode", "message"),
     [
         ("up", r"^rounding must be one of 'nearest', 'stochastic', 'compensated'; got 'up'\.$"),
-        ("stochastic", r"^rounding 'stochastic' needs seeds, .*asgo\.rounding\.seed_of\.$"),
-        ("compensated", r"^rounding 'compensated' needs residuals, .*asgo\.rounding\.init_residual\.$"),
+        ("stochastic", r"^rounding 'stochastic' needs seeds, .*asgo\.optimizer\.rounding\.seed_of\.$"),
+        ("compensated", r"^rounding 'compensated' needs residuals, .*asgo\.optimizer\.rounding\.init_residual\.$"),
     ],
 )
 def test_errors_come_before_anything_changes(mode, message):

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from asgo._types import Root, Stack, State
-from asgo.linalg.inverse_root import ROOTS
+from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.linalg.matmul import exact_matmul
 from asgo.optimizer.hyperparameters import STEP_DEFAULTS
@@ -33,14 +32,10 @@ class Momenta(OneCall):
     Args:
         inner: what preconditions D.
         decays: ``b_k``.
-        root: of an inner structure that has one.
-        eps: of that root.
     """
 
     inner: Structure
     decays: tuple[float, ...]
-    root: str = "auto"
-    eps: float = 1e-6
 
     def init(self, like: Stack) -> State:
         """Zeros beside the state of the inner structure."""
@@ -56,7 +51,7 @@ class Momenta(OneCall):
             return self.inner.update(state, D, D, beta2)
         with exact_matmul(D.device):
             self.inner.update_statistic(state, self.inner.compute_statistic(D), beta2)
-            ok = self.inner.compute_root(state, ROOTS[self.root], self.eps)
+            ok = self.inner.compute_root(state)
             return self.inner.precondition(state, D), ok
 
     def _mean(self, state: State, grad: Stack) -> Stack:
@@ -80,9 +75,9 @@ class Momenta(OneCall):
         """As the inner structure."""
         self.inner.update_statistic(state, measurement, beta2)
 
-    def compute_root(self, state: State, root: Root, eps: float) -> Tensor:
+    def compute_root(self, state: State) -> Tensor:
         """As the inner structure."""
-        return self.inner.compute_root(state, root, eps)
+        return self.inner.compute_root(state)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """As the inner structure."""
@@ -100,9 +95,8 @@ class Momenta(OneCall):
 class MomentaASGO(StructuredOptimizer):
     """`ASGO` with the mean of several momenta, see `Momenta`, in the place of one.
 
-    Their ages ``1 / (1 - b_k)`` lie evenly in logarithms from that of ``betas[0]`` divided by `sharded_keys` to
-    `sharded_keys`
-    times it. Vectors, embeddings and output heads are AdamW's.
+    Their ages ``1 / (1 - b_k)`` lie evenly in logarithms from that of ``betas[0]`` divided by `spread` to
+    `spread` times it. Vectors, embeddings and output heads are AdamW's.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
@@ -148,8 +142,11 @@ class MomentaASGO(StructuredOptimizer):
     def structure(self, group: dict[str, Any]) -> Structure:
         """ASGO's, behind the momenta."""
         cross, root = group["cross_normalize"], group["root"]
-        inner = SquareRoot(cross_normalize=cross) if root == "square_root" else OneSided(cross_normalize=cross)
-        return Momenta(inner, decays(group["betas"][0], group["momenta"], group["spread"]), root, group["eps"])
+        if root == "square_root":
+            inner = SquareRoot(cross_normalize=cross)
+        else:
+            inner = OneSided(cross_normalize=cross, root=root, eps=group["eps"])
+        return Momenta(inner, decays(group["betas"][0], group["momenta"], group["spread"]))
 
 
 def decays(middle: float, number: int, spread: float) -> tuple[float, ...]:

@@ -94,7 +94,7 @@ def trained(layout, dtype, options):
     params, optimizer = build(layout, dtype, options)
     train(params, optimizer)
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in params.items()}
-    kinds = {name: optimizer._division._placements[p].kind for name, p in params.items()}
+    kinds = {name: optimizer._partition._strategies[p].kind for name, p in params.items()}
     roots = {name: optimizer.state[p]["sqrt"].clone() for name, p in params.items()}
     return {name: p.detach().double() for name, p in whole.items()}, kinds, optimizer.failures(), roots
 
@@ -120,7 +120,7 @@ def test_several_processes_are_one_in_float64(worlds, layout, size, options):
     for params, kinds, counts, _ in worlds(size)(trained, layout, torch.float64, options):
         assert max(distances(params, expected).values()) < 1e-8
         if layout in CUTS:
-            assert {name for name, kind in kinds.items() if kind == "summed"} == SUMMED
+            assert {name for name, kind in kinds.items() if kind == "partial_sums"} == SUMMED
             assert {name: counts[name] for name in SUMMED} == dict.fromkeys(SUMMED, 1)
         elif layout == "ddp":
             assert counts == failures
@@ -173,7 +173,7 @@ def mlp(layout):
         optimizer.step()
         optimizer.zero_grad()
     named = dict(model.named_parameters())
-    kinds = {name: where.kind for name, p in named.items() if (where := optimizer._division._placements.get(p))}
+    kinds = {name: where.kind for name, p in named.items() if (where := optimizer._partition._strategies.get(p))}
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named.items()}, kinds
 
 
@@ -183,7 +183,7 @@ def test_what_torch_cuts(worlds, layout, name, size):
     expected, _ = mlp(None)
     for params, kinds in worlds(size)(mlp, layout):
         assert max(distances(params, expected).values()) < 1e-8
-        assert kinds[name] == "summed"
+        assert kinds[name] == "partial_sums"
 
 
 def work(layout):
