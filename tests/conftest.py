@@ -23,6 +23,10 @@ SLOW = (
         "test_folders.py",
         "test_gpu_benchmark.py",
         "test_hosts.py",
+        "test_hosts_sharded.py",
+        "test_benchmarks.py",
+        "test_layouts_traced.py",
+        "test_packaging.py",
         "test_step_memory.py",
     ),
 )

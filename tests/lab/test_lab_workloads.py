@@ -456,7 +456,7 @@ def test_an_empty_folder_and_a_missing_package(tuned, tmp_path, monkeypatch):
 
 
 def documented():
-    page = (Path(__file__).parent.parent / "docs" / "reproductions.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reproductions.md").read_text()
     return [line.split()[1:] for line in page.splitlines() if line.startswith("asgo train --corpus.name")]
 
 
