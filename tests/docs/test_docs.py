@@ -366,7 +366,7 @@ def test_theory_tables():
 def test_flags_exist():
     launchers = {"--nproc_per_node", "--shutdown-timeout", "--multi_gpu", "--num_processes"}
     hosts = {"--opt", "--opt-kwargs"}
-    known = {"--help", "--version", "--no-deps"} | launchers | hosts
+    known = {"--help", "--version", "--no-deps", "--workload", "--logdir"} | launchers | hosts
     benches, experiments = BENCHMARKS.values(), EXPERIMENTS.values()
     looks = (RoutingConfig, GradientsConfig, AdviceConfig)
     for kind in (TrainConfig, CompareConfig, PlanConfig, *looks, *benches, *experiments):

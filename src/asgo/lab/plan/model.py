@@ -9,10 +9,19 @@ import torch
 from torch import nn
 
 from asgo.lab.errors import LabError
-from asgo.lab.models.architectures import GPT2_BLOCK, GPT2_VOCABULARY, PRESETS, PUBLISHED, Published, build
+from asgo.lab.models.architectures import (
+    GPT2_BLOCK,
+    GPT2_VOCABULARY,
+    IMAGE_FAMILIES,
+    PRESETS,
+    PUBLISHED,
+    Published,
+    build,
+)
 from asgo.lab.packages import need
 
-KNOWN = {name: Published(shape, GPT2_VOCABULARY, GPT2_BLOCK) for name, shape in PRESETS.items()} | PUBLISHED
+TEXT = {name: shape for name, shape in PRESETS.items() if shape.family not in IMAGE_FAMILIES}
+KNOWN = {name: Published(shape, GPT2_VOCABULARY, GPT2_BLOCK) for name, shape in TEXT.items()} | PUBLISHED
 
 
 class PlannedModel(NamedTuple):
