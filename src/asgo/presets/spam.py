@@ -55,7 +55,7 @@ class SpikeClipping(StepHook):
 
     def on_group(self, optimizer: StructuredOptimizer, group: dict[str, Any]) -> None:
         """Start the count and the mean squares of a group."""
-        group["spam_step"] = steps_of(optimizer.param_groups)
+        group["spam_step"] = steps_of(optimizer.param_groups[:1])  # all have the same
         for param in group["params"]:
             find(param, None, "SPAM")  # all ranks create its process group now
             _mean_square(optimizer, param)
