@@ -13,6 +13,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn

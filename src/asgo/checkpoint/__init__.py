@@ -6,7 +6,7 @@ from typing import Any
 from asgo.checkpoint.by_name import FORMAT, load_named_state_dict, named_state_dict
 from asgo.checkpoint.files import load, save
 
-__all__ = ["FORMAT", "load", "load_named_state_dict", "named_state_dict", "save", "sharded"]
+__all__ = ["FORMAT", "load", "load_named_state_dict", "named_state_dict", "save", "sharded"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
