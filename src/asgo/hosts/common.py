@@ -69,6 +69,8 @@ def recording(optimizer: Any) -> StructuredOptimizer:
     """
     found = structured(optimizer)
     if found is None:
+        while hasattr(optimizer, "optimizer"):  # the framework's wrappers, which the user has not written
+            optimizer = optimizer.optimizer
         raise TypeError(f"MetricsCallback needs an optimizer of asgo; got {type(optimizer).__name__}.")
     return found
 
