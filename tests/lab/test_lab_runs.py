@@ -217,7 +217,7 @@ def test_losses_at_the_mean_of_the_last_weights(config, monkeypatch, share):
     last = seen[-round(share * config.steps) :]
     trainer = Trainer(replace(config, out=config.out.with_name("other"), tail_average=0.0))
     trainer.raw.load_state_dict({key: sum(each[key] for each in last) / len(last) for key in last[0]})
-    assert result["val_loss"] == pytest.approx(trainer._validation_loss(config.cadence.eval_blocks), rel=1e-6)
+    assert result["val_loss"] == pytest.approx(trainer._validate(config.cadence.eval_blocks)["val_loss"], rel=1e-6)
     with pytest.raises(LabError, match="pass another --parallel than fsdp2"):
         Trainer(replace(config, machine=replace(config.machine, parallel="fsdp2")))
 
