@@ -13,7 +13,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from asgo import ASGO
 from asgo.structures import SquareRoot
-from worlds import World
 
 MATRICES = {
     "tall": ((60, 4), 0),
@@ -25,20 +24,6 @@ MATRICES = {
 """Shapes, and the axis that ranks cut."""
 SUMMED = {"tall", "wide", "twin"}
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    made = {}
-
-    def world(size):
-        if size not in made:
-            made[size] = World(size)
-        return made[size]
-
-    yield world
-    for each in made.values():
-        each.end()
 
 
 def shards(dim):

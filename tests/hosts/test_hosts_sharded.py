@@ -8,24 +8,9 @@ import pytest
 import torch
 
 from asgo import ASGO
-from worlds import World
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 STEPS, SAVED, WAIT = 6, 3, 600
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    made = {}
-
-    def world(size):
-        if size not in made:
-            made[size] = World(size)
-        return made[size]
-
-    yield world
-    for each in made.values():
-        each.end()
 
 
 class Counting(torch.utils.data.Dataset):

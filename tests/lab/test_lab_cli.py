@@ -265,7 +265,7 @@ def test_listed_bytes_are_those_of_a_step_with_values(name):
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     optimizer.step()
-    assert held_bytes(build_optimizer(empty, OptimizerConfig(name=name))) == state_bytes(optimizer)
+    assert held_bytes(build_optimizer(empty, OptimizerConfig(name=name)), empty) == state_bytes(optimizer)
 
 
 @pytest.mark.parametrize("name", ["dasgo", "adam-mini", "spam", "asgo", "muon", "adamw"])

@@ -66,16 +66,15 @@ def _model(config: OptimizersConfig) -> nn.Module:
 
 def _row(name: str, model: nn.Module) -> tuple[str, ...]:
     spec, optimizer = OPTIMIZERS[name], build_optimizer(model, OptimizerConfig(name=name))
-    size, work = f"{held_bytes(optimizer):,}", f"{operations(optimizer):.3g}"
+    size, work = f"{held_bytes(optimizer, model):,}", f"{operations(optimizer):.3g}"
     return name, str(spec.year), spec.memory, size, spec.cost, work, spec.paper
 
 
-def held_bytes(optimizer: Optimizer) -> int:
+def held_bytes(optimizer: Optimizer, model: nn.Module) -> int:
     """Bytes of the state after a step. Those of torch make it in the first step, so one is taken, with no values."""
     if structured(optimizer) is None:
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = torch.empty_like(param)
+        for param in model.parameters():
+            param.grad = torch.empty_like(param)
         optimizer.step()
     return state_bytes(optimizer)
 

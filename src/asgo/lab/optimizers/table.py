@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import Muon as TorchMuon
@@ -89,6 +90,19 @@ class OptimizerSpec:
     routing: frozenset[str] = frozenset()
 
 
+def _preset(preset: type[Any], adamw_lr: float | None, weight_decay: float) -> OptimizerSpec:
+    """The row of a preset behind `asgo.route`, with what the class says of itself."""
+    return OptimizerSpec(
+        f"`{preset.__name__}`",
+        by_route(preset),
+        preset,
+        adamw_lr=adamw_lr,
+        weight_decay=weight_decay,
+        routing=_ROUTING,
+        **asdict(preset.info),
+    )
+
+
 # The learning rates of asgo, adamw and muon are those of the recorded search in benchmarks/shakespeare. Those of dasgo
 # to agd are starting points: the best of three to eight on the tiny model, 250 steps of one seed, not recorded.
 OPTIMIZERS: dict[str, OptimizerSpec] = {
@@ -110,69 +124,13 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         routing=_ROUTING,
         **asdict(replace(ASGO.info, lr=1e-2, memory="d + 2 k^2")),
     ),
-    "dasgo": OptimizerSpec(
-        "`DASGO`",
-        by_route(DASGO),
-        DASGO,
-        adamw_lr=None,
-        weight_decay=0.1,
-        routing=_ROUTING,
-        **asdict(DASGO.info),
-    ),
-    "bag": OptimizerSpec(
-        "`BAG`",
-        by_route(BAG),
-        BAG,
-        adamw_lr=5e-3,
-        weight_decay=0.0,
-        routing=_ROUTING,
-        **asdict(BAG.info),
-    ),
-    "bagm": OptimizerSpec(
-        "`BAGM`",
-        by_route(BAGM),
-        BAGM,
-        adamw_lr=None,
-        weight_decay=0.1,
-        routing=_ROUTING,
-        **asdict(BAGM.info),
-    ),
-    "adagram": OptimizerSpec(
-        "`AdaGram`",
-        by_route(AdaGram),
-        AdaGram,
-        adamw_lr=5e-3,
-        weight_decay=0.0,
-        routing=_ROUTING,
-        **asdict(AdaGram.info),
-    ),
-    "one-sided-shampoo": OptimizerSpec(
-        "`OneSidedShampoo`",
-        by_route(OneSidedShampoo),
-        OneSidedShampoo,
-        adamw_lr=5e-3,
-        weight_decay=0.0,
-        routing=_ROUTING,
-        **asdict(OneSidedShampoo.info),
-    ),
-    "shampoo": OptimizerSpec(
-        "`Shampoo`",
-        by_route(Shampoo),
-        Shampoo,
-        adamw_lr=5e-3,
-        weight_decay=0.0,
-        routing=_ROUTING,
-        **asdict(Shampoo.info),
-    ),
-    "adablock": OptimizerSpec(
-        "`AdaBlock`",
-        by_route(AdaBlock),
-        AdaBlock,
-        adamw_lr=None,
-        weight_decay=0.1,
-        routing=_ROUTING,
-        **asdict(AdaBlock.info),
-    ),
+    "dasgo": _preset(DASGO, adamw_lr=None, weight_decay=0.1),
+    "bag": _preset(BAG, adamw_lr=5e-3, weight_decay=0.0),
+    "bagm": _preset(BAGM, adamw_lr=None, weight_decay=0.1),
+    "adagram": _preset(AdaGram, adamw_lr=5e-3, weight_decay=0.0),
+    "one-sided-shampoo": _preset(OneSidedShampoo, adamw_lr=5e-3, weight_decay=0.0),
+    "shampoo": _preset(Shampoo, adamw_lr=5e-3, weight_decay=0.0),
+    "adablock": _preset(AdaBlock, adamw_lr=None, weight_decay=0.1),
     "adam-mini": OptimizerSpec(
         "`AdamMini`, of everything",
         adam_mini,
@@ -181,15 +139,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         weight_decay=0.1,
         **asdict(AdamMini.info),
     ),
-    "agd": OptimizerSpec(
-        "`AGD`",
-        by_route(AGD),
-        AGD,
-        adamw_lr=5e-3,
-        weight_decay=0.1,
-        routing=_ROUTING,
-        **asdict(AGD.info),
-    ),
+    "agd": _preset(AGD, adamw_lr=5e-3, weight_decay=0.1),
     "spam": OptimizerSpec(
         "`SPAM` around AdamW",
         spam,
