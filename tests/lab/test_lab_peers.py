@@ -284,11 +284,12 @@ def test_matrices_of_a_view_are_parameters_of_the_inner_optimizer(view, shape):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: Muon(p, second_moment="rows"), "second_moment must be one of none, row, element; got 'rows'"),
-        (lambda p: SOAP(p, sides="left"), "SOAP: sides must be 'both' or 'short'; got 'left'"),
-        (lambda p: AveragedShampoo(p, power=2.0), "power must be None or from 0 .* got 2.0"),
+        (lambda p: Muon(p, second_moment="rows"), "second_moment must be one of 'none', 'row', 'element'; got 'rows'"),
+        (lambda p: SOAP(p, sides="left"), "SOAP: sides must be one of 'both', 'short'; got 'left'"),
+        (lambda p: AveragedShampoo(p, power=2.0), r"power must be None or a number in \(0, 1\]; got 2.0"),
         (lambda p: Muon(p, momentum=1.0), "betas must be"),
-        (lambda p: MomentaASGO(p, momenta=1), "momenta must be 2 or more and spread above 1; got 1, 3.0"),
+        (lambda p: MomentaASGO(p, momenta=1), "momenta must be a whole number >= 2; got 1"),
+        (lambda p: MomentaASGO(p, spread=1.0), "spread must be a finite number > 1; got 1.0"),
     ],
 )
 def test_what_the_peers_refuse(make, message):

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asgo import ASGO, SPAM, AdamMini, Rule, metrics, route
+from asgo import ASGO, SPAM, AdamMini, Rule, route
 from asgo.diagnostics.statistic import conditioning
 from asgo.linalg.packed_symmetric import pack
+from asgo.optimizer.metrics import residuals
 from asgo.structures import OneSided, Packed
 from asgo.views import fused_qkv
 from family import every_preset, without_decay
@@ -245,7 +246,7 @@ def root_state(k, stretch, seed=0):
 @pytest.mark.parametrize("k", [1, 4, 33])
 @pytest.mark.parametrize("stretch", [0.0, 1e-3, -0.1])
 def test_of_a_root_off_by_a_factor_the_residual_is_exact(k, stretch):
-    found = metrics.residuals(OneSided(), {"root": "auto", "eps": 1e-3}, root_state(k, stretch))
+    found = residuals(OneSided(), {"root": "auto", "eps": 1e-3}, root_state(k, stretch))
     assert found.tolist() == pytest.approx([abs((1 + stretch) ** 2 - 1)] * 2, abs=1e-10)
 
 
@@ -258,7 +259,7 @@ def test_it_estimates_the_residual_of_any_error():
         error = torch.randn(2, 16, 16, dtype=torch.float64, generator=dice)
         state["root"] += 1e-2 * (error + error.mT)
         group = {"root": "auto", "eps": 1e-3}
-        estimated += metrics.residuals(OneSided(), group, state).square().tolist()
+        estimated += residuals(OneSided(), group, state).square().tolist()
         exact += conditioning(OneSided(), group, {**state, "exp_avg": state["gram"]}, 0)[1].square().tolist()
     ratios = torch.tensor(estimated) / torch.tensor(exact)
     assert abs(float(ratios.mean()) - 1) < 4 * float(ratios.std()) / len(ratios) ** 0.5
@@ -270,11 +271,11 @@ def test_packed_state_has_the_same_residual():
     packed = Packed(OneSided())
     group = {"root": "auto", "eps": 1e-3}
     small = {key: pack(x) for key, x in state.items()}
-    torch.testing.assert_close(metrics.residuals(packed, group, small), metrics.residuals(OneSided(), group, state))
+    torch.testing.assert_close(residuals(packed, group, small), residuals(OneSided(), group, state))
 
 
 def test_where_there_is_no_such_root_there_is_no_residual():
-    assert metrics.residuals(OneSided(), {"root": "outside", "eps": 1e-3}, root_state(3, 0.0)) is None
+    assert residuals(OneSided(), {"root": "outside", "eps": 1e-3}, root_state(3, 0.0)) is None
     for options, kept in (({}, True), ({"root": "square_root"}, False)):
         model = Net()
         optimizer = ASGO(groups(model), **options)

@@ -123,7 +123,9 @@ SHARED: dict[str, Constraint] = {
     "precondition_frequency": whole("a whole number of steps"),
     "statistic": one_of("gradient", "momentum"),
     "nesterov": FLAG,
-    "cross_normalize": one_of(*(True, False), "element"),
+    "cross_normalize": Constraint(
+        lambda value: isinstance(value, bool) or value == "element", "one of True, False, 'element'"
+    ),
     "side": one_of("auto", "left", "right"),
     "adjust_lr": one_of(*SCALINGS),
     "root": one_of(*ROOTS, "square_root"),

@@ -14,11 +14,11 @@ from torch import Tensor
 from asgo._types import Stack
 from asgo.linalg.masked import masked_lerp_, where
 from asgo.linalg.matmul import exact_matmul
-from asgo.metrics import Recorder
 from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, make_buckets
 from asgo.optimizer.hyperparameters import adamw_of, learning_rate
+from asgo.optimizer.metrics import Recorder
 from asgo.optimizer.refresh_schedule import is_due
 from asgo.optimizer.state import check_form, check_shape, move_state_to_param, renew
 from asgo.optimizer.update_size import SCALINGS
@@ -114,7 +114,7 @@ class StructuredOptimizer(GroupedOptimizer):
         ``update_rms``: root mean square of what the step added, weight decay and rounding aside, ``weight_rms``: of the
         weights after it, ``ratio``: of the two, ``gradient_norm``: Frobenius norm, ``failures``: see `failures`, and,
         for `ASGO` with an inverse root, ``root_residual``: an estimate of ``||Z A Z - I||_F / sqrt(k)``, the worst of
-        its matrices, of the root Z in use and the damped statistic A of now (see `asgo.metrics.residuals`).
+        its matrices, of the root Z in use and the damped statistic A of now (see `asgo.optimizer.metrics.residuals`).
 
         All are of whole parameters. Where parameters are sharded (`DTensor`, or ``distribute(shard_state=True)``) all
         ranks must call it, as their shares are added up. Waits for the device, once.

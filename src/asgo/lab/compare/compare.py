@@ -264,7 +264,7 @@ def _count(results: Mapping[str, Any]) -> list[str]:
     if results["reference"] is None:
         return []
     verdicts = [test["verdict"] for test in results["tests"]]
-    named = {"win": "better", "tie": "not told apart", "loss": "worse", "-": "not tested"}
+    named = {"win": "better", "tie": "not significant", "loss": "worse", "-": "not tested"}
     counts = ", ".join(f"{verdicts.count(key)} {word}" for key, word in named.items() if verdicts.count(key))
     return [f"against {results['reference']}, by final loss with p < {LEVEL}: {counts or 'nothing to compare'}"]
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.linalg.matmul import exact_matmul
-from asgo.optimizer.hyperparameters import STEP_DEFAULTS
+from asgo.optimizer.hyperparameters import SHARED, STEP_DEFAULTS, Constraint, from_arguments, is_number, one_of, whole
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import OneCall, OneSided, SquareRoot, Structure
 from asgo.structures.base import active_mask, ema_denominator, update_ema_weight
@@ -111,6 +111,12 @@ class MomentaASGO(StructuredOptimizer):
     """
 
     step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "adjust_lr": "rms"}
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        **SHARED,
+        "momenta": whole(low=2),
+        "spread": Constraint(lambda value: is_number(value, 1) and value > 1, "a finite number > 1"),
+        "root": one_of("auto", "square_root"),
+    }
 
     def __init__(
         self,
@@ -124,20 +130,7 @@ class MomentaASGO(StructuredOptimizer):
         cross_normalize: Cross = True,
         root: Literal["auto", "square_root"] = "auto",
     ) -> None:
-        if not (isinstance(momenta, int) and momenta >= 2 and spread > 1):
-            raise ValueError(f"MomentaASGO: momenta must be 2 or more and spread above 1; got {momenta!r}, {spread!r}.")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momenta": momenta,
-            "spread": spread,
-            "cross_normalize": cross_normalize,
-            "root": root,
-            "maximize": False,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {**from_arguments(locals()), "maximize": False})
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """ASGO's, behind the momenta."""

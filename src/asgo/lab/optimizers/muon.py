@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgo._types import Stack, State
 from asgo.linalg.polar import Plan
-from asgo.optimizer.hyperparameters import STEP_DEFAULTS
+from asgo.optimizer.hyperparameters import FLAG, SHARED, STEP_DEFAULTS, Constraint, from_arguments, one_of
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.optimizer.update_size import RMS
 from asgo.structures import SquareRoot, Structure
@@ -101,6 +101,11 @@ class Muon(StructuredOptimizer):
     """
 
     step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "statistic": "momentum"}
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        **SHARED,
+        "second_moment": one_of("none", "row", "element"),
+        "sign": FLAG,
+    }
 
     def __init__(
         self,
@@ -114,20 +119,9 @@ class Muon(StructuredOptimizer):
         sign: bool = False,
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     ) -> None:
-        if second_moment not in ("none", "row", "element"):
-            raise ValueError(f"Muon: second_moment must be one of none, row, element; got {second_moment!r}.")
-        defaults = {
-            "lr": lr,
-            "betas": (momentum, beta2),
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "second_moment": second_moment,
-            "sign": sign,
-            "precision": precision,
-            "adjust_lr": None if second_moment == "none" else "rms",
-            "maximize": False,
-        }
-        super().__init__(params, defaults)
+        given = from_arguments(locals())
+        given["betas"] = given.pop("momentum"), given.pop("beta2")
+        super().__init__(params, {**given, "adjust_lr": None if second_moment == "none" else "rms", "maximize": False})
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The orthogonal factor."""

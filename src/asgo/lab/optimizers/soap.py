@@ -14,7 +14,16 @@ from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.linalg.matmul import gram
 from asgo.linalg.spectral import decompose
-from asgo.optimizer.hyperparameters import STEP_DEFAULTS
+from asgo.optimizer.hyperparameters import (
+    FLAG,
+    SHARED,
+    STEP_DEFAULTS,
+    Constraint,
+    from_arguments,
+    is_number,
+    one_of,
+    or_none,
+)
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.structures import Structure
 from asgo.structures.base import active_mask, all_ok, masked_ema_
@@ -216,6 +225,7 @@ class SOAP(StructuredOptimizer):
     """
 
     step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "root": "eigh64"}
+    constraints: ClassVar[Mapping[str, Constraint]] = {**SHARED, "sides": one_of("both", "short")}
 
     def __init__(
         self,
@@ -229,19 +239,7 @@ class SOAP(StructuredOptimizer):
         statistic: Literal["gradient", "momentum"] = "gradient",
         adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
     ) -> None:
-        _check_sides(type(self).__name__, sides)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "sides": sides,
-            "nesterov": nesterov,
-            "statistic": statistic,
-            "adjust_lr": adjust_lr,
-            "maximize": False,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {**from_arguments(locals()), "maximize": False})
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The eigenbases of the group's sides."""
@@ -273,6 +271,12 @@ class AveragedShampoo(StructuredOptimizer):
     """
 
     step_defaults: ClassVar[Mapping[str, Any]] = {**STEP_DEFAULTS, "root": "eigh64"}
+    constraints: ClassVar[Mapping[str, Constraint]] = {
+        **SHARED,
+        "sides": one_of("both", "short"),
+        "power": or_none(Constraint(lambda value: is_number(value, 0) and 0 < value <= 1, "a number in (0, 1]")),
+        "cut": FLAG,
+    }
 
     def __init__(
         self,
@@ -290,31 +294,8 @@ class AveragedShampoo(StructuredOptimizer):
         statistic: Literal["gradient", "momentum"] = "gradient",
         adjust_lr: Literal["rms", "slice_rms"] | None = "rms",
     ) -> None:
-        _check_sides(type(self).__name__, sides)
-        if power is not None and not 0 < power <= 1:
-            raise ValueError(f"{type(self).__name__}: power must be None or from 0 (not included) to 1; got {power!r}.")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "sides": sides,
-            "power": power,
-            "cut": cut,
-            "cross_normalize": cross_normalize,
-            "nesterov": nesterov,
-            "statistic": statistic,
-            "adjust_lr": adjust_lr,
-            "maximize": False,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {**from_arguments(locals()), "maximize": False})
 
     def structure(self, group: dict[str, Any]) -> Structure:
         """The averages of the group's sides."""
         return Inverse(group["sides"], group["power"], group["cut"], group["eps"], group["cross_normalize"])
-
-
-def _check_sides(who: str, sides: str) -> None:
-    if sides not in ("both", "short"):
-        raise ValueError(f"{who}: sides must be 'both' or 'short'; got {sides!r}.")
