@@ -74,12 +74,18 @@ def train(params, optimizer, steps=STEPS, start=0):
         optimizer.step()
 
 
+def kinds_of(named, optimizer):
+    """The placement of every parameter by its name."""
+    group = optimizer.param_groups[0]
+    return {name: optimizer._strategy(param, group).kind for name, param in named.items()}
+
+
 def trained(layout, dtype, options):
     """Parameters, kinds of placement, failures and the roots that this rank has."""
     params, optimizer = build(layout, dtype, options)
     train(params, optimizer)
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in params.items()}
-    kinds = {name: optimizer._partition._strategies[p].kind for name, p in params.items()}
+    kinds = kinds_of(params, optimizer)
     roots = {name: optimizer.state[p]["sqrt"].clone() for name, p in params.items()}
     return {name: p.detach().double() for name, p in whole.items()}, kinds, optimizer.failures(), roots
 
@@ -158,8 +164,8 @@ def mlp(layout):
         optimizer.step()
         optimizer.zero_grad()
     named = dict(model.named_parameters())
-    kinds = {name: where.kind for name, p in named.items() if (where := optimizer._partition._strategies.get(p))}
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named.items()}, kinds
+    whole = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named.items()}
+    return whole, kinds_of(named, optimizer)
 
 
 @pytest.mark.parametrize(("layout", "name"), [("fully_shard", "up.weight"), ("tensor parallel", "down.weight")])
