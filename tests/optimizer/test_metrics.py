@@ -135,6 +135,22 @@ def test_one_transfer_a_read():
     assert sum("cat" in name for name in calls.names) == 1
 
 
+def test_every_so_manieth_step_is_recorded():
+    model = Net()
+    optimizer, seen = ASGO(groups(model)), []
+    optimizer.record_metrics(every=3)
+    for step in range(8):
+        backward(model, step)
+        optimizer.step()
+        seen.append(optimizer.metrics()["out.weight"]["weight_rms"] if step >= 2 else None)
+        if step in (2, 5):
+            assert seen[-1] == pytest.approx(float(model.out.weight.detach().square().mean().sqrt()))
+    assert seen[2] == seen[3] == seen[4] != seen[5] == seen[6] == seen[7]
+    for wrong in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"every must be a whole number of steps >= 0; got {wrong}"):
+            optimizer.record_metrics(wrong)
+
+
 def test_without_a_recorded_step_it_says_what_to_call():
     optimizer = ASGO(route(Net()))
     with pytest.raises(RuntimeError, match=r"no step was recorded\. Call optimizer\.record_metrics\(\) before"):

@@ -42,7 +42,7 @@ class Note:
 
 
 class Recorder:
-    """Keeps the numbers of the last step on the device; see `StructuredOptimizer.metrics`.
+    """Keeps the numbers of one step on the device; see `StructuredOptimizer.metrics`.
 
     A step tells it the norms that it has computed anyway, and it adds one pass over the updates, one over the weights
     and, for AdamW's parameters, one over the gradients. Nothing waits for a device before `read`.
@@ -52,11 +52,6 @@ class Recorder:
         self._notes: list[Note] = []
         self._strategies: dict[Tensor, Strategy] = {}
         self._matrices: dict[Tensor, int] = {}
-
-    def start(self) -> None:
-        """Forget the step before."""
-        self._notes.clear()
-        self._strategies.clear()
 
     def gradients(self, bucket: Bucket, norms: Tensor) -> None:
         """Take up the norms ``(b, 1, 1)`` of the gradients of whole matrices."""

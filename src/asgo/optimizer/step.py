@@ -17,7 +17,7 @@ from asgo.linalg.matmul import exact_matmul
 from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, make_buckets
-from asgo.optimizer.hyperparameters import adamw_of, learning_rate
+from asgo.optimizer.hyperparameters import adamw_of, learning_rate, must_be
 from asgo.optimizer.metrics import Recorder
 from asgo.optimizer.refresh_schedule import is_due
 from asgo.optimizer.state import check_form, check_shape, move_state_to_param, renew
@@ -55,6 +55,8 @@ class StructuredOptimizer(GroupedOptimizer):
     """Run in this order in every step, see `StepHook`."""
 
     _recorder: Recorder | None = None
+    _record_every = 0
+    _unrecorded_steps = 0
     _recorded: Recorder | None = None
 
     @torch.no_grad()
@@ -83,8 +85,7 @@ class StructuredOptimizer(GroupedOptimizer):
         groups = self.param_groups
         for hook in self.step_hooks:
             groups = hook.before_update(self, groups)
-        if self._recorder is not None:
-            self._recorder.start()
+        self._recorder = self._recorder_of_step()
         waits: list[Wait] = []
         tasks: list[Iterator[Wait | None]] = []
         for group, plan in zip(groups, plans, strict=True):
@@ -101,12 +102,30 @@ class StructuredOptimizer(GroupedOptimizer):
             self._recorded = self._recorder
         return loss
 
-    def record_metrics(self, on: bool = True) -> None:
-        """Let the steps from now on keep what `metrics` reads, or stop that. Off until it is called.
+    def record_metrics(self, every: int = 1) -> None:
+        """Let every n-th step from now on keep what `metrics` reads. None does until this is called.
 
-        Call it before the steps that are logged; a step that is not recorded costs what it did.
+        A step that is not recorded runs the same operations as without a call of it.
+
+        Args:
+            every: steps; with 1 each step is recorded, with 50 the fiftieth from now is the first one. 0: none.
+
+        Raises:
+            ValueError: not a whole number from 0.
         """
-        self._recorder = Recorder() if on else None
+        if not isinstance(every, int) or every < 0:
+            raise ValueError(
+                must_be(f"{type(self).__name__}: record_metrics: every", "a whole number of steps >= 0", every)
+            )
+        self._record_every, self._unrecorded_steps = int(every), 0
+
+    def _recorder_of_step(self) -> Recorder | None:
+        """A recorder for the step that begins, if it is one to record."""
+        self._unrecorded_steps += 1
+        if not self._record_every or self._unrecorded_steps < self._record_every:
+            return None
+        self._unrecorded_steps = 0
+        return Recorder()
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """What the last recorded step did to every parameter that had a gradient, by the parameter's name.

@@ -191,9 +191,9 @@ class SPAM(Optimizer):
         """The optimizer's own counts."""
         return self.optimizer.failures()
 
-    def record_metrics(self, on: bool = True) -> None:
+    def record_metrics(self, every: int = 1) -> None:
         """Let the optimizer record what its steps do, see `StructuredOptimizer.record_metrics`."""
-        self.optimizer.record_metrics(on)
+        self.optimizer.record_metrics(every)
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """What the last recorded step did, see `StructuredOptimizer.metrics`; gradients are clipped."""
