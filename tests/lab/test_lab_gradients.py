@@ -172,7 +172,7 @@ def test_other_optimizers(config, name):
         ({"sample_every": 0}, "--sample-every 0 is out of range"),
         ({"microbatches": 0}, "--microbatches 0 is out of range"),
         ({"microbatches": 3}, "--microbatches 3 does not divide --batch-size 4: pass a divisor, or 1"),
-        ({"optimizer": OptimizerConfig(name="muon")}, "--optimizer.name muon is not of this library"),
+        ({"optimizer": OptimizerConfig(name="torch-muon")}, "--optimizer.name torch-muon is not of this library"),
         ({"optimizer": OptimizerConfig(name="spam")}, "has no matrices, all of its parameters go to AdamW"),
         ({"optimizer": OptimizerConfig(name="asgo", lr=-1)}, "--optimizer.lr -1"),
         ({"optimizer": OptimizerConfig(options=("rules=nowhere.json",))}, "rules=nowhere.json cannot be read"),
