@@ -9,6 +9,7 @@ from pathlib import Path
 from asgo.lab.models.architectures import PRESETS
 from asgo.lab.optimizers.table import EXTERNAL, OPTIMIZERS
 from benchmarks.speed.optimizers import BENCH_OPTIMIZERS
+from docs import results
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
 INTERVALS = {"all": "each of `--intervals`", "first": "the first of them", "every": "every step", "none": "-"}
@@ -46,6 +47,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "optimizers": optimizers,
     "bench-optimizers": bench_optimizers,
+    "results": results.summary,
+    "results-counts": results.counts,
+    "results-workloads": results.workloads,
 }
 
 
@@ -69,3 +73,5 @@ def render(page: str) -> str:
 if __name__ == "__main__":
     for path in sorted(Path(__file__).parent.glob("*.md")):
         path.write_text(render(path.read_text()))
+    for path, picture in results.pictures().items():
+        path.write_bytes(picture)

@@ -1,0 +1,116 @@
+"""The tables of ``docs/results.md``, from the records of `asgo compare` in ``benchmarks/evidence``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
+PICTURES = Path(__file__).parent / "pictures"
+VERDICTS = {"win": "better", "tie": "not significant", "loss": "worse", "-": "not tested"}
+
+
+def records() -> dict[str, Mapping[str, Any]]:
+    """The comparisons by workload, largest first."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in EVIDENCE.glob("*/results.json")}
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]["rows"]) * item[1]["config"]["steps"], item[0])))
+
+
+def pictures() -> dict[Path, bytes]:
+    """The picture of every comparison, by where the page has it."""
+    return {PICTURES / f"results-{name}.png": (EVIDENCE / name / "plot.png").read_bytes() for name in records()}
+
+
+def summary() -> str:
+    """Every optimizer on every workload against the reference."""
+    found = records()
+    entries = dict.fromkeys(row["optimizer"] for record in found.values() for row in record["rows"])
+    rows = [[f"`{entry}`", *(_against(record, entry) for record in found.values())] for entry in entries]
+    return _table(["", *(f"`{name}`" for name in found)], rows)
+
+
+def counts() -> str:
+    """Wins, ties and losses of ASGO's forms over all workloads."""
+    rows = []
+    for entry in dict.fromkeys(row["optimizer"] for record in records().values() for row in record["rows"]):
+        verdicts = [test["verdict"] for record in records().values() if (test := _test(record, entry))]
+        if verdicts:
+            rows.append([f"`{entry}`", *(str(verdicts.count(key)) for key in ("win", "tie", "loss"))])
+    return _table(["against the reference", "better", "not significant", "worse"], rows)
+
+
+def workloads() -> str:
+    """A heading, the command and the table of every workload."""
+    return "\n\n".join(_workload(name, record) for name, record in records().items())
+
+
+def _workload(name: str, record: Mapping[str, Any]) -> str:
+    reference, seeds = record["reference"], record["config"]["seeds"]
+    columns = ["", f"validation loss, {len(seeds)} seeds", f"difference from `{reference}`", "p", ""]
+    columns += [f"steps of `{reference}` / its steps", "ms per step", "failed roots"]
+    rows = [_row(record, row) for row in record["rows"]]
+    chosen = [
+        f"- `{best['entry']}`, of {best['trials']} trials"
+        + (f"; at the edge of what was tried: {', '.join(best['edges'])}" if best["edges"] else "")
+        for best in record["search"].values()
+    ]
+    again = "\n".join(record["again"].values())
+    machine, date = record["environment"]["device"], record["date"][:10]
+    return "\n\n".join(
+        [
+            f"## {name}",
+            f"```bash\n{record['command']}\n```",
+            f"{record['config']['steps']} steps; target {record['target']:.4f}, the worst last loss of `{reference}`; "
+            f"{machine}, torch {record['environment']['packages']['torch']}, {date}.",
+            _table(columns, rows),
+            f"![losses on {name} against steps and seconds](pictures/results-{name}.png)",
+            "What the search chose:",
+            "\n".join(chosen),
+            f"One run of each row again:\n\n```bash\n{again}\n```",
+        ]
+    )
+
+
+def _row(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    loss = "diverged" if row["val_loss"] is None else f"{row['val_loss']:.4f} ± {row['spread'] or 0:.4f}"
+    test, ratio = _test(record, row["optimizer"]), _ratio(record, row["optimizer"])
+    cost = [f"{1e3 * row['seconds_per_step']:.0f}" if row["seconds_per_step"] else "-", str(row["failed_roots"])]
+    if test is None:
+        return [f"`{row['optimizer']}`", loss, "", "", "reference", "", *cost]
+    difference = f"{test['difference']:+.4f} ({test['low']:+.4f} to {test['high']:+.4f})"
+    return [f"`{row['optimizer']}`", loss, difference, _p(test["p"]), VERDICTS[test["verdict"]], ratio, *cost]
+
+
+def _against(record: Mapping[str, Any], entry: str) -> str:
+    if entry == record["reference"]:
+        return "reference"
+    test = _test(record, entry)
+    return "" if test is None else f"{test['difference']:+.4f}, {VERDICTS[test['verdict']]}"
+
+
+def _test(record: Mapping[str, Any], entry: str) -> Mapping[str, Any] | None:
+    return next((test for test in record["tests"] if test["first"] == entry), None)
+
+
+def _ratio(record: Mapping[str, Any], entry: str) -> str:
+    ratio = next((ratio for ratio in record["steps_ratios"] if ratio["first"] == entry), None)
+    if ratio is None:
+        return ""
+    if ratio["missed"]:
+        return f"not reached on {ratio['missed']} of {ratio['seeds']} seeds"
+    known = ratio["ratio"] is not None and not math.isnan(ratio["ratio"])
+    tested = known and ratio["p"] is not None
+    interval = f" ({ratio['low']:.3f} to {ratio['high']:.3f})" if tested else ""
+    return f"{ratio['ratio']:.3f}{interval}" if known else "-"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
