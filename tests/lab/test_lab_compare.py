@@ -167,7 +167,7 @@ def test_a_search_gives_each_optimizer_the_same_trials_and_goes_on_where_it_was(
     """Interrupted in its third trial it repeats no trial and ends where an uninterrupted one does; its rows repeat."""
     config = replace(
         config, search=4, seeds=(0,), steps=4, reference="adamw:steps_factor=2",
-        optimizers=("muon", "adamw:steps_factor=2"), model=replace(config.model, dropout=0.0),
+        optimizers=("muon:name=ours", "adamw:steps_factor=2"), model=replace(config.model, dropout=0.0),
     )  # fmt: skip
     whole = compare(replace(config, out=config.out.with_name("whole")))
     original, count = compare_module.run_job, []
@@ -189,7 +189,7 @@ def test_a_search_gives_each_optimizer_the_same_trials_and_goes_on_where_it_was(
     assert not (config.out / "search").exists()
 
     trials = [trial["result"] for trial in trials]
-    for text, steps in (("muon", 4), ("adamw:steps_factor=2", 8)):
+    for text, steps in (("ours", 4), ("adamw:steps_factor=2", 8)):
         own = [trial for trial in trials if trial["optimizer"] == text]
         assert [(t["stage"], t["steps"], t["seed"]) for t in own] == [
             *[("wide", steps // 4, 1000)] * 2, *[("near", steps // 4, 1000)] * 2, ("full", steps, 1000)
@@ -249,6 +249,7 @@ def test_a_comparison_of_several_processes_that_was_killed_goes_on(config):
         ({"reference": "muon"}, "--reference muon is not compared: pass one of --optimizers asgo adamw:lr=0.002"),
         ({"jobs": 0}, "--jobs 0 is out of range: pass a number of processes"),
         ({"optimizers": ("asgo:steps_factor=0",)}, "steps_factor must be above 0"),
+        ({"optimizers": ("asgo:name=a", "muon:name=a")}, "--optimizers a a repeats an entry"),
     ],
 )
 def test_what_a_comparison_refuses(config, changes, message):

@@ -37,7 +37,7 @@ from asgo.lab.compare.summary import (
 )
 from asgo.lab.compare.tune import Tuning
 from asgo.lab.compare.tune import search as walk
-from asgo.lab.config.checks import validate
+from asgo.lab.config.checks import entry_name, validate
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.config.runs import CompareConfig, RunConfig, TrainConfig
 from asgo.lab.data.batches import open_data
@@ -69,7 +69,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
     validate(config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LabError("asgo compare runs in one process: start it without torchrun, or use asgo train.")
-    entries = {text: parse_entry(text) for text in config.optimizers}
+    entries = {entry.name: entry for entry in map(parse_entry, config.optimizers)}
     check_model(config)
     check_comparison(config)
     open_data(config.model_data, config.seeds[0], 0, 1)
@@ -131,9 +131,9 @@ def _folder(config: CompareConfig, text: str, seed: int) -> Path:
 
 def _tune(config: CompareConfig, entry: Entry, console: Console) -> Tuning:
     def loss(lr: float) -> float:
-        out = config.out / "tune" / _slug(entry.text) / f"lr-{lr:.6g}"
+        out = config.out / "tune" / _slug(entry.name) / f"lr-{lr:.6g}"
         run = _train_config(config, _with_lr(entry, lr), config.tune_seed, out)
-        result = run_job(RunJob(entry.text, "", "", run), console, f"[tune] {entry.text} lr {lr:.4g}")
+        result = run_job(RunJob(entry.name, "", "", run), console, f"[tune] {entry.name} lr {lr:.4g}")
         return result["val_loss"] if result["status"] == "finished" else math.inf
 
     return walk(entry.optimizer.lr or 0.0, config.tune, loss)
@@ -164,10 +164,10 @@ def _search(config: CompareConfig, entries: Mapping[str, Entry], runner: Runner)
 
 def _trial_job(config: CompareConfig, entry: Entry, trial: search.Trial) -> RunJob:
     tried = replace(entry, optimizer=search.configured(entry.optimizer, trial.values))
-    out = config.out / "search" / _slug(entry.text) / f"{trial.stage}-{trial.number}"
+    out = config.out / "search" / _slug(entry.name) / f"{trial.stage}-{trial.number}"
     run = _train_config(config, tried, config.tune_seed, out, trial.share)
     cadence = replace(run.cadence, eval_every=run.steps, checkpoint_every=run.steps)
-    return RunJob(entry.text, f"{trial.stage} {trial.number}", trial.key, replace(run, cadence=cadence))
+    return RunJob(entry.name, f"{trial.stage} {trial.number}", trial.key, replace(run, cadence=cadence))
 
 
 def _with_lr(entry: Entry, lr: float) -> Entry:
@@ -280,7 +280,7 @@ def _chosen(results: Mapping[str, Any]) -> list[str]:
 
 def _environment(config: CompareConfig) -> dict[str, Any]:
     """What the first run ran on."""
-    folder = config.out / "runs" / _slug(config.optimizers[0]) / f"seed-{config.seeds[0]}"
+    folder = config.out / "runs" / _slug(entry_name(config.optimizers[0])) / f"seed-{config.seeds[0]}"
     return read_json(folder / "environment.json")["sessions"][0]
 
 

@@ -101,7 +101,7 @@ def wide(entry: Entry, budget: int) -> list[Trial]:
     middle = centre(entry)
     count = budget // 2
     points = [middle, *(_at(middle, 1.0, unit) for unit in _sobol(count - 1))]
-    return [Trial(entry.text, "wide", i, values) for i, values in enumerate(points)]
+    return [Trial(entry.name, "wide", i, values) for i, values in enumerate(points)]
 
 
 def next_trials(

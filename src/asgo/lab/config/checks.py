@@ -10,6 +10,12 @@ LEAST_TRIALS = 4
 """Fewest trials of a search: its best quarter runs in full."""
 
 
+def entry_name(text: str) -> str:
+    """What reports call an entry of ``--optimizers``: what stands behind its key ``name``, else all of it."""
+    words = text.partition(":")[2].split(",")
+    return next((word.removeprefix("name=") for word in words if word.startswith("name=")), text)
+
+
 def validate(config: RunConfig) -> None:
     """Raise `LabError` for values that no run can use."""
     config.data.check()
@@ -19,7 +25,8 @@ def validate(config: RunConfig) -> None:
 
 
 def _check_comparison(config: CompareConfig) -> None:
-    check_distinct("optimizers", config.optimizers)
+    names = [entry_name(text) for text in config.optimizers]
+    check_distinct("optimizers", names)
     check_distinct("seeds", config.seeds)
     if (config.tune or config.search) and config.tune_seed in config.seeds:
         raise LabError(
@@ -30,10 +37,8 @@ def _check_comparison(config: CompareConfig) -> None:
         raise LabError("--tune and --search both choose learning rates: pass one of them.")
     if 0 < config.search < LEAST_TRIALS:
         raise LabError(f"--search {config.search} is too small: pass {LEAST_TRIALS} trials or more, or 0.")
-    if config.reference is not None and config.reference not in config.optimizers:
-        raise LabError(
-            f"--reference {config.reference} is not compared: pass one of --optimizers {' '.join(config.optimizers)}."
-        )
+    if config.reference is not None and config.reference not in names:
+        raise LabError(f"--reference {config.reference} is not compared: pass one of --optimizers {' '.join(names)}.")
     if config.target != "auto":
         try:
             float(config.target)

@@ -206,7 +206,7 @@ class CompareConfig(RunConfig):
 
     Args:
         optimizers: names, or name:key=value,... as in adamw:lr=0.003,weight_decay=0.1,betas=0.9/0.95; steps_factor=2
-            runs one for twice the steps.
+            runs one for twice the steps, name=tuned is what reports call it.
         seeds: seeds of the runs that are compared.
         tune: learning rates tried per optimizer before the comparison, the same number for each; 0: none.
         search: trials per optimizer, the same number for each, over lr, momentum, weight decay and AdamW's lr: short

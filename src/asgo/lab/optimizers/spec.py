@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asgo.lab.config.checks import entry_name
 from asgo.lab.config.runs import OptimizerConfig
 from asgo.lab.errors import LabError
 from asgo.lab.optimizers.registry import parse_options, resolve
@@ -18,14 +19,14 @@ class Entry:
     """One optimizer of a comparison.
 
     Args:
-        text: as it was written.
+        name: what reports call it: as it was written, or what its key ``name`` says.
         optimizer: what it describes, without open fields.
         steps_factor: it runs this many times the steps of the comparison, with a schedule of that length.
         tail_average: as of a run; None: that of the comparison.
         given: the keys that were written.
     """
 
-    text: str
+    name: str
     optimizer: OptimizerConfig
     steps_factor: float
     tail_average: float | None
@@ -33,7 +34,7 @@ class Entry:
 
 
 def parse_entry(text: str) -> Entry:
-    """The entry that `text` describes: as `parse_spec`, with ``steps_factor`` and ``tail_average`` besides.
+    """The entry that `text` describes: as `parse_spec`, with ``name``, ``steps_factor`` and ``tail_average`` besides.
 
     Raises:
         LabError: as `parse_spec`, and for a factor that is not above 0 or a share that is not from 0 to 1.
@@ -46,9 +47,9 @@ def parse_entry(text: str) -> Entry:
         raise LabError(f"optimizer {text!r}: steps_factor must be above 0. Write it as in adamw:steps_factor=2.")
     if tail is not None and not 0 <= tail <= 1:
         raise LabError(f"optimizer {text!r}: tail_average must be a share of the steps, from 0 to 1.")
-    left = ["".join(word) for word in words if word[0] not in own]
+    left = ["".join(word) for word in words if word[0] not in (*own, "name")]
     optimizer = parse_spec(f"{name}:{','.join(left)}" if left else name)
-    return Entry(text, optimizer, factor, tail, frozenset(word.partition("=")[0] for word in left))
+    return Entry(entry_name(text), optimizer, factor, tail, frozenset(word.partition("=")[0] for word in left))
 
 
 def parse_spec(text: str) -> OptimizerConfig:
