@@ -87,7 +87,22 @@ def test_views_of_real_models_are_right(name: str) -> None:
     assert found[weight].verdict in ("right", "separate, apart")
 
 
-def test_a_family_by_name() -> None:
-    found = [each.verdict for each in verdicts(*run_family("gpt_neox"))]
-    assert "right" in found
-    assert "WRONG" not in found
+FAMILIES = {
+    "gpt_neox": {"query_key_value": (48, 48, 48)},
+    "codegen": {"qkv_proj": (48, 48, 48)},
+    "gpt_bigcode": {"c_attn": (48, 12, 12)},
+    "phi3": {"qkv_proj": (48, 24, 24), "gate_up_proj": (80, 80)},
+    "modernbert": {"Wqkv": (48, 48, 48), "Wi": (80, 80)},
+    "gpt2": {"c_attn": (48, 48, 48)},
+    "mamba": {"in_proj": (80, 80), "x_proj": (3, 10, 10)},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_by_name(kind: str) -> None:
+    judged = list(verdicts(*run_family(kind)))
+    found = {each.name.split(".")[-2]: each for each in judged}
+    for name, parts in FAMILIES[kind].items():
+        assert sorted(found[name].parts) == sorted(parts)
+        assert found[name].verdict in ("right", "separate, apart")
+    assert not {"WRONG", "whole"} & {each.verdict for each in judged}
