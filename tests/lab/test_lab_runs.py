@@ -188,8 +188,8 @@ def test_plain_progress_lines(config, capsys):
         assert part in line
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_peer_trains(config, name):
+@pytest.mark.parametrize("name", ["sgd", "spam", "adam-mini", "soap", "torch-muon"])
+def test_peers_of_every_kind_train(config, name):
     config = replace(config, optimizer=OptimizerConfig(name=name), grad_accumulation=2, clip=0.0, steps=3)
     result = train(config)
     assert result["tokens"] == 3 * 2 * 2 * 16
@@ -247,8 +247,7 @@ def stop_at(monkeypatch, step, act):
     monkeypatch.setattr(Trainer, "_train_step", train_step)
 
 
-@pytest.mark.parametrize("name", ["asgo", "adamw", "muon"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("name", "number"), [("asgo", signal.SIGINT), ("adamw", signal.SIGTERM)])
 def test_stopped_by_a_signal_and_resumed(config, tmp_path, monkeypatch, name, number):
     config = replace(config, optimizer=OptimizerConfig(name=name))
     train(config)
@@ -268,7 +267,7 @@ class Killed(BaseException):
     """Stands for a process that is gone: nothing in the harness may catch it."""
 
 
-@pytest.mark.parametrize("step", [1, 4, 7])
+@pytest.mark.parametrize("step", [1, 4])
 def test_killed_between_checkpoints_and_resumed(config, tmp_path, monkeypatch, step):
     train(config)
     killed = replace(config, out=tmp_path / "killed", resume=True)
@@ -308,11 +307,11 @@ def test_killed_while_a_checkpoint_is_written(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_sigkill_at_a_random_moment_and_resumed(config, tmp_path):
     cadence = CadenceConfig(log_every=1, eval_every=50, eval_blocks=4, checkpoint_every=7)
-    config = replace(config, steps=90, cadence=cadence)
+    config = replace(config, steps=45, cadence=cadence)
     killed = replace(config, out=tmp_path / "killed")
     words = [sys.executable, "-m", "asgo.lab", *command("asgo train", killed).split()[1:]]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wanted = random.randrange(3, 80)
+    wanted = random.randrange(3, 36)
     while len(RunFolder(killed.out).metrics()) < wanted and process.poll() is None:
         time.sleep(0.01)
     process.kill()
@@ -569,3 +568,9 @@ def test_every_optimizer_routes_alike(name):
     rate = {key.partition("#")[0] if isinstance(key, str) else key: lr for key, lr in rate.items()}
     matrices, rest = split(model)
     assert rate == {key: 0.5 for key, _ in matrices} | {key: 0.25 for key, _ in rest}
+    before = {key: param.detach().clone() for key, param in model.named_parameters()}
+    gradients(model, 0)
+    optimizer.step()
+    for key, param in model.named_parameters():
+        assert param.isfinite().all(), key
+        assert not torch.equal(param, before[key]), key
