@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
+from asgo.structures import Structure
 from asgo.views import View
 
 Wait: TypeAlias = Callable[[], None]
@@ -55,6 +56,21 @@ class ParameterPart:
     def of(self, held: Tensor) -> Tensor:
         """The part, as a view into what this rank holds of its parameter."""
         return self.strategy.matrix_view.cut(held)[self.index]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupPlan:
+    """What the hyperparameters of a group make of its parameters, without their state.
+
+    Args:
+        structure: how the statistics of its matrices are kept.
+        interval: steps between refreshes of a root.
+        views: how each of its parameters is read; None is AdamW.
+    """
+
+    structure: Structure
+    interval: int
+    views: Mapping[Tensor, View | None]
 
 
 class StackedParts(Protocol):
@@ -154,7 +170,8 @@ class Strategy:
         """Whether this rank holds the state of a part with that owner."""
         return True
 
-    def has_owners(self, structure: Any) -> bool:
+    @staticmethod
+    def has_owners(structure: Any) -> bool:
         """Whether one rank refreshes the roots of a part, or does all of its work."""
         return False
 

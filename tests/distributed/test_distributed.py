@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asgo import ASGO, DASGO, route
 from asgo.checkpoint import sharded
-from asgo.distributed.ownership import WorkItem, owner_cost, owners
+from asgo.distributed.ownership import STRATEGIES, WorkItem, owners
 from asgo.optimizer.param_groups import views_of
 from asgo.optimizer.refresh_schedule import refresh_phases
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
@@ -397,15 +397,14 @@ def test_root_work_of_gpt2_is_balanced(ranks, interval, kind):
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     optimizer = ASGO(route(model), precondition_frequency=interval)
-    phase_of = refresh_phases(optimizer.param_groups, optimizer._members.views, optimizer.structure)
+    phase_of = refresh_phases(optimizer._group_plans())
     units, cubes = [], []
     for group in optimizer.param_groups:
         structure = optimizer.structure(group)
         for param, view in zip(group["params"], views_of(group), strict=True):
             for part, shape in enumerate(view.shapes(param.shape) if view else ()):
-                units.append(
-                    WorkItem(owner_cost(structure, kind, shape), tuple(range(ranks)), (interval, phase_of[param, part]))
-                )
+                cost = STRATEGIES[kind].owner_cost(structure, shape)
+                units.append(WorkItem(cost, tuple(range(ranks)), (interval, phase_of[param, part])))
                 cubes.append(shape[0] * structure.root_flops(*shape[1:]))
     chosen = owners(units)
     load = [sum(c for c, owner in zip(cubes, chosen, strict=True) if owner == rank) for rank in range(ranks)]

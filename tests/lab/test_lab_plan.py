@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from asgo import ASGO, View, report, route
+from asgo.distributed.ownership import STRATEGIES
+from asgo.distributed.planned_part import Mesh
 from asgo.lab.cli import main
 from asgo.lab.config.runs import ModelConfig
 from asgo.lab.errors import LabError
 from asgo.lab.models.language import build_model
+from asgo.lab.models.named import load
 from asgo.lab.plan.config import PlanConfig
-from asgo.lab.plan.mesh import Mesh, parse, sensible
-from asgo.lab.plan.model import load
-from asgo.lab.plan.placing import gradient_bytes, memory, place, read_parts, sent_always, sent_roots, traffic
+from asgo.lab.plan.mesh import parse, sensible
 from asgo.lab.plan.plan import parts_of, plan, plan_mesh
 from asgo.optimizer.param_groups import with_views
+from asgo.optimizer.planning import gradient_bytes, memory, place, read_parts, traffic
 from asgo.views import fused
 
 ONE = Mesh()
@@ -137,32 +139,37 @@ def odd():
 def test_shards_owners_and_bytes_are_those_of_torch_chunks(odd, mesh):
     """Who holds which entries of a part is found by cutting indices; then every entry that moves is counted."""
     for placed in place(odd, mesh, 3):
-        part, view = placed.part, placed.part.view
-        if not part.shape:
+        view = placed.view
+        if not placed.shape:
             continue
-        held = entries(part.shape, mesh, part.tp_dim)
-        index = torch.arange(math.prod(part.shape)).reshape(part.shape)
-        own = index if view is None else view.cut(index)[part.index]
+        held = entries(placed.shape, mesh, placed.tp_dim)
+        index = torch.arange(math.prod(placed.shape)).reshape(placed.shape)
+        own = index if view is None else view.cut(index)[placed.index]
         mine = [np.intersect1d(x.flatten().numpy(), own.flatten().numpy()) for x in held]
-        if part.tp_dim is not None or mesh.tp == 1:
+        if placed.tp_dim is not None or mesh.tp == 1:
             assert placed.held == tuple(map(len, mine))
         if view is None or placed.kind == "local":
             continue
-        stacks = view.stack(part.index, own).flatten(1).numpy()
+        stacks = view.stack(placed.index, own).flatten(1).numpy()
         whole = [all(np.isin(stack, rank).all() or not np.isin(stack, rank).any() for stack in stacks) for rank in mine]
         if placed.kind == "whole_slices":
             assert all(whole)
             counts = [int(np.isin(stacks[:, 0], rank).sum()) for rank in mine[:: mesh.tp // placed.across]]
             assert counts == list(placed.matrices)
         elif placed.kind == "partial_sums":
-            check_sums(placed, mesh, view.stack(part.index, own).numpy(), mine)
+            check_sums(placed, mesh, view.stack(placed.index, own).numpy(), mine)
         else:
             check_bytes(placed, mesh, mine)
 
 
+def team_of(placed, mesh):
+    """The ranks that step a part together."""
+    return list(np.ndindex(mesh.replicate, mesh.fsdp, placed.across))
+
+
 def check_sums(placed, mesh, stack, mine):
     """Every rank has whole rows, or whole columns, of all matrices; it sends their products, and the owner roots."""
-    team, (b, m, n), k = list(np.ndindex(placed.team)), placed.part.stack, min(placed.part.stack[1:])
+    team, (b, m, n), k = team_of(placed, mesh), placed.stack, min(placed.stack[1:])
     lines = {rank: np.isin(stack, mine[rank[1] * mesh.tp + rank[2]]) for rank in team}
     axis = 1 if k == n else 2  # cut where it is not preconditioned
     for held in lines.values():
@@ -178,26 +185,27 @@ def check_sums(placed, mesh, stack, mine):
             sent[owner] += 4 * b * k**2
             received[rank] += 4 * b * k**2
     norms = 4 * (3 if placed.interval == 1 else 2 + k) * b * (len(placed.held) - 1)
-    flow = sent_always(placed, 4) + sent_roots(placed)
+    strategy = STRATEGIES[placed.kind]
+    flow = placed.on_mesh(strategy.sent(placed, 4) + strategy.sent_roots(placed), mesh).numpy()
     for rank in np.ndindex(mesh.replicate, mesh.fsdp, mesh.tp):
         same = (rank[0], rank[1], rank[2] if placed.across > 1 else 0)
         assert tuple(flow[(slice(None), *rank)] - norms) == (sent[same], received[same])
     kept = memory([placed], mesh, 4)
-    assert sorted(kept["statistics"].flat)[-1] == 4 * b * k**2
+    assert sorted(kept["statistics"].flatten())[-1] == 4 * b * k**2
     assert np.count_nonzero(kept["statistics"]) == mesh.ranks // len(team)
     momentum = kept["momentum"][0, :, :: mesh.tp // placed.across]
-    assert momentum.sum() == placed.part.sizes["momentum"]
+    assert momentum.sum() == placed.state["momentum"]
 
 
 def check_bytes(placed, mesh, mine):
     """Sent and received, entry by entry, for a gradient of 2 bytes and an update of 4."""
     across = placed.across
-    team = list(np.ndindex(placed.team))
+    team = team_of(placed, mesh)
     owner = team[placed.owner]
     of = {rank: set(mine[rank[1] * mesh.tp + rank[2]].tolist()) for rank in team}
     sent, received = Counter(), Counter()
     replica = owner[0] if of[owner] else 0
-    if len(of[owner]) < placed.part.numel:
+    if len(of[owner]) < placed.numel:
         for rank in team:
             if rank[0] == replica and rank != owner:
                 sent[rank] += 2 * len(of[rank])
@@ -206,7 +214,7 @@ def check_bytes(placed, mesh, mine):
         if rank != owner:
             sent[owner] += 4 * len(of[rank])
             received[rank] += 4 * len(of[rank])
-    flow = sent_always(placed, 2)
+    flow = placed.on_mesh(STRATEGIES[placed.kind].sent(placed, 2), mesh).numpy()
     for r in range(mesh.replicate):
         for f in range(mesh.fsdp):
             for t in range(mesh.tp):
@@ -247,25 +255,25 @@ def test_bytes_in_closed_form():
     assert flows(parts, Mesh(4, zero1=True), 2, 4)[1][0].max() == 3 * 8 * 24 * 4
     sent, received = flows(parts, Mesh(fsdp=4), 2, 2)[1]
     local = 8 * 24 // 4
-    assert sorted(sent.flat) == [local * 2] * 3 + [3 * local * 4]
-    assert sorted(received.flat) == [local * 4] * 3 + [3 * local * 2]
+    assert sorted(sent.flatten()) == [local * 2] * 3 + [3 * local * 4]
+    assert sorted(received.flatten()) == [local * 4] * 3 + [3 * local * 2]
     # 30,000 x 4 in 8 shards: products of 4 x 4 to an owner, a root from it, norms of it and 4 rows
     (roots, _), (later, _) = flows(long, Mesh(fsdp=8), 2, 2)
-    assert sorted(roots.flat) == [16 * 4 + 7 * 6 * 4] * 7 + [7 * 16 * 4 + 7 * 6 * 4]
-    assert sorted(later.flat) == [7 * 6 * 4] + [16 * 4 + 7 * 6 * 4] * 7
+    assert sorted(roots.flatten()) == [16 * 4 + 7 * 6 * 4] * 7 + [7 * 16 * 4 + 7 * 6 * 4]
+    assert sorted(later.flatten()) == [7 * 6 * 4] + [16 * 4 + 7 * 6 * 4] * 7
     assert gradient_bytes(100, Mesh(4), 4) == 2 * 100 * 4 * 3 / 4
     assert gradient_bytes(100, Mesh(fsdp=4), 4) == 100 * 4 * 3 / 4
 
 
 def test_heads_and_experts_that_shards_do_not_cut_send_one_number_each(odd):
-    kinds = {p.part.name: p.kind for p in place(odd, Mesh(fsdp=4), 1) if p.part.view is not None}
+    kinds = {p.name: p.kind for p in place(odd, Mesh(fsdp=4), 1) if p.view is not None}
     assert kinds == dict.fromkeys(VIEWS, "owner_computes") | {"heads.weight": "whole_slices"}
-    assert {p.part.name for p in place(odd, Mesh(tp=2), 1) if p.kind == "whole_slices"} == {"heads.weight"}
+    assert {p.name for p in place(odd, Mesh(tp=2), 1) if p.kind == "whole_slices"} == {"heads.weight"}
     experts, heads = (p for p in place(odd, Mesh(fsdp=2), 1) if p.kind == "whole_slices")
     assert (experts.matrices, heads.matrices) == ((3, 2), (2, 2))
     assert traffic([heads], Mesh(fsdp=2), 1, 4)[0][0].tolist() == [[[8], [8]]]
     assert traffic([experts], Mesh(fsdp=2), 1, 4)[0][0].tolist() == [[[12], [12]]]  # room for three from each
-    kinds = {p.part.name: p.kind for p in place(odd, Mesh(fsdp=5), 1)}
+    kinds = {p.name: p.kind for p in place(odd, Mesh(fsdp=5), 1)}
     assert (kinds["experts"], kinds["heads.weight"]) == ("whole_slices", "owner_computes")
 
 
@@ -275,8 +283,8 @@ def test_owners_share_the_roots_of_gpt2_evenly(gpt2, mesh):
         load = Counter()
         for placed in place(gpt2, mesh, interval):
             if placed.owner is not None:
-                b, m, n = placed.part.stack
-                load[placed.owner] += b * placed.part.structure.root_flops(m, n)
+                b, m, n = placed.stack
+                load[placed.owner] += b * placed.structure.root_flops(m, n)
         assert max(load.values()) <= 1.15 * sum(load.values()) / mesh.ranks
 
 

@@ -11,8 +11,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 pytest.importorskip("asgo.lab.cli")
 
 from asgo import ASGO, View
-from asgo.lab.plan.mesh import Mesh
-from asgo.lab.plan.placing import memory, place, read_parts, traffic
+from asgo.distributed.planned_part import Mesh
+from asgo.optimizer.planning import memory, place, read_parts, traffic
 from worlds import Counted
 
 
@@ -114,7 +114,7 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(worlds, mesh, interval):
     params = sizes.pop("params")
     del sizes["gradients"]
     state = sum(sizes.values())
-    summed = {p.part.name.partition(".")[0] for p in placed if p.kind == "partial_sums"}
+    summed = {p.name.partition(".")[0] for p in placed if p.kind == "partial_sums"}
     rows = {2: {"long", "twin", "out"}, 4: {"long", "twin"}}.get(mesh.fsdp, set())
     wanted = {"wide", "down"} if mesh == Mesh(tp=2) else rows - {"out"} if mesh.tp > 1 else rows
     if interval > 1:  # triangles are half as large, so that more of them are less than the gradient
@@ -122,5 +122,5 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(worlds, mesh, interval):
         wanted = wanted | sparse.get(mesh, set())
     assert summed == wanted
     found = worlds(mesh.ranks)(one_step, mesh, dtype, interval, step)
-    said = zip(sent.flat, received.flat, state.flat, params.flat, strict=True)
+    said = zip(*(ranks.flatten() for ranks in (sent, received, state, params)), strict=True)
     assert found == [tuple(int(value) for value in rank) for rank in said]

@@ -122,7 +122,7 @@ def test_no_step_has_much_more_roots_than_the_median_step(interval, per_head):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
     optimizer = ASGO(route(model, per_head=per_head), precondition_frequency=interval)
     load = [0.0] * interval
-    phase_of = refresh_phases(optimizer.param_groups, optimizer._members.views, optimizer.structure)
+    phase_of = refresh_phases(optimizer._group_plans())
     for group in optimizer.param_groups:
         for param, view in zip(group["params"], views_of(group), strict=True):
             for part, (b, m, n) in enumerate(view.shapes(param.shape) if view else ()):

@@ -13,11 +13,17 @@ from torch.distributed import ProcessGroup
 from asgo._types import State
 from asgo.distributed.collectives import register_group
 from asgo.distributed.dtensor import is_dtensor
-from asgo.distributed.placement import find, replicated, with_partial_sums
-from asgo.distributed.strategies import STRATEGIES
-from asgo.parts import Strategy, on_one_process
+from asgo.distributed.owner_computes import OwnerComputes
+from asgo.distributed.placement import find, replicated
+from asgo.distributed.strategies import Elementwise, PartialSums, Placed, RootSharing, WholeSlices
+from asgo.parts import GroupPlan, Strategy, on_one_process
 from asgo.structures import Structure
 from asgo.views import View
+
+STRATEGIES: dict[str, type[Placed]] = {
+    cls.kind: cls for cls in (Placed, RootSharing, OwnerComputes, WholeSlices, PartialSums, Elementwise)
+}
+"""The strategy of every kind of placement."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,6 @@ class WorkItem:
     ranks: tuple[int, ...]
     refresh_phase: tuple[int, int]
     owner: int | None = None
-
-
-def owner_cost(structure: Structure, kind: str, shape: tuple[int, int, int]) -> float:
-    """What the owner of a stack ``(b, m, n)`` does, by the kind of its placement."""
-    return STRATEGIES[kind].owner_cost(structure, shape)
 
 
 def owners(units: Sequence[WorkItem]) -> list[int]:
@@ -78,14 +79,12 @@ class WorkPartition:
         self._strategies: dict[Tensor, Strategy] = {}
         self._shared: tuple[tuple[int, ...], int, bool] | None = None
 
-    def strategy(self, param: Tensor, view: View | None, structure: Structure | None) -> Strategy:
-        """Where the entries of a parameter are, and so how it is stepped; None for both without a view."""
+    def strategy(self, param: Tensor, view: View | None, structure: Structure) -> Strategy:
+        """Where the entries of a parameter are, and so how it is stepped with the structure of its group."""
         if self._shared is None and not is_dtensor(param):
             return on_one_process(view)
         if param not in self._strategies:
-            found = find(param, view, "a parameter")
-            if view is not None and structure is not None:
-                found = with_partial_sums(found, param, view, structure)
+            found = find(param, view, "a parameter", structure)
             if found.kind == "local" and self._shared is not None:
                 found = replicated(param, view, *self._shared)
             self._strategies[param] = STRATEGIES[found.kind](found)
@@ -97,33 +96,27 @@ class WorkPartition:
 
     def divide(
         self,
-        groups: Sequence[dict[str, Any]],
-        views: Mapping[Tensor, View | None],
-        structure_of: Callable[[dict[str, Any]], Structure],
-        phases: Callable[[], Mapping[tuple[Tensor, int], int]],
+        groups: Sequence[GroupPlan],
+        phases: Callable[[Sequence[GroupPlan]], Mapping[tuple[Tensor, int], int]],
     ) -> None:
         """Choose owners for parameters that should have some and have none yet.
 
         Args:
             groups: of the optimizer.
-            views: of all their parameters.
-            structure_of: gives the structure of a group.
-            phases: gives the refresh phase of every part; called if there are owners to choose.
+            phases: gives the refresh phase of every part of all groups; called if there are owners to choose.
         """
         self.begun = True
         items: dict[tuple[Tensor, int], WorkItem] = {}
         phase_of: Mapping[tuple[Tensor, int], int] | None = None
         for group in groups:
-            structure, interval = structure_of(group), group["precondition_frequency"]
-            for param in group["params"]:
-                view = views[param]
-                strategy = self.strategy(param, view, None if view is None else structure)
-                if view is None or not strategy.has_owners(structure):
+            for param, view in group.views.items():
+                strategy = self.strategy(param, view, group.structure)
+                if view is None or not strategy.has_owners(group.structure):
                     continue
-                phase_of = phases() if phase_of is None else phase_of
+                phase_of = phases(groups) if phase_of is None else phase_of
                 known = self.owners(param, view)
                 for part, shape in enumerate(view.shapes(param.shape)):
-                    cost, phase = strategy.owner_cost(structure, shape), (interval, phase_of[param, part])
+                    cost, phase = strategy.owner_cost(group.structure, shape), (group.interval, phase_of[param, part])
                     items[param, part] = WorkItem(cost, strategy.ranks, phase, known[part])
         chosen: dict[Tensor, list[int]] = {}
         for (param, _), owner in zip(items, owners(list(items.values())), strict=True):
@@ -159,19 +152,11 @@ class WorkPartition:
             self._shared = (ranks, ranks.index(dist.get_rank()), sharded)
             self._strategies.clear()
 
-    def keep_own(
-        self,
-        groups: Sequence[dict[str, Any]],
-        views: Mapping[Tensor, View | None],
-        states: Mapping[Tensor, State],
-        structure_of: Callable[[dict[str, Any]], Structure],
-    ) -> None:
+    def keep_own(self, groups: Sequence[GroupPlan], states: Mapping[Tensor, State]) -> None:
         """Let go of the state that other ranks keep from now on."""
         for group in groups:
-            structure = structure_of(group)
-            for param in group["params"]:
-                view = views[param]
-                strategy = self.strategy(param, view, None if view is None else structure)
+            for param, view in group.views.items():
+                strategy = self.strategy(param, view, group.structure)
                 strategy.keep_own(states[param], param, self.owners(param, view))
 
     def __getstate__(self) -> dict[str, Any]:

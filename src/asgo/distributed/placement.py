@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, combinations, product
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from asgo.distributed.dtensor import is_dtensor
 from asgo.structures import Structure
 from asgo.structures.base import Axis
 from asgo.views import View, axes_of, lengths
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 
 Region: TypeAlias = tuple[tuple[int, int], ...]
 """A box of entries: where it begins and ends along every axis."""
@@ -90,47 +93,77 @@ def gradient(param: Tensor) -> Tensor:
     return local(grad)  # pyright: ignore[reportArgumentType]
 
 
-def find(param: Tensor, view: View | None, caller: str) -> Placement:
+def find(param: Tensor, view: View | None, caller: str, structure: Structure | None = None) -> Placement:
     """The placement of a parameter with this view.
 
     Args:
         param: any tensor.
         view: through which it is read as a whole.
         caller: the optimizer and the parameter's name, for messages.
+        structure: of its group, to decide whether statistics are summed over shards; None: they are not.
 
     Raises:
         TypeError: a placement with which its entries are on no rank, such as Partial.
     """
     if not is_dtensor(param):
         return Placement("local", view)
-    mesh, placements = param.device_mesh, param.placements
-    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    mesh, placements, shape = param.device_mesh, param.placements, tuple(param.shape)
+    cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     if not all(placement.is_replicate() or placement.is_shard() or _strided(placement) for placement in placements):
         raise TypeError(
             f"{caller} has the placements {placements}: it is a sum over ranks that nobody holds. Redistribute it to "
             "Shard(...) or Replicate()."
         )
-    if mesh.size() == 1 or not sharded:
+    if mesh.size() == 1 or not cut:
         return Placement("local", view)
     ranks, me = tuple(mesh.mesh.flatten().tolist()), _flat(mesh.get_coordinate(), mesh.shape)
-    boxes = rank_regions(tuple(param.shape), tuple(mesh.shape), tuple(placements))
-    if not _disjoint(boxes, math.prod(param.shape)):
+    boxes = rank_regions(shape, tuple(mesh.shape), tuple(placements))
+    if not _disjoint(boxes, math.prod(shape)):
         raise TypeError(
             f"{caller} has the placements {placements} on a mesh {tuple(mesh.shape)}, with which a rank holds rows "
             "that are not side by side. Choose a mesh that divides its rows."
         )
-    if view is None:
-        ensure_group(ranks, mesh)
-        return Placement("elementwise", None, ranks, me, boxes)
-    if len(sharded) == 1:
-        piece = whole_slices(view, tuple(param.shape), placements[sharded[0]].dim, boxes, me)  # pyright: ignore[reportAttributeAccessIssue]
-        if piece is not None:
-            along = ensure_group(None, mesh, sharded[0])
-            return Placement(
-                "whole_slices", piece, along, along.index(ranks[me]), tuple(boxes[ranks.index(rank)] for rank in along)
-            )
+    kind = kind_of_shards(shape, view, structure, [(mesh.size(i), placements[i]) for i in cut], boxes)
+    if kind == "whole_slices" and view is not None:
+        along = ensure_group(None, mesh, cut[0])
+        piece = whole_slices(view, shape, _dim(placements[cut[0]]), boxes, me)
+        return Placement(kind, piece, along, along.index(ranks[me]), tuple(boxes[ranks.index(rank)] for rank in along))
     ensure_group(ranks, mesh)
-    return Placement("owner_computes", view, ranks, me, boxes)
+    found = Placement(kind, view, ranks, me, boxes)
+    if kind != "partial_sums" or view is None or structure is None:
+        return found
+    axis, piece = _shard_axis(view, shape, _dim(placements[cut[0]]))
+    along = ensure_group(None, mesh, cut[0])
+    return replace(found, view=piece, cut=_shard_spec(structure, axis, along))
+
+
+def kind_of_shards(
+    shape: tuple[int, ...],
+    view: View | None,
+    structure: Structure | None,
+    cuts: Sequence[tuple[int, TorchPlacement]],
+    boxes: Sequence[Region],
+) -> Kind:
+    """How a parameter is stepped that is cut into shards. It asks for shapes and the structure only, so that all ranks
+    answer alike, and a plan for ranks that do not exist does too.
+
+    Args:
+        shape: of the whole parameter.
+        view: through which it is read as a whole.
+        structure: of its group, to decide whether statistics are summed over shards (`most_shards`); None: never.
+        cuts: ranks along each dimension of the mesh that cuts it, and the placement there.
+        boxes: the entries that each rank holds.
+    """
+    if view is None:
+        return "elementwise"
+    if len(cuts) == 1:
+        size, placed = cuts[0]
+        if whole_slices(view, shape, _dim(placed), boxes, 0) is not None:
+            return "whole_slices"
+        most = 0 if structure is None or _strided(placed) else most_shards(view, shape, _dim(placed), structure)
+        if 1 < size <= most:
+            return "partial_sums"
+    return "owner_computes"
 
 
 def replicated(param: Tensor, view: View | None, ranks: tuple[int, ...], me: int, sharded: bool) -> Placement:
@@ -160,10 +193,10 @@ def whole(param: Tensor) -> Region:
 
 
 @lru_cache(maxsize=4096)
-def part_regions(view: View, shape: tuple[int, ...]) -> tuple[tuple[Region, ...], ...]:
+def part_regions(view: View | None, shape: tuple[int, ...]) -> tuple[tuple[Region, ...], ...]:
     """The boxes of every part of a parameter of this shape: one each, or one for each repetition."""
     whole = tuple((0, length) for length in shape)
-    if view.split is None:
+    if view is None or view.split is None:
         return ((whole,),)
     dim, boxes = view.split_dim % len(shape), []
     unit = sum(view.split) if view.repeated else shape[dim]
@@ -235,6 +268,10 @@ def _strided(placement: object) -> bool:
     return type(placement).__name__ == "_StridedShard"
 
 
+def _dim(placement: TorchPlacement) -> int:
+    return placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _flat(coordinate: Sequence[int] | None, mesh: Sequence[int]) -> int:
     """The place of a coordinate in a mesh read row by row."""
     place = 0
@@ -255,9 +292,15 @@ AXES: dict[Axis, int] = {"rows": 1, "columns": 2}
 """The axis of a stack."""
 
 
-def with_partial_sums(found: Placement, param: Tensor, view: View, structure: Structure) -> Placement:
-    """The placement ``"partial_sums"`` where it is possible and sends less than ``"owner_computes"``, else the one
-    that was found.
+def _shard_spec(structure: Structure, axis: Axis | None, ranks: tuple[int, ...]) -> ShardSpec:
+    keys = {*structure.init(torch.empty(1, 1, 1, device="meta")), "failures"}
+    owned = keys - {*structure.root_keys, *structure.sharded_keys} if structure.root_keys else set()
+    return ShardSpec(AXES[axis or "rows"], ranks, structure.sharded_keys, tuple(sorted(owned)))
+
+
+def most_shards(view: View, shape: Sequence[int], dim: int, structure: Structure) -> int:
+    """Into how many shards an axis may be cut so that summing statistics over them is possible and sends less than
+    gathering gradients; 0: never.
 
     Possible: one dimension of the mesh cuts one axis of the parameter, which is the axis of rows, or that of columns,
     of all its matrices and no more than that; and shards along it are additive for the structure.
@@ -265,41 +308,16 @@ def with_partial_sums(found: Placement, param: Tensor, view: View, structure: St
     Less: for every matrix its S shards send q numbers of a measurement to an owner and get r numbers of roots back,
     ``(S - 1) (q + r)`` in all (without roots the measurement is all-reduced: r = q). To gather the gradient and send
     the update back takes ``2 m n (S - 1) / S``. So the rule is ``S (q + r) < 2 m n``, summed over the parts of a split:
-    for a one-sided statistic ``S k^2 < m n``, packed ``S k (k + 1) / 2 < m n``. It asks for shapes, mesh and structure
-    only: all ranks answer alike.
-
-    Args:
-        found: by `find`.
-        param: the parameter.
-        view: through which it is read as a whole.
-        structure: of its group.
+    for a one-sided statistic ``S k^2 < m n``, packed ``S k (k + 1) / 2 < m n``.
     """
-    if found.kind != "owner_computes" or not is_dtensor(param):
-        return found
-    cuts = [(i, placed) for i, placed in enumerate(param.placements) if not placed.is_replicate()]
-    shape, mesh, (along, placed) = tuple(param.shape), param.device_mesh, cuts[0]
-    if len(cuts) > 1 or type(placed).__name__ != "Shard" or mesh.size(along) == 1:
-        return found
-    dim: int = placed.dim  # pyright: ignore[reportAttributeAccessIssue]
-    axis, piece = _shard_axis(view, shape, dim)
-    if axis is None or mesh.size(along) > most_shards(view, shape, dim, structure):
-        return found
-    keys = {*structure.init(torch.empty(1, 1, 1, device="meta")), "failures"}
-    owned = keys - {*structure.root_keys, *structure.sharded_keys} if structure.root_keys else set()
-    cut = ShardSpec(AXES[axis], ensure_group(None, mesh, along), structure.sharded_keys, tuple(sorted(owned)))
-    return replace(found, kind="partial_sums", view=piece, cut=cut)
-
-
-def most_shards(view: View, shape: Sequence[int], dim: int, structure: Structure) -> int:
-    """Into how many shards an axis may be cut so that statistics are summed; 0: never. See `with_partial_sums`."""
     (axis, _), stacks = _shard_axis(view, shape, dim), view.shapes(shape)
     if axis is None or 0 in shape or not all(structure.is_shard_additive(axis, m, n) for _, m, n in stacks):
         return 0
-    return (2 * math.prod(shape) - 1) // sum(b * sum(sent(structure, m, n)) for b, m, n in stacks)
+    return (2 * math.prod(shape) - 1) // sum(b * sum(sent_numbers(structure, m, n)) for b, m, n in stacks)
 
 
 @lru_cache(maxsize=4096)
-def sent(structure: Structure, m: int, n: int) -> tuple[int, int]:
+def sent_numbers(structure: Structure, m: int, n: int) -> tuple[int, int]:
     """Numbers that go from and to a shard of an ``m x n`` matrix: a measurement; roots, or without any that again."""
     like = torch.empty(1, m, n, device="meta")
     measured, state = structure.compute_statistic(like).numel(), structure.init(like)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,18 +11,18 @@ from torch import Tensor
 from asgo._types import Stack, State
 from asgo.distributed import state_dict
 from asgo.distributed.collectives import all_gather, all_reduce_and, all_reduce_norm, all_reduce_sum, all_to_all
-from asgo.distributed.part_regions import bucket_layout, held_region
 from asgo.distributed.placement import (
     Placement,
     ShardSpec,
     entries_of,
     gradient,
     local,
-    pieces,
+    sent_numbers,
     sizes,
     whole,
     within,
 )
+from asgo.distributed.planned_part import FAILURE_BYTES, STATE_BYTES, PlannedPart
 from asgo.parts import Due, ParameterPart, StackedParts, Strategy, Wait
 from asgo.state_keys import is_own, split_key
 from asgo.structures import OneCall, Structure
@@ -69,6 +68,23 @@ class Placed(Strategy):
         """The state of one part as the whole world sees it."""
         return tensor
 
+    # ---- in a plan
+
+    @classmethod
+    def kept(cls, part: PlannedPart) -> dict[str, Tensor]:
+        """The share that every rank keeps of each kind of state in `PlannedPart.state`: all."""
+        return dict.fromkeys(part.state, part.everywhere)
+
+    @classmethod
+    def sent(cls, part: PlannedPart, itemsize: int) -> Tensor:
+        """The flow of every step, with parameters and gradients of this many bytes each: nothing is sent."""
+        return part.nothing()
+
+    @classmethod
+    def sent_roots(cls, part: PlannedPart) -> Tensor:
+        """What a step sends beside, if it refreshes the part's roots: nothing."""
+        return part.nothing()
+
 
 class Elementwise(Placed):
     """AdamW: every rank updates the entries that it holds, or with ZeRO-1 a run of rows, which it then sends."""
@@ -104,6 +120,19 @@ class Elementwise(Placed):
                 sorts.setdefault(key, []).append((local(param.detach()), strategy.placement))
         return [_exchange_rows(alike) for alike in sorts.values()]
 
+    @classmethod
+    def kept(cls, part: PlannedPart) -> dict[str, Tensor]:
+        """The moments of what it updates."""
+        return {"adamw": part.updated.double() / max(part.numel, 1)}
+
+    @classmethod
+    def sent(cls, part: PlannedPart, itemsize: int) -> Tensor:
+        """With ZeRO-1 every rank sends all others its rows."""
+        if part.rows is None:
+            return part.nothing()
+        own = part.updated * itemsize
+        return torch.stack([own * (part.copies - 1), own.sum() - own])
+
 
 def _exchange_rows(alike: Sequence[tuple[Tensor, Placement]]) -> Wait:
     like, (ranks, me) = alike[0][0], (alike[0][1].ranks, alike[0][1].group_rank)
@@ -127,7 +156,8 @@ class RootSharing(Placed):
         """One dtype: collectives send one."""
         return self.kind, self.ranks, param.dtype
 
-    def has_owners(self, structure: Structure) -> bool:
+    @staticmethod
+    def has_owners(structure: Structure) -> bool:
         """Where there are roots, or updates that make them."""
         return bool(structure.root_keys) or isinstance(structure, OneCall)
 
@@ -153,7 +183,7 @@ class RootSharing(Placed):
         self, bucket: StackedParts, found: Sequence[tuple[int, ParameterPart]], tensors: Sequence[Tensor]
     ) -> Wait:
         """Send some parts' rows of these tensors from their owners to all."""
-        outgoing, incoming = _boxes(self.ranks), _boxes(self.ranks)
+        outgoing, incoming = per_rank(self.ranks), per_rank(self.ranks)
         for i, part in found:
             rows = slice(i * bucket.matrices_per_param, (i + 1) * bucket.matrices_per_param)
             held = [tensor[rows].view(-1).view(torch.uint8) for tensor in tensors]
@@ -163,6 +193,12 @@ class RootSharing(Placed):
         like = torch.empty(0, dtype=torch.uint8, device=bucket.state["failures"].device)
         outgoing[self.group_rank], incoming[self.group_rank] = [], []
         return all_to_all(self.ranks, self.group_rank, outgoing, incoming, like)
+
+    @classmethod
+    def sent_roots(cls, part: PlannedPart) -> Tensor:
+        """The owner sends roots, ``k^2`` numbers or packed ``k (k + 1) / 2``, and their counts of failures."""
+        failures = part.stack[0] * FAILURE_BYTES if cls.extra_keys else 0
+        return part.from_owner(part.state["roots"] + failures) if part.state["roots"] else part.nothing()
 
 
 class PartialSums(RootSharing):
@@ -193,7 +229,8 @@ class PartialSums(RootSharing):
         """One for each rank along the cut."""
         return len(self.cut.ranks)
 
-    def has_owners(self, structure: Structure) -> bool:
+    @staticmethod
+    def has_owners(structure: Structure) -> bool:
         """Where there are roots."""
         return bool(structure.root_keys)
 
@@ -234,7 +271,7 @@ class PartialSums(RootSharing):
             return all_reduce_sum(statistic, self.cut.ranks)
         me, ranks = self.group_rank, self.ranks
         near = [place for place, rank in enumerate(ranks) if rank in self.cut.ranks and place != me]
-        outgoing, incoming = _boxes(ranks), _boxes(ranks)
+        outgoing, incoming = per_rank(ranks), per_rank(ranks)
         for part, piece in zip(bucket.all_parts, statistic.split(bucket.matrices_per_param), strict=True):
             if part.owner in near:
                 outgoing[part.owner].append(piece)
@@ -249,6 +286,23 @@ class PartialSums(RootSharing):
             own.add_(arrived.sum(0))
 
         return arrive
+
+    @classmethod
+    def kept(cls, part: PlannedPart) -> dict[str, Tensor]:
+        """Shards, roots on every rank, and statistics on their owner; all have those if there is none."""
+        share, everywhere = part.share, part.everywhere
+        statistics = everywhere if part.owner is None else part.is_owner
+        kept = {"momentum": share, "sharded": share, "statistics": statistics, "failures": statistics}
+        return kept | {"roots": everywhere}
+
+    @classmethod
+    def sent(cls, part: PlannedPart, itemsize: int) -> Tensor:
+        """The statistics of shards to their owner, and norms between shards."""
+        if part.structure is None:
+            return part.nothing()
+        b, m, n = part.stack
+        statistics = torch.full(part.ranks, b * sent_numbers(part.structure, m, n)[0] * STATE_BYTES)
+        return part.to_owner(statistics) + part.between_shards(b * part.norms * STATE_BYTES)
 
 
 class WholeSlices(Placed):
@@ -270,113 +324,17 @@ class WholeSlices(Placed):
         most = bucket.matrices_per_param * max(held) // held[self.group_rank]
         return all_gather(norms, self.ranks, most)
 
+    @classmethod
+    def kept(cls, part: PlannedPart) -> dict[str, Tensor]:
+        """That of its matrices."""
+        return dict.fromkeys(part.state, part.share)
 
-class OwnerComputes(Placed):
-    """Parts are in boxes on several ranks; for each of them one rank keeps the state and computes the update.
-
-    It gathers the gradients of its parts, does with them what a single process does with all, and sends every rank its
-    box of the updates: two collectives a bucket. What it holds meanwhile are whole gradients of its own parts.
-    """
-
-    kind: ClassVar[str] = "owner_computes"
-
-    def bucket_key(self, param: Tensor) -> tuple[object, ...]:
-        """One dtype: collectives send one."""
-        return self.kind, self.ranks, param.dtype
-
-    def worked_shape(self, param: Tensor) -> tuple[int, ...]:
-        """All of the parameter."""
-        return tuple(param.shape)
-
-    def holds_state(self, owner: int | None) -> bool:
-        """On the owner alone."""
-        return owner == self.group_rank
-
-    def has_owners(self, structure: Structure) -> bool:
-        """Always."""
-        return True
-
-    @staticmethod
-    def owner_cost(structure: Structure, shape: tuple[int, int, int]) -> float:
-        """All of its work."""
-        b, m, n = shape
-        return b * (ROOT_PRODUCTS * structure.root_flops(m, n) + structure.step_flops(m, n) + m * n)
-
-    def keep_own(self, state: State, param: Tensor, owners: Sequence[int | None]) -> None:
-        """The state of parts that another rank owns has length 0 here."""
-        for key, tensor in state.items():
-            name, index = split_key(key)
-            if name not in WHOLE_KEYS and not self.holds_state(owners[index]):
-                state[key] = tensor[:0].clone()
-
-    def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
-        """On the owner."""
-        matrices = self.matrix_view.shapes(param.shape)[index][0]
-        return state_dict.on_owner(tensor, param, self.ranks[owners[index] or 0], matrices)
-
-    def gather_gradients(self, bucket: StackedParts) -> Wait | None:
-        """Gather the gradients of this rank's parts: every entry from one rank that holds it."""
-        me, layout = self.group_rank, bucket_layout(bucket)
-        outgoing, incoming = _boxes(self.ranks), _boxes(self.ranks)
-        grads = [part.strategy.gradient(part.param) for part in bucket.all_parts]
-        layout.arrived = [grads[0].new_empty(bucket.shape) for _ in bucket.parts]
-        targets = iter(layout.arrived)
-        for part, places, grad in zip(bucket.all_parts, layout.places, grads, strict=True):
-            wanted = pieces(bucket.view, next(targets)) if part.is_owner else [None] * len(places)
-            for place, target in zip(places, wanted, strict=True):
-                for box, source in place.sources.items():
-                    if source == me:
-                        outgoing[part.owner or 0].append(grad[within(box, held_region(part))])
-                    if target is not None:
-                        incoming[source].append(target[within(box, place.box)])
-        if layout.sends:
-            return all_to_all(self.ranks, me, outgoing, incoming, grads[0])
-        for mine, target in zip(outgoing[me], incoming[me], strict=True):
-            target.copy_(mine)
-        return None
-
-    def gradients(self, bucket: StackedParts) -> list[Tensor]:
-        """What `gather_gradients` brought."""
-        layout = bucket_layout(bucket)
-        arrived, layout.arrived = layout.arrived, []
-        return arrived
-
-    def scatter_updates(
-        self, bucket: StackedParts, update: Stack | None, decay: float | Tensor, rounding: Any
-    ) -> Wait | None:
-        """Send every rank its boxes of the updates, and add those that arrive to the parameters."""
-        me = self.group_rank
-        outgoing, incoming = _boxes(self.ranks), _boxes(self.ranks)
-        updates, written, buffers = iter(bucket.pieces(update)), [], []
-        like = torch.empty(0, dtype=bucket.dtype, device=bucket.all_parts[0].param.device)
-        for part, places in zip(bucket.all_parts, bucket_layout(bucket).places, strict=True):
-            given = pieces(bucket.view, next(updates)) if part.is_owner else [None] * len(places)
-            for place, piece in zip(places, given, strict=True):
-                for rank, box in place.holders.items() if piece is not None else ():
-                    outgoing[rank].append(piece[within(box, place.box)])  # pyright: ignore[reportOptionalSubscript]
-                if me in place.holders:
-                    written.append((part, partial(_at, within(place.holders[me], held_region(part)))))
-                    buffers.append(like.new_empty(sizes(place.holders[me])))
-                    incoming[part.owner or 0].append(buffers[-1])
-        wait = all_to_all(self.ranks, me, outgoing, incoming, like)
-
-        def arrive() -> None:
-            wait()
-            bucket.write(written, buffers, decay, rounding)
-
-        return arrive
+    @classmethod
+    def sent(cls, part: PlannedPart, itemsize: int) -> Tensor:
+        """One norm per matrix, with room for those of the shard that has most."""
+        return part.between_shards(max(part.matrices) * STATE_BYTES)
 
 
-def _boxes(ranks: Sequence[int]) -> list[list[Tensor]]:
-    """What goes to, or comes from, every rank of a group."""
+def per_rank(ranks: Sequence[int]) -> list[list[Tensor]]:
+    """An empty list for each rank of a group, for what goes to it or comes from it."""
     return [[] for _ in ranks]
-
-
-def _at(index: tuple[slice, ...], tensor: Tensor) -> Tensor:
-    return tensor[index]
-
-
-STRATEGIES: dict[str, type[Placed]] = {
-    cls.kind: cls for cls in (Placed, RootSharing, OwnerComputes, WholeSlices, PartialSums, Elementwise)
-}
-"""The strategy of every kind of placement."""

@@ -22,7 +22,7 @@ from asgo.optimizer import group_checks, hyperparameters, loading, param_groups
 from asgo.optimizer.membership import Membership
 from asgo.optimizer.refresh_schedule import refresh_phases
 from asgo.optimizer.state import init_state, is_made
-from asgo.parts import Strategy
+from asgo.parts import GroupPlan, Strategy
 from asgo.structures import Structure
 from asgo.views import View, default_view
 from asgo.views.defaults import default_views
@@ -155,8 +155,8 @@ class GroupedOptimizer(Optimizer, ABC):
         """
         self._follow_groups()
         self._partition.share(type(self).__name__, process_group, shard_state)
-        self._partition.divide(self.param_groups, self._members.views, self.structure, self._refresh_phases)
-        self._partition.keep_own(self.param_groups, self._members.views, self.state, self.structure)
+        self._partition.divide(self._group_plans(), refresh_phases)
+        self._partition.keep_own(self._group_plans(), self.state)
         self._forget_plans()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ class GroupedOptimizer(Optimizer, ABC):
 
     def _begin(self) -> None:
         """Assign owners, then initialize the state of parameters that have none."""
-        self._partition.divide(self.param_groups, self._members.views, self.structure, self._refresh_phases)
+        self._partition.divide(self._group_plans(), refresh_phases)
         for group in self.param_groups:
             for param in group["params"]:
                 if not is_made(self.state[param]):
@@ -298,17 +298,19 @@ class GroupedOptimizer(Optimizer, ABC):
         self._forget_plans()
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> State:
-        structure = None if self._members.views[param] is None else self.structure(group)
-        return init_state(param, self._strategy(param, group), self._owners(param), structure, group)
+        return init_state(param, self._strategy(param, group), self._owners(param), self.structure(group), group)
 
     def _strategy(self, param: Tensor, group: dict[str, Any]) -> Strategy:
         """Where the entries of a parameter are; what one process holds and steps by itself is looked up nowhere."""
-        view = self._members.views[param]
-        return self._partition.strategy(param, view, None if view is None else self.structure(group))
+        return self._partition.strategy(param, self._members.views[param], self.structure(group))
 
     def _owners(self, param: Tensor) -> Sequence[int | None]:
         """The owner of each part of a parameter."""
         return self._partition.owners(param, self._members.views[param])
 
-    def _refresh_phases(self) -> dict[tuple[Tensor, int], int]:
-        return refresh_phases(self.param_groups, self._members.views, self.structure)
+    def _group_plans(self) -> list[GroupPlan]:
+        views = self._members.views
+        return [
+            GroupPlan(self.structure(group), group["precondition_frequency"], {p: views[p] for p in group["params"]})
+            for group in self.param_groups
+        ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from asgo.structures import Structure
-from asgo.views import View
+from asgo.parts import GroupPlan
 
 WARMUP_STEPS = 10
 """The first steps refresh every root, whatever the interval: the statistic changes fastest there."""
@@ -29,19 +27,14 @@ def balanced_phases(costs: Sequence[float], interval: int) -> list[int]:
     return result
 
 
-def refresh_phases(
-    groups: Sequence[dict[str, Any]],
-    views: Mapping[Tensor, View | None],
-    structure_of: Callable[[dict[str, Any]], Structure],
-) -> dict[tuple[Tensor, int], int]:
+def refresh_phases(groups: Sequence[GroupPlan]) -> dict[tuple[Tensor, int], int]:
     """The refresh phase of every part of all parameters: the step, modulo the refresh interval of its group."""
     costs: dict[int, dict[tuple[Tensor, int], float]] = {}
     for group in groups:
-        structure, of_interval = structure_of(group), costs.setdefault(group["precondition_frequency"], {})
-        for param in group["params"]:
-            view = views[param]
+        of_interval = costs.setdefault(group.interval, {})
+        for param, view in group.views.items():
             for part, (b, m, n) in enumerate(() if view is None else view.shapes(param.shape)):
-                of_interval[param, part] = b * structure.root_flops(m, n)
+                of_interval[param, part] = b * group.structure.root_flops(m, n)
     found: dict[tuple[Tensor, int], int] = {}
     for interval, alike in costs.items():
         found |= dict(zip(alike, balanced_phases(list(alike.values()), interval), strict=True))

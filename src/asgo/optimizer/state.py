@@ -38,16 +38,16 @@ def init_state(
     param: Tensor,
     strategy: Strategy,
     owners: Sequence[int | None],
-    structure: Structure | None,
+    structure: Structure,
     group: Mapping[str, Any],
 ) -> State:
     """The state of a parameter before its first step: its steps and, part by part, momentum, the structure's own,
-    failures; without a structure that of AdamW. State owned by another rank has length 0 here.
+    failures; without a view that of AdamW. State owned by another rank has length 0 here.
     """
     dtype, device, view = state_dtype(param), param.device, strategy.view
     state = {"step": torch.zeros((), dtype=torch.float32, device=_device_of_step(param, group, view))}
     state |= _residual(param, strategy, group)
-    if view is None or structure is None:
+    if view is None:
         return state | adamw.init(strategy.entries(param, param.detach()), dtype)
     pieces = [piece.shape for piece in view.cut(torch.empty(strategy.worked_shape(param), device="meta"))]
     for index, (_, m, n) in enumerate(strategy.stacks(param)):

@@ -19,7 +19,7 @@ from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, make_buckets
 from asgo.optimizer.hyperparameters import adamw_of, learning_rate, must_be
 from asgo.optimizer.metrics import Recorder
-from asgo.optimizer.refresh_schedule import is_due
+from asgo.optimizer.refresh_schedule import is_due, refresh_phases
 from asgo.optimizer.state import check_form, check_shape, move_state_to_param, renew
 from asgo.optimizer.update_size import SCALINGS
 from asgo.parts import Due, ParameterPart, Strategy, Wait
@@ -147,7 +147,7 @@ class StructuredOptimizer(GroupedOptimizer):
             )
         return self._recorded.read(param_groups.names_of(self))
 
-    def _step_adamw(self, plan: Plan, group: dict[str, Any]) -> list[Wait]:
+    def _step_adamw(self, plan: StepPlan, group: dict[str, Any]) -> list[Wait]:
         """AdamW on the entries that this rank updates of parameters without a view; returns pending exchanges."""
         params, strategies = plan.entries, plan.strategies
         if not params:
@@ -217,9 +217,9 @@ class StructuredOptimizer(GroupedOptimizer):
     # ---- plans ------------------------------------------------------------------------------------------------
 
     def _forget_plans(self) -> None:
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, StepPlan] = {}
 
-    def _current_plans(self) -> list[Plan]:
+    def _current_plans(self) -> list[StepPlan]:
         """The plan of every group, rebuilt where the parameters with gradients, or their state, have changed."""
         self._follow_groups()
         signatures = [_signature(group) for group in self.param_groups]
@@ -227,7 +227,7 @@ class StructuredOptimizer(GroupedOptimizer):
         for i in stale:
             self._check_shapes(self.param_groups[i])
         if stale:
-            phases = self._refresh_phases()
+            phases = refresh_phases(self._group_plans())
             places = {param: i << 10 for i, param in enumerate(self._members.views)}
             for i in stale:
                 old = self._plans.pop(i, None)
@@ -265,7 +265,7 @@ class StructuredOptimizer(GroupedOptimizer):
         signature: object,
         phases: Mapping[tuple[Tensor, int], int],
         places: Mapping[Tensor, int],
-    ) -> Plan:
+    ) -> StepPlan:
         params, views = [param for param in group["params"] if param.grad is not None], self._members.views
         for param in params:
             move_state_to_param(self.state[param], param, group, views[param], self._strategy(param, group))
@@ -279,7 +279,7 @@ class StructuredOptimizer(GroupedOptimizer):
             for i, owner in enumerate(self._owners(param))
         ]
         buckets = make_buckets(parts, self.structure(group), self.state) if parts else []
-        return Plan(signature, entries, strategies, [places[param] for param in entries], viewed, buckets)
+        return StepPlan(signature, entries, strategies, [places[param] for param in entries], viewed, buckets)
 
 
 def _learn(
@@ -385,7 +385,7 @@ class StepHook(ABC):
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """How a step treats the parameters of a group that have gradients.
 
     Args:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
+from asgo.distributed.planned_part import Mesh, PlannedPart
 from asgo.lab import tables
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import write_results
-from asgo.lab.plan import placing
+from asgo.lab.models.named import NamedModel, load
 from asgo.lab.plan.config import PlanConfig, check
-from asgo.lab.plan.mesh import Mesh, parse, sensible
-from asgo.lab.plan.model import PlannedModel, load
+from asgo.lab.plan.mesh import parse, sensible
 from asgo.lab.terminal import say
+from asgo.optimizer import planning
 from asgo.presets import ASGO
 from asgo.views.routing import route
 
@@ -85,29 +84,27 @@ def plan(config: PlanConfig, console: Console | None = None) -> Plan:
     parts = parts_of(model, config.per_head, config.packed_state)
     rows = tuple(plan_mesh(parts, mesh, interval, config) for mesh in meshes for interval in config.intervals)
     found = Plan(_about(config, parts), rows, verdict(rows, config))
-    if config.out is not None:
-        _save(config, config.out, found)
-    _show(config, found, console or Console(quiet=True))
+    _report(config, found, console or Console(quiet=True))
     return found
 
 
-def parts_of(model: PlannedModel, per_head: bool = False, packed: bool = False) -> list[placing.Part]:
+def parts_of(model: NamedModel, per_head: bool = False, packed: bool = False) -> list[PlannedPart]:
     """What ASGO keeps for every parameter of a model."""
     with torch.device("meta"):
-        return placing.read_parts(ASGO(route(model.module, per_head=per_head), packed_state=packed), model.tp_plan)
+        return planning.read_parts(ASGO(route(model.module, per_head=per_head), packed_state=packed), model.tp_plan)
 
 
-def plan_mesh(parts: Sequence[placing.Part], mesh: Mesh, interval: int, config: PlanConfig) -> Row:
+def plan_mesh(parts: Sequence[PlannedPart], mesh: Mesh, interval: int, config: PlanConfig) -> Row:
     """The row of a mesh and an interval."""
     itemsize = getattr(torch, config.param_dtype).itemsize
-    placed = placing.place(parts, mesh, interval)
-    kept = placing.memory(placed, mesh, itemsize)
-    fullest = int(np.sum(list(kept.values()), axis=0).argmax())
-    memory = Memory(**{name: int(ranks.flat[fullest]) for name, ranks in kept.items()})
+    placed = planning.place(parts, mesh, interval)
+    kept = planning.memory(placed, mesh, itemsize)
+    fullest = torch.stack(list(kept.values())).sum(0).argmax()
+    memory = Memory(**{name: int(ranks.flatten()[fullest]) for name, ranks in kept.items()})
     roots = [0] * interval
-    for p in placed:
-        roots[p.phase] += p.part.stack[0] if p.part.sizes.get("roots") else 0
-    flows = placing.traffic(placed, mesh, interval, itemsize)
+    for part in placed:
+        roots[part.refresh_phase] += part.stack[0] if part.state.get("roots") else 0
+    flows = planning.traffic(placed, mesh, interval, itemsize)
     return Row(
         mesh,
         interval,
@@ -115,9 +112,9 @@ def plan_mesh(parts: Sequence[placing.Part], mesh: Mesh, interval: int, config: 
         fits=memory.total <= _room(config),
         roots_mean=sum(roots) / interval,
         roots_worst=max(roots),
-        bytes_mean=float(np.mean([sent for sent, _ in flows], axis=0).max()),
+        bytes_mean=float(torch.stack([sent for sent, _ in flows]).double().mean(0).max()),
         bytes_worst=max(int(flow.max()) for flow in flows),
-        gradient_bytes=placing.gradient_bytes(sum(part.numel for part in parts), mesh, itemsize),
+        gradient_bytes=planning.gradient_bytes(sum(part.numel for part in parts), mesh, itemsize),
     )
 
 
@@ -126,7 +123,7 @@ def _room(config: PlanConfig) -> float:
     return config.memory_gb * 1e9 * config.state_share
 
 
-def _check_meshes(meshes: Sequence[Mesh], model: PlannedModel) -> None:
+def _check_meshes(meshes: Sequence[Mesh], model: NamedModel) -> None:
     for place, mesh in enumerate(meshes):
         if mesh in meshes[:place]:
             raise LabError(f"--mesh {mesh} is given twice under two names: pass each once.")
@@ -191,16 +188,12 @@ def _memory_cells(rows: Sequence[Row], config: PlanConfig) -> list[list[str]]:
 
 
 def _traffic_cells(rows: Sequence[Row]) -> list[list[str]]:
-    return [
-        [
-            *(str(row.mesh), str(row.interval), number(row.roots_mean), number(row.roots_worst)),
-            *(number(size / 1e6) for size in (row.bytes_mean, row.bytes_worst, row.gradient_bytes)),
-        ]
-        for row in rows
-    ]
+    counts = [(str(row.mesh), str(row.interval), number(row.roots_mean), number(row.roots_worst)) for row in rows]
+    sizes = [(row.bytes_mean, row.bytes_worst, row.gradient_bytes) for row in rows]
+    return [[*count, *(number(size / 1e6) for size in some)] for count, some in zip(counts, sizes, strict=True)]
 
 
-def _about(config: PlanConfig, parts: Sequence[placing.Part]) -> str:
+def _about(config: PlanConfig, parts: Sequence[PlannedPart]) -> str:
     stacked = [part for part in parts if part.view is not None]
     matrices, inside = sum(part.stack[0] for part in stacked), sum(part.numel for part in stacked)
     return (
@@ -222,23 +215,23 @@ def _record(row: Row) -> dict[str, Any]:
     return {"mesh": str(row.mesh)} | plain | kept | {"total_memory": row.memory.total}
 
 
-def _save(config: PlanConfig, out: Path, found: Plan) -> None:
-    words = command(f"asgo plan {config.model}", replace(config, model=PlanConfig().model))
-    shown = (
-        tables.markdown(MEMORY_COLUMNS, _memory_cells(found.rows, config)),
-        tables.markdown(TRAFFIC_COLUMNS, _traffic_cells(found.rows)),
-    )
-    rows = [_record(row) for row in found.rows]
-    text = "\n\n".join((f"`{words}`", found.about + ".", NOTE, *shown, found.verdict)) + "\n"
-    results = {"rows": rows, "says": found.verdict, "about": found.about, "command": words, "config": to_json(config)}
-    write_results(out, {"table.md": text, "table.csv": tables.csv_text(rows), "results.json": results})
-
-
-def _show(config: PlanConfig, found: Plan, console: Console) -> None:
+def _report(config: PlanConfig, found: Plan, console: Console) -> None:
+    """Show a plan, and save it if asked."""
+    shown = {
+        "memory of the fullest rank": (MEMORY_COLUMNS, _memory_cells(found.rows, config)),
+        "an optimizer step": (TRAFFIC_COLUMNS, _traffic_cells(found.rows)),
+    }
     say(console, found.about)
-    memory = _memory_cells(found.rows, config)
-    console.print(tables.rich_table(MEMORY_COLUMNS, memory, "memory of the fullest rank"))
-    console.print(tables.rich_table(TRAFFIC_COLUMNS, _traffic_cells(found.rows), "an optimizer step"))
+    for title, (columns, cells) in shown.items():
+        console.print(tables.rich_table(columns, cells, title))
     say(console, found.verdict)
-    if config.out is not None:
-        say(console, *(config.out / name for name in ("table.md", "table.csv", "results.json")))
+    if config.out is None:
+        return
+    words = command(f"asgo plan {config.model}", replace(config, model=PlanConfig().model))
+    texts = (f"`{words}`", found.about + ".", NOTE, *(tables.markdown(*table) for table in shown.values()))
+    rows = [_record(row) for row in found.rows]
+    results = {"rows": rows, "says": found.verdict, "about": found.about, "command": words, "config": to_json(config)}
+    contents = {"table.md": "\n\n".join((*texts, found.verdict)) + "\n", "table.csv": tables.csv_text(rows)}
+    contents |= {"results.json": results}
+    write_results(config.out, contents)
+    say(console, *(config.out / name for name in contents))

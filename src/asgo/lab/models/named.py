@@ -1,4 +1,4 @@
-"""The model that is planned for: by name, by folder, or by its name on the Hugging Face Hub; never with weights."""
+"""Models without weights: by name, by folder, or by their names on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = {name: shape for name, shape in PRESETS.items() if shape.family not in IM
 KNOWN = {name: Published(shape, GPT2_VOCABULARY, GPT2_BLOCK) for name, shape in TEXT.items()} | PUBLISHED
 
 
-class PlannedModel(NamedTuple):
+class NamedModel(NamedTuple):
     """A model on the meta device.
 
     Args:
@@ -48,7 +48,7 @@ class PlannedModel(NamedTuple):
         return [t for t in range(1, most + 1) if t == 1 or self.heads % t == self.kv_heads % t == 0]
 
 
-def load(name: str) -> PlannedModel:
+def load(name: str) -> NamedModel:
     """The model called `name` (preset, published shape, folder, file, or OWNER/NAME on the Hub), without memory.
 
     Raises:
@@ -62,7 +62,7 @@ def load(name: str) -> PlannedModel:
     heads = getattr(found, "num_attention_heads", None) or 0
     kv_heads = getattr(found, "num_key_value_heads", None) or heads
     plan = getattr(module, "tp_plan", None) or getattr(module, "_tp_plan", None) or {}
-    return PlannedModel(name, module, heads, kv_heads, {str(where): str(kind) for where, kind in plan.items()})
+    return NamedModel(name, module, heads, kv_heads, {str(where): str(kind) for where, kind in plan.items()})
 
 
 def _transformers() -> Any:
