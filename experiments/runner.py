@@ -18,17 +18,14 @@ import torch
 from rich.console import Console
 
 from asgo.lab import tables
-from asgo.lab.config.codec import command, from_json, to_json
+from asgo.lab.config.codec import command, to_json
 from asgo.lab.errors import LabError
 from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
 from asgo.lab.pool import Ledger, processors
 from asgo.lab.training import environment
-from asgo.lab.training.run_folder import check_folder, check_same
+from asgo.lab.training.run_folder import check_out
 from asgo.lab.training.stopping import Stopped
 from experiments.jobs import Job, JobPlan, Results, run_jobs
-
-FREE = ("out", "resume", "processes")
-"""Fields that may differ when an experiment is resumed: no result depends on them."""
 
 
 class ExperimentConfig(Protocol):
@@ -117,7 +114,7 @@ def run_experiment(
     console = console or Console(quiet=True)
     if config.processes is not None and config.processes < 1:
         raise LabError(f"--processes {config.processes} is out of range: pass 1 or more.")
-    _check(name, config)
+    check_out(config, marker(name), f"{name} experiment", ("processes",))  # no result depends on those
     make_folder(config.out)
     plain = replace(config, resume=False)  # pyright: ignore[reportArgumentType, reportType]
     write_json(config.out / marker(name), to_json(plain))
@@ -142,13 +139,6 @@ def run_experiment(
     _write(config.out, findings, results)
     _show(config.out, findings, console)
     return results
-
-
-def _check(name: str, config: ExperimentConfig) -> None:
-    check_folder(config.out, config.resume, marker(name), f"{name} experiment")
-    path = config.out / marker(name)
-    if path.exists():
-        check_same(from_json(type(config), read_json(path)), config, config.out, FREE)
 
 
 def _sessions(config: ExperimentConfig, begins: bool) -> list[dict[str, Any]]:

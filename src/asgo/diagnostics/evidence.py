@@ -13,8 +13,8 @@ from asgo._types import Stack
 from asgo.diagnostics.noise import Moments
 from asgo.diagnostics.spectra import eigenvalues, singular_values, stable_rank
 from asgo.linalg.matmul import exact_matmul
-from asgo.optimizer.bucket import part_key
 from asgo.presets.asgo import ASGO
+from asgo.state_keys import part_key
 from asgo.structures import OneSided
 from asgo.views import View
 

@@ -28,7 +28,7 @@ from asgo.lab.inspection.routing import RoutingConfig, inspect_routing
 from asgo.lab.optimizers.listing import OptimizersConfig, list_optimizers
 from asgo.lab.plan.config import PlanConfig
 from asgo.lab.plan.plan import plan
-from asgo.lab.terminal import exit_code, is_first_process
+from asgo.lab.terminal import exit_code, is_first_process, say
 from asgo.lab.training.train import train
 
 DESCRIPTION = "Train language models with ASGO and its peers, compare them, and look at what they do."
@@ -75,8 +75,7 @@ def run(config: Command) -> None:
     if isinstance(config, TrainConfig):
         result = train(config, console)
         if is_first_process():
-            text = f"validation loss {result['val_loss']:.4f} after {result['steps']} steps; {config.out}"
-            console.print(text, highlight=False, soft_wrap=True)
+            say(console, f"validation loss {result['val_loss']:.4f} after {result['steps']} steps; {config.out}")
     elif type(config) in TEXTS:
         print(TEXTS[type(config)](config))
     else:

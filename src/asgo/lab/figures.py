@@ -120,13 +120,13 @@ def _window(runs: Sequence[Curve]) -> tuple[float | None, float | None]:
     return low - margin, high + margin
 
 
-def label(axes: Axes, x: str, y: str) -> None:
-    """Titles, grid and legend of a panel."""
+def label(axes: Axes, x: str, y: str, *, legend: bool = True) -> None:
+    """Titles and grid of a panel, and its legend unless that is placed elsewhere."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
+    if legend and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, handlelength=3.5)
 
 

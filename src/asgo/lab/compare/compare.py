@@ -47,8 +47,9 @@ from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_js
 from asgo.lab.models.language import check_model
 from asgo.lab.optimizers.spec import Entry, parse_entry
 from asgo.lab.pool import Ledger
+from asgo.lab.terminal import say
 from asgo.lab.training import environment
-from asgo.lab.training.run_folder import RunFolder, check_comparison
+from asgo.lab.training.run_folder import RunFolder, check_out
 from asgo.lab.training.stopping import Stopped
 
 Runs = dict[str, list[Outcome]]
@@ -71,7 +72,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> dict[str, 
         raise LabError("asgo compare runs in one process: start it without torchrun, or use asgo train.")
     entries = {entry.name: entry for entry in map(parse_entry, config.optimizers)}
     check_model(config)
-    check_comparison(config)
+    check_out(config, "comparison.json", "comparison", ("jobs",))
     open_data(config.model_data, config.seeds[0], 0, 1)
     make_folder(config.out)
     write_json(config.out / "comparison.json", to_json(replace(config, resume=False)))
@@ -280,7 +281,7 @@ def _chosen(results: Mapping[str, Any]) -> list[str]:
 
 def _environment(config: CompareConfig) -> dict[str, Any]:
     """What the first run ran on."""
-    folder = config.out / "runs" / _slug(entry_name(config.optimizers[0])) / f"seed-{config.seeds[0]}"
+    folder = _folder(config, entry_name(config.optimizers[0]), config.seeds[0])
     return read_json(folder / "environment.json")["sessions"][0]
 
 
@@ -290,9 +291,7 @@ def _show(config: CompareConfig, results: Mapping[str, Any], rows: Any, tests: A
     console.print(rich_table(rows, title))
     for text, found in results["tuning"].items():
         edge = "" if found["bracketed"] else ", at the edge of what was tried"
-        console.print(f"{text}: lr {found['lr']:.4g} of {len(found['tried'])} tried{edge}", highlight=False)
+        say(console, f"{text}: lr {found['lr']:.4g} of {len(found['tried'])} tried{edge}")
     told = [*map(str, tests), *(ratio["text"] for ratio in results["steps_ratios"])]
-    for line in [*told, *_count(results), *_chosen(results), "One run of each row again:", *results["again"].values()]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for name in ("plot.png", "report.html"):
-        console.print(f"{config.out / name}", highlight=False, soft_wrap=True)
+    say(console, *told, *_count(results), *_chosen(results), "One run of each row again:", *results["again"].values())
+    say(console, *(config.out / name for name in ("plot.png", "report.html")))

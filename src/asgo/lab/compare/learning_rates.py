@@ -21,16 +21,17 @@ from rich.console import Console
 
 from asgo.lab.compare.tune import Tuning, search
 from asgo.lab.config.checks import validate
-from asgo.lab.config.codec import command, from_json, to_json
+from asgo.lab.config.codec import command, to_json
 from asgo.lab.config.ranges import SEED, STEPS, Range, check_distinct
 from asgo.lab.config.runs import CadenceConfig, OptimizerConfig, RunConfig, TrainConfig
 from asgo.lab.data.batches import open_data
 from asgo.lab.figures import STYLES, label, png
-from asgo.lab.files import finite, make_folder, read_json, write_bytes, write_json, write_text
+from asgo.lab.files import finite, make_folder, write_bytes, write_json, write_text
 from asgo.lab.optimizers.registry import resolve
 from asgo.lab.optimizers.spec import parse_spec
+from asgo.lab.terminal import say
 from asgo.lab.training import environment
-from asgo.lab.training.run_folder import check_folder, check_same
+from asgo.lab.training.run_folder import check_out
 from asgo.lab.training.train import Diverged, train
 
 MARKER = "rates.json"
@@ -71,9 +72,7 @@ def learning_rates(config: RatesConfig, console: Console | None = None) -> dict[
     validate(config)
     check_distinct("optimizers", config.optimizers)
     specs = {text: resolve(parse_spec(text)) for text in config.optimizers}
-    check_folder(config.out, config.resume, MARKER, "search")
-    if (config.out / MARKER).exists():
-        check_same(from_json(RatesConfig, read_json(config.out / MARKER)), config, config.out)
+    check_out(config, MARKER, "search")
     open_data(config.data, config.seed, 0, 1)
     make_folder(config.out)
     write_json(config.out / MARKER, to_json(replace(config, resume=False)))
@@ -106,8 +105,7 @@ def _conclude(config: RatesConfig, found: Mapping[str, Tuning], console: Console
     write_text(config.out / "table.md", table + "\n")
     write_bytes(config.out / "plot.png", draw_rates(found))
     write_json(config.out / "results.json", finite(results))
-    console.print(table, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{config.out / 'plot.png'}", highlight=False, soft_wrap=True)
+    say(console, table, config.out / "plot.png")
     return results
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from asgo.lab import tables
 from asgo.lab.config.runs import TrainConfig
 from asgo.lab.pool import Results, work_through, workers
+from asgo.lab.terminal import say
 from asgo.lab.training.progress import LiveLine, clock
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import Stopped, StopSignal
@@ -44,7 +45,7 @@ def run_job(job: RunJob, console: Console | None = None, title: str | None = Non
         train(job.config, console, title)
     except Diverged as error:
         if console is not None:
-            console.print(f"{title}: {error}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{title}: {error}")
     return RunFolder(job.config.out).result() or {"status": "diverged"}
 
 

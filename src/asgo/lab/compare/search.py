@@ -179,11 +179,8 @@ def record(trial: Trial, steps: int, seed: int, result: Mapping[str, Any]) -> di
 def _betas(config: OptimizerConfig) -> tuple[float, float]:
     if config.betas is not None:
         return config.betas
-    return ADAMW_BETAS if config.name == "adamw" else _default_betas(config.name)
-
-
-def _default_betas(name: str) -> tuple[float, float]:
-    return inspect.signature(OPTIMIZERS[name].constructor).parameters["betas"].default
+    known = inspect.signature(OPTIMIZERS[config.name].constructor).parameters
+    return ADAMW_BETAS if config.name == "adamw" else known["betas"].default
 
 
 def _at(middle: Mapping[str, float], width: float, unit: Sequence[float]) -> dict[str, float]:

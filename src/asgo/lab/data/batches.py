@@ -6,11 +6,13 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from asgo.lab.config.ranges import TOKENS, check_ranges
 from asgo.lab.data.cache import cache_folder, write_cached
-from asgo.lab.data.corpora import CorpusConfig, DocumentStream, read_text
+from asgo.lab.data.corpora import BLOCKS, CorpusConfig, DocumentStream, read_text
 from asgo.lab.data.images import open_images
 from asgo.lab.data.instructions import open_instructions
 from asgo.lab.data.pinned import PART_BREAK
@@ -37,17 +39,14 @@ class DataConfig:
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    block_size: int = 128
-    batch_size: int = 16
+    block_size: Annotated[int, TOKENS] = 128
+    batch_size: Annotated[int, BLOCKS] = 16
 
     def check(self) -> None:
         """Raise LabError for a value out of its range, here or in the parts."""
+        check_ranges(self)
         self.corpus.check()
         self.tokenizer.check()
-        for name in ("block_size", "batch_size"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise LabError(f"{flag} {getattr(self, name)} is out of range: pass 1 or more.")
 
 
 @dataclass(frozen=True)

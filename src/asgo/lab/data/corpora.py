@@ -8,13 +8,16 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Annotated, Any
 
+from asgo.lab.config.ranges import Range
 from asgo.lab.data.pinned import DOCUMENT_BREAK, OTHERWISE, PINNED, read_bytes
 from asgo.lab.errors import LabError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".rs", ".js", ".java")
 """The files of a folder that are read."""
+
+BLOCKS = Range(1, meaning="a number of blocks")
 
 IMAGE_CORPORA = ("fashion-mnist", "digits")
 
@@ -51,8 +54,8 @@ class CorpusConfig:
     data_files: str | None = None
     streaming: bool = True
     validation_fraction: float = 0.1
-    validation_characters: int = 1_000_000
-    shuffle_blocks: int = 1024
+    validation_characters: Annotated[int, Range(1, meaning="a number of characters")] = 1_000_000
+    shuffle_blocks: Annotated[int, BLOCKS] = 1024
 
     @property
     def hub(self) -> tuple[str, str | None] | None:
@@ -80,14 +83,10 @@ class CorpusConfig:
         return self.streaming and self.hub is not None
 
     def check(self) -> None:
-        """Raise LabError for a fraction outside (0, 1) or a count below 1."""
+        """Raise LabError for a fraction outside (0, 1)."""
         if not 0 < self.validation_fraction < 1:
             what = f"--corpus.validation-fraction {self.validation_fraction} is out of range"
             raise LabError(f"{what}: pass a number between 0 and 1, such as 0.1.")
-        for field in ("validation_characters", "shuffle_blocks"):
-            if getattr(self, field) < 1:
-                flag = f"--corpus.{field.replace('_', '-')}"
-                raise LabError(f"{flag} {getattr(self, field)} is out of range: pass 1 or more.")
 
 
 def read_text(config: CorpusConfig) -> str:

@@ -14,13 +14,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, overload
+from typing import Annotated, Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from asgo.diagnostics.advice import KEPT, NOISY, SLACK, Advice, Line, advise
 from asgo.diagnostics.evidence import LAGS, SIDES
@@ -82,11 +82,15 @@ def inspect_advise(config: AdviceConfig, console: Console | None = None) -> Advi
     trainer, curvature = _prepare(config)
     with LiveLine(console, "advise", config.after + config.batches) as line:
         trainer.learn(config.after, line)
-        batches = ProgressBatches(
-            [trainer.step_batch(config.after + i) for i in range(config.batches)], line, config.after
-        )
+        batches = [(i, trainer.step_batch(config.after + i)) for i in range(config.batches)]
+
+        def loss(model: nn.Module, numbered: tuple[int, Batch]) -> Tensor:
+            number, batch = numbered
+            line.show(config.after + number + 1, f"batch {number + 1}/{config.batches} of evidence")
+            return token_loss(model, *batch)
+
         try:
-            advice = advise(trainer.raw, batches, _loss, curvature)
+            advice = advise(trainer.raw, batches, loss, curvature)
         except (ValueError, TypeError) as error:
             raise LabError(str(error)) from error
     rows = [row(line) for line in advice.lines]
@@ -151,29 +155,6 @@ class WarmupTrainer(Trainer):
         return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
-class ProgressBatches(Sequence[Batch]):
-    """Batches that show how far they have been taken."""
-
-    def __init__(self, batches: Sequence[Batch], line: LiveLine, before: int) -> None:
-        self.batches, self.line, self.before = batches, line, before
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
-    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
-        if isinstance(index, int) and 0 <= index < len(self):
-            self.line.show(self.before + index + 1, f"batch {index + 1}/{len(self)} of evidence")
-        return self.batches[index]
-
-
-def _loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    return token_loss(model, *batch)
-
-
 # ---- what is left in the folder --------------------------------------------------------------------------------
 
 
@@ -215,10 +196,8 @@ def draw(advice: Advice) -> bytes:
         axes.axvline(edge, color="#404040", linewidth=0.8, linestyle=(0, (2, 2)))
         axes.set_yticks(range(len(lines)), [line.name for line in lines])
         axes.set_ylim(len(lines) - 0.5, -0.5)
-        label(axes, name, "")
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.remove()
+        label(axes, name, "", legend=False)
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return png(figure)
 

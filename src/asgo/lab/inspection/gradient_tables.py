@@ -80,12 +80,14 @@ def _line(name: str, own: Sequence[Sample]) -> list[str]:
 
     numbers = [shown(metric, "{:.1f}") for metric in ("stable_rank", "effective_rank", "nuclear_over_frobenius")]
     numbers += [shown("noise_share", "{:.0f}", 100), shown("condition", "{:.0e}"), shown("residual", "{:.1e}")]
-    return [name, str(len(own)), " ".join(shapes), *numbers, shown("update_rms", "{:.1e}"), _percent(own)]
-
-
-def _percent(own: Sequence[Sample]) -> str:
-    value = mean(own, "failed_share")
-    return "-" if value is None else f"{100 * value:.2g}"
+    return [
+        name,
+        str(len(own)),
+        " ".join(shapes),
+        *numbers,
+        shown("update_rms", "{:.1e}"),
+        shown("failed_share", "{:.2g}", 100),
+    ]
 
 
 def notes(samples: Sequence[Sample]) -> list[str]:
@@ -156,8 +158,7 @@ class Series:
             for (kind, own), style in zip(self.kinds.items(), STYLES, strict=False):
                 _band(axes, kind, own, metric, place, style)
             axes.set_yscale(scale if axes.lines else "linear")
-            label(axes, title, name)
-            _without_legend(axes)
+            label(axes, title, name, legend=False)
         self._legend(figure, grid.flat)
         return png(figure)
 
@@ -218,9 +219,3 @@ def _spectra(axes: Axes, own: Sequence[Sample]) -> None:
                 shade = 0.85 * (1 - (number + 1) / len(layers))
                 name = f"layer {layer}, step {step}" if layer in (layers[0], layers[-1]) else None
                 axes.plot(x, curves.mean(0), color=(shade, shade, shade), linestyle=line, linewidth=1.2, label=name)
-
-
-def _without_legend(axes: Axes) -> None:
-    legend = axes.get_legend()
-    if legend is not None:
-        legend.remove()

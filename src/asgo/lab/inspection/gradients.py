@@ -20,7 +20,7 @@ from torch import Tensor
 
 from asgo.diagnostics import GradientProbe, Sample
 from asgo.lab import tables
-from asgo.lab.config.codec import command, from_json, to_json
+from asgo.lab.config.codec import command, to_json
 from asgo.lab.config.ranges import STEPS, Range
 from asgo.lab.config.runs import OptimizerConfig, RunConfig, TrainConfig
 from asgo.lab.data.sampling import Batches
@@ -31,7 +31,7 @@ from asgo.lab.inspection.run import run_of
 from asgo.lab.models.language import token_loss
 from asgo.lab.terminal import say
 from asgo.lab.training.progress import RunProgress
-from asgo.lab.training.run_folder import RunFolder, check_folder, check_same
+from asgo.lab.training.run_folder import RunFolder, check_out
 from asgo.lab.training.stopping import Stopped, StopSignal
 from asgo.lab.training.train import Diverged, Trainer
 from asgo.optimizer.step import structured
@@ -101,9 +101,7 @@ def _check(config: GradientsConfig) -> TrainConfig:
             f"--microbatches {config.microbatches} does not divide --batch-size {config.data.batch_size}: pass a "
             "divisor, or 1 to measure no noise."
         )
-    check_folder(config.out, config.resume, MARKER, "set of samples")
-    if (config.out / MARKER).exists():
-        check_same(from_json(GradientsConfig, read_json(config.out / MARKER)), config, config.out)
+    check_out(config, MARKER, "set of samples")
     return run
 
 

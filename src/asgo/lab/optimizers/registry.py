@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -93,11 +92,6 @@ def failed_roots(optimizer: Optimizer) -> int:
     return 0 if own is None else sum(own.failures().values())
 
 
-def tensor_bytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the tensors among `tensors`."""
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
-
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of optimizer state, in all devices together."""
-    return sum(tensor_bytes(state.values()) for state in optimizer.state.values())
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))

@@ -68,12 +68,12 @@ class OptimizerSpec:
         build: makes the optimizer from a model, the constructor's arguments and AdamW's learning rate.
         constructor: the callable that the arguments go to; its signature says which options exist.
         lr: default peak learning rate of the hidden matrices.
-        adamw_lr: default for everything else; None: the same as lr.
-        weight_decay: default decoupled decay of the hidden matrices.
         paper: title and authors.
         year: of its first version.
         memory: numbers of state; ``d = m n``, k the shorter side and o the longer one, r a rank, s a block size.
         cost: leading term of the operations of a step; a root counts by its measured or known number of products.
+        adamw_lr: default for everything else; None: the same as lr.
+        weight_decay: default decoupled decay of the hidden matrices.
         routing: further options, which go to `asgo.route`.
     """
 
@@ -81,16 +81,16 @@ class OptimizerSpec:
     build: Factory
     constructor: Callable[..., Optimizer]
     lr: float
-    adamw_lr: float | None
-    weight_decay: float
     paper: str
     year: int
     memory: str
     cost: str
+    adamw_lr: float | None = None
+    weight_decay: float = 0.1
     routing: frozenset[str] = frozenset()
 
 
-def _preset(preset: type[Any], adamw_lr: float | None, weight_decay: float) -> OptimizerSpec:
+def _preset(preset: type[Any], adamw_lr: float | None = None, weight_decay: float = 0.1) -> OptimizerSpec:
     """The row of a preset behind `asgo.route`, with what the class says of itself."""
     return OptimizerSpec(
         f"`{preset.__name__}`",
@@ -106,55 +106,29 @@ def _preset(preset: type[Any], adamw_lr: float | None, weight_decay: float) -> O
 # The learning rates of asgo, adamw and muon are those of the recorded search in benchmarks/shakespeare. Those of dasgo
 # to agd are starting points: the best of three to eight on the tiny model, 250 steps of one seed, not recorded.
 OPTIMIZERS: dict[str, OptimizerSpec] = {
-    "asgo": OptimizerSpec(
-        "`ASGO`, this library's defaults",
-        by_route(ASGO),
-        ASGO,
-        adamw_lr=None,
-        weight_decay=0.1,
-        routing=_ROUTING,
-        **asdict(ASGO.info),
-    ),
+    "asgo": replace(_preset(ASGO), about="`ASGO`, this library's defaults"),
     "asgo-paper": OptimizerSpec(
         "`ASGO.paper`",
         by_route(ASGO.paper),
         ASGO.paper,
-        adamw_lr=None,
-        weight_decay=0.1,
         routing=_ROUTING,
         **asdict(replace(ASGO.info, lr=1e-2, memory="d + 2 k^2")),
     ),
-    "dasgo": _preset(DASGO, adamw_lr=None, weight_decay=0.1),
+    "dasgo": _preset(DASGO),
     "bag": _preset(BAG, adamw_lr=5e-3, weight_decay=0.0),
-    "bagm": _preset(BAGM, adamw_lr=None, weight_decay=0.1),
+    "bagm": _preset(BAGM),
     "adagram": _preset(AdaGram, adamw_lr=5e-3, weight_decay=0.0),
     "one-sided-shampoo": _preset(OneSidedShampoo, adamw_lr=5e-3, weight_decay=0.0),
     "shampoo": _preset(Shampoo, adamw_lr=5e-3, weight_decay=0.0),
-    "adablock": _preset(AdaBlock, adamw_lr=None, weight_decay=0.1),
-    "adam-mini": OptimizerSpec(
-        "`AdamMini`, of everything",
-        adam_mini,
-        AdamMini,
-        adamw_lr=None,
-        weight_decay=0.1,
-        **asdict(AdamMini.info),
-    ),
-    "agd": _preset(AGD, adamw_lr=5e-3, weight_decay=0.1),
-    "spam": OptimizerSpec(
-        "`SPAM` around AdamW",
-        spam,
-        spam_adamw,
-        adamw_lr=None,
-        weight_decay=0.1,
-        **asdict(SPAM.info),
-    ),
+    "adablock": _preset(AdaBlock),
+    "adam-mini": OptimizerSpec("`AdamMini`, of everything", adam_mini, AdamMini, **asdict(AdamMini.info)),
+    "agd": _preset(AGD, adamw_lr=5e-3),
+    "spam": OptimizerSpec("`SPAM` around AdamW", spam, spam_adamw, **asdict(SPAM.info)),
     "adamw": OptimizerSpec(
         "`torch.optim.AdamW`",
         adamw,
         AdamW,
         lr=5.7e-3,
-        adamw_lr=None,
-        weight_decay=0.1,
         paper="Decoupled Weight Decay Regularization (Loshchilov, Hutter)",
         year=2017,
         memory="2 d",
@@ -165,8 +139,6 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         by_route(Muon),
         Muon,
         lr=2e-2,
-        adamw_lr=None,
-        weight_decay=0.1,
         routing=_ROUTING,
         paper=MUON_PAPER,
         year=2024,
@@ -178,8 +150,6 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         by_route(SOAP),
         SOAP,
         lr=1e-2,
-        adamw_lr=None,
-        weight_decay=0.1,
         routing=_ROUTING,
         paper=SOAP_PAPER,
         year=2024,
@@ -191,8 +161,6 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         by_route(AveragedShampoo),
         AveragedShampoo,
         lr=1e-2,
-        adamw_lr=None,
-        weight_decay=0.1,
         routing=_ROUTING,
         paper=AVERAGED_PAPER,
         year=2023,
@@ -204,8 +172,6 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         on_matrices(TorchMuon, TORCH_MUON),
         TorchMuon,
         lr=2e-2,
-        adamw_lr=None,
-        weight_decay=0.1,
         paper=MUON_PAPER,
         year=2024,
         memory="d",

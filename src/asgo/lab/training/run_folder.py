@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from asgo import checkpoint
 from asgo.checkpoint import sharded
 from asgo.lab.config.codec import command, flat, from_json, to_json
-from asgo.lab.config.runs import CompareConfig, TrainConfig
+from asgo.lab.config.runs import TrainConfig
 from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, read_json, write_bytes, write_json, write_text, writing
 from asgo.lab.training.board import Board
@@ -50,16 +50,6 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.board = Board(path / "tensorboard")
-
-    def check(self, config: TrainConfig) -> None:
-        """Refuse a folder that `config` may not write to; nothing is changed.
-
-        Raises:
-            LabError: for a folder in use, a folder that is no run, or a run with another configuration.
-        """
-        check_folder(self.path, config.resume, "config.json", "run")
-        if (self.path / "config.json").exists():
-            check_same(self.config(), config, self.path, ("out", "resume", "machine.parallel"))
 
     def create(self, config: TrainConfig, session: dict[str, Any], routing: str) -> None:
         """Write what describes the run; on a resumed run only the new session is added."""
@@ -167,42 +157,29 @@ class RunFolder:
         return read_json(path) if path.exists() else None
 
 
-def check_comparison(config: CompareConfig) -> None:
-    """Refuse a folder that `config` may not write to; nothing is changed.
+def check_out(config: Any, marker: str, what: str, free: Sequence[str] = ()) -> None:
+    """Refuse a folder ``config.out`` that `config` may not write to; nothing is changed.
+
+    Args:
+        config: with the fields ``out`` and ``resume``.
+        marker: the file in which such a folder keeps its configuration.
+        what: such a folder holds.
+        free: the fields that may differ on resuming, beside ``out`` and ``resume``.
 
     Raises:
-        LabError: for a folder in use, one that is no comparison, or a comparison with another configuration.
+        LabError: for a folder in use, one that holds something else, or one with another configuration.
     """
-    check_folder(config.out, config.resume, "comparison.json", "comparison")
-    path = config.out / "comparison.json"
-    if path.exists():
-        check_same(from_json(CompareConfig, read_json(path)), config, config.out, ("out", "resume", "jobs"))
-
-
-def check_folder(path: Path, resume: bool, marker: str, what: str) -> None:
-    """Refuse a folder that holds something else, or that holds a run which is not to be resumed.
-
-    Raises:
-        LabError: naming the folder and what to pass instead.
-    """
+    path: Path = config.out
     if path.exists() and not path.is_dir():
         raise LabError(f"--out {path} is a file: pass a folder.")
     if not path.is_dir() or all(entry.name.startswith(".") for entry in path.iterdir()):
         return
     if not (path / marker).exists():
         raise LabError(f"--out {path} is not empty and holds no {what}: pass another folder.")
-    if not resume:
+    if not config.resume:
         raise LabError(f"--out {path} already holds a {what}: pass --resume to continue it, or another --out.")
-
-
-def check_same(saved: Any, asked: Any, path: Path, free: Sequence[str] = ("out", "resume")) -> None:
-    """Refuse to continue a run with another configuration; only the fields in `free` may differ.
-
-    Raises:
-        LabError: naming every field that differs, with both values.
-    """
-    old, new = flat(saved), flat(asked)
-    names = [n for n in {**old, **new} if old.get(n) != new.get(n) and n not in free]
+    old, new = flat(from_json(type(config), read_json(path / marker))), flat(config)
+    names = [n for n in {**old, **new} if old.get(n) != new.get(n) and n not in ("out", "resume", *free)]
     if names:
         differences = ", ".join(f"{n} (there {old.get(n)!r}, asked {new.get(n)!r})" for n in names)
         raise LabError(

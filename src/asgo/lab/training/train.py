@@ -40,7 +40,7 @@ from asgo.lab.training.machine import accelerator
 from asgo.lab.training.meter import Meter
 from asgo.lab.training.parallel import Parallel, reporting, shares
 from asgo.lab.training.progress import RunProgress
-from asgo.lab.training.run_folder import RunFolder
+from asgo.lab.training.run_folder import RunFolder, check_out
 from asgo.lab.training.schedule import factor, scheduler
 from asgo.lab.training.snapshot import FORMAT, check_identity, random_state, set_random_state
 from asgo.lab.training.stopping import Stopped, StopSignal
@@ -68,9 +68,8 @@ def train(config: TrainConfig, console: Console | None = None, title: str | None
     validate(config)
     check_model(config)
     config = replace(config, optimizer=resolve(config.optimizer))
-    folder = RunFolder(config.out)
-    folder.check(config)
-    done = folder.result()
+    check_out(config, "config.json", "run", ("machine.parallel",))
+    done = RunFolder(config.out).result()
     if done is not None:
         if done["status"] == "diverged":
             raise Diverged(f"the run in {config.out} diverged: {done['message']}")
