@@ -25,6 +25,7 @@ STATE_BYTES = 4
 FAILURE_BYTES = 8
 """Of the count of failures that goes with a root."""
 SIZES = ("replicate", "fsdp", "tp")
+"""The axes of a `Mesh`."""
 
 
 class Mesh(NamedTuple):
