@@ -16,6 +16,7 @@ from asgo._types import Stack, State
 from asgo.distributed.collectives import group_of
 from asgo.optimizer.bucket import Bucket
 from asgo.optimizer.hyperparameters import adamw_of
+from asgo.optimizer.step_plan import StepPlan
 from asgo.parts import Strategy
 from asgo.structures import OneSided, Packed, Structure
 from asgo.structures.packed import opened
@@ -74,7 +75,9 @@ class Recorder:
         if found is not None:
             self._notes.append(Note("residual", kept, found.view(count, -1).amax(1), 1))
 
-    def finish(self, groups: Iterable[Mapping[str, Any]], plans: Iterable[Any], states: Mapping[Tensor, State]) -> None:
+    def finish(
+        self, groups: Iterable[Mapping[str, Any]], plans: Iterable[StepPlan], states: Mapping[Tensor, State]
+    ) -> None:
         """Take up AdamW's parameters and the weights, after a step by these plans."""
         for group, plan in zip(groups, plans, strict=True):
             self._strategies |= dict(zip(plan.entries, plan.strategies, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,9 @@ from asgo.optimizer.hyperparameters import adamw_of, learning_rate, must_be
 from asgo.optimizer.metrics import Recorder
 from asgo.optimizer.refresh_schedule import is_due, refresh_phases
 from asgo.optimizer.state import check_form, check_shape, move_state_to_param, renew
+from asgo.optimizer.step_plan import StepPlan, signature_of
 from asgo.optimizer.update_size import SCALINGS
-from asgo.parts import Due, ParameterPart, Strategy, Wait
+from asgo.parts import Due, ParameterPart, Wait
 from asgo.structures import OneCall, Structure
 
 
@@ -222,7 +222,7 @@ class StructuredOptimizer(GroupedOptimizer):
     def _current_plans(self) -> list[StepPlan]:
         """The plan of every group, rebuilt where the parameters with gradients, or their state, have changed."""
         self._follow_groups()
-        signatures = [_signature(group) for group in self.param_groups]
+        signatures = [signature_of(group) for group in self.param_groups]
         stale = [i for i, signature in enumerate(signatures) if not self._is_current(i, signature)]
         for i in stale:
             self._check_shapes(self.param_groups[i])
@@ -382,34 +382,3 @@ class StepHook(ABC):
     @abstractmethod
     def before_peak(self, groups: list[dict[str, Any]]) -> None:
         """Set counters in the groups so that the next step allocates as much memory as any does."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """How a step treats the parameters of a group that have gradients.
-
-    Args:
-        signature: see `_signature`; the plan is valid while it is unchanged.
-        entries: the parameters without a view.
-        strategies: where these live.
-        places: a number for each of them that it has on all ranks and no other has.
-        viewed: the parameters with a view.
-        buckets: the stacks of the parameters with a view.
-    """
-
-    signature: object
-    entries: list[Tensor]
-    strategies: list[Strategy]
-    places: list[int]
-    viewed: list[Tensor]
-    buckets: list[Bucket]
-
-
-def _signature(group: Mapping[str, Any]) -> object:
-    """What a plan depends on: it is rebuilt when this changes."""
-    return (
-        group["precondition_frequency"],
-        group["rounding"],
-        [group.get(key) for key in ("root", "side", "packed_state", "cross_normalize")],
-        [(id(p), p.shape, p.stride(), p.dtype, p.device) for p in group["params"] if p.grad is not None],
-    )
