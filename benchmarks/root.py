@@ -18,7 +18,7 @@ from asgo.lab.errors import LabError
 from asgo.lab.files import make_folder, write_bytes, write_text
 from asgo.lab.tables import csv_text
 from asgo.linalg.inverse_root import ROOTS, check_eps
-from benchmarks.speed.accuracy import TARGETS, Accuracy, exact_steps, inside, measure
+from benchmarks.speed.accuracy import Accuracy, exact_steps, formula_of, measure
 from benchmarks.speed.command import program, run_command
 from benchmarks.speed.config import RootConfig, check
 from benchmarks.speed.draw import Line, draw_roots
@@ -95,11 +95,11 @@ def _cell(config: RootConfig, k: int, kind: str, progress: WorkProgress) -> list
 
 def measure_all(roots: Sequence[str], problem: Problem, eps: float) -> dict[str, Accuracy | str]:
     """The errors of every root, or what it raised."""
-    exact = {target: exact_steps(problem, eps, target) for target in {TARGETS.get(name, inside) for name in roots}}
+    exact = {formula: exact_steps(problem, eps, formula) for formula in {formula_of(name) for name in roots}}
     found: dict[str, Accuracy | str] = {}
     for name in roots:
         try:
-            found[name] = measure(name, problem, eps, exact[TARGETS.get(name, inside)])
+            found[name] = measure(name, problem, eps, exact[formula_of(name)])
         except (RuntimeError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return found

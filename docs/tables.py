@@ -8,6 +8,8 @@ from pathlib import Path
 
 from asgo.lab.models.architectures import PRESETS
 from asgo.lab.optimizers.table import EXTERNAL, OPTIMIZERS
+from asgo.linalg.inverse_root import ROOTS
+from asgo.views.layouts import LAYOUTS, Layout
 from benchmarks.speed.optimizers import BENCH_OPTIMIZERS
 from docs import results
 
@@ -43,6 +45,31 @@ def bench_optimizers() -> str:
     return table(columns, rows)
 
 
+def roots() -> str:
+    """The inverse roots."""
+    columns = ("name", "how", "at `eps` 1e-6, per matrix of `k x k`")
+    return table(columns, ((f'`"{name}"`', root.how, root.note) for name, root in ROOTS.items()))
+
+
+def layouts() -> str:
+    """The fused weights that are known."""
+    columns = ("name", "parts", "order", "with", "seen in")
+    return table(
+        columns, ((_code(row.names), ", ".join(row.parts), row.order, _needs(row), row.seen) for row in LAYOUTS)
+    )
+
+
+def _needs(row: Layout) -> str:
+    of_class = [f"class `{row.classes[0]}`" + (" and others" if len(row.classes) > 1 else "")] if row.classes else []
+    return ", ".join(
+        [*of_class, *(_code(needed.split("|"), " or ") for needed in row.needs), *filter(None, [row.asks])]
+    )
+
+
+def _code(names: Sequence[str], between: str = ", ") -> str:
+    return between.join(f"`{name}`" for name in names)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "optimizers": optimizers,
@@ -50,6 +77,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "results": results.summary,
     "results-counts": results.counts,
     "results-workloads": results.workloads,
+    "roots": roots,
+    "layouts": layouts,
 }
 
 

@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asgo.linalg.inverse_root import ROOTS
-from benchmarks.gpu.forms import EPS, STATED
+from asgo.linalg.inverse_root import ROOTS, relative, undamped
+from benchmarks.gpu.forms import EPS
 from benchmarks.gpu.matrices import CONDITION, Case, cases, exact
 from benchmarks.gpu.part import CheckError, Part, check
-
-ABSOLUTE = ("outside", "inside")
-"""Roots whose damping is absolute: checked where it does not matter, on matrices of condition 9."""
-REFERENCE_PRODUCTS = 40
 
 
 def run(part: Part) -> None:
@@ -29,8 +25,9 @@ def run(part: Part) -> None:
 
 def _root(part: Part, name: str, setting: AbstractContextManager[None]) -> Mapping[str, Any]:
     size = 32 if part.tiny else 128
-    some = [case for case in cases(size) if case.is_gentle or name not in (*ABSOLUTE, "reference")]
-    eps, bound = EPS.get(name, 1e-6), _bound(name, size)
+    # Absolute damping is checked where it does not matter, on matrices of condition 9.
+    some = [case for case in cases(size) if case.is_gentle or ROOTS[name].formula is relative]
+    eps, bound = EPS[name], _bound(name, size)
     stack = torch.stack([case.gram for case in some]).to(part.device.torch)
     with setting:
         errors = _errors(name, stack, some, eps)
@@ -40,15 +37,15 @@ def _root(part: Part, name: str, setting: AbstractContextManager[None]) -> Mappi
 
 
 def _bound(name: str, k: int) -> float:
-    """What `asgo.linalg.inverse_root` states, and for roots outside that table what rounding explains at condition 9.
+    """What the root states and, of a root that states nothing, what rounding explains at condition 9.
 
     An error of ``e`` in each of p products of inner length k is at most ``p k e`` in the result, times the condition of
     the root, 3; the float64 roots have one product in float32, with the momentum.
     """
-    rounding = k * torch.finfo(torch.float32).eps * CONDITION**0.5
-    if name == "auto":
-        return max(STATED.values())
-    return STATED[name] if name in STATED else rounding * (REFERENCE_PRODUCTS if name == "reference" else 2)
+    root, rounding = ROOTS[name], k * torch.finfo(torch.float32).eps * CONDITION**0.5
+    if root.error is not None:
+        return root.error
+    return rounding * (root.products(EPS[name]) if root.formula is undamped else 2)
 
 
 def _errors(name: str, stack: Tensor, some: list[Case], eps: float) -> dict[str, float]:
@@ -64,11 +61,10 @@ def _errors(name: str, stack: Tensor, some: list[Case], eps: float) -> dict[str,
 
 
 def _target(name: str, gram: Tensor, eps: float) -> Tensor:
-    if name not in (*ABSOLUTE, "reference"):
+    if ROOTS[name].formula is relative:
         return exact(gram, eps)
     values, vectors = torch.linalg.eigh(gram.double())
-    damped = values.sqrt() + eps if name == "outside" else (values + eps * (name == "inside")).sqrt()
-    return (vectors / damped) @ vectors.mT
+    return (vectors / ROOTS[name].formula(values, eps).sqrt()) @ vectors.mT
 
 
 def _error(root: Tensor, case: Case, wanted: Tensor) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from asgo import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
+from asgo.linalg.inverse_root import ROOTS
 from benchmarks.gpu.device import Device, Precision
 
 Groups = list[dict[str, Any]]
@@ -28,9 +29,7 @@ class Form:
     Args:
         name: of the row.
         make: the optimizer from groups with views.
-        error: the largest relative error of the direction that the root may make, as `asgo.linalg.inverse_root`
-        states it; for the
-            device where float64 is fast.
+        error: the largest relative error of the direction that the root may make, see `STATED`.
         products: how many ``k x k`` products a root takes; None where it takes no products.
         precision: of those products.
         layout: "fused": several matrices in one parameter stay there and are read through a view; "apart": each is a
@@ -51,22 +50,14 @@ class Form:
     waits: bool = False
 
 
-STATED: dict[str, float] = {
-    "eigh": 6e-2,
-    "eigh64": 1e-4,
-    "minimax": 4e-3,
-    "minimax_fast": 1.5e-2,
-    "minimax_bf16x3": 6e-3,
-    "minimax_tf32": 4e-2,
-}
-"""The largest relative error of a step by each root that damps relatively, rank-deficient statistics included:
-what the docstrings of `asgo.linalg.inverse_root` say, "minimax" as on devices without fast float64."""
+STATED: dict[str, float] = {name: root.error for name, root in ROOTS.items() if root.error is not None}
+"""The largest relative error of a step by each root that states one, "minimax" as on devices without fast float64."""
 
 EIGH_PRODUCTS = 2
 """Of inner length k, whose rounding an eigendecomposition and the product of its vectors are taken for."""
 
-EPS: dict[str, float] = {"minimax_tf32": 1e-5}
-"""Damping of a root that cannot take 1e-6."""
+EPS: dict[str, float] = {name: max(1e-6, root.min_eps) for name, root in ROOTS.items()}
+"""Damping with which a root is checked and timed."""
 
 
 SQUARE_ROOT: dict[str, float] = {"bf16": 3e-2, "fp16": 6e-3}
@@ -78,7 +69,7 @@ def _asgo(**options: Any) -> Make:
 
 
 def _root(name: str) -> Make:
-    return _asgo(root=name, eps=EPS.get(name, 1e-6))
+    return _asgo(root=name, eps=EPS[name])
 
 
 def _square_root(precision: str) -> Make:

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from asgo.linalg.inverse_root import ROOTS
+from asgo.linalg.inverse_root import ROOTS, relative, undamped
 from benchmarks.speed.matrices import Problem
 
 
@@ -33,33 +33,21 @@ class Accuracy:
     told: bool
 
 
-Target = Callable[[Tensor, float], Tensor]
+Formula = Callable[[Tensor, float], Tensor]
 
 
-def inside(gram: Tensor, eps: float) -> Tensor:
-    """``(V + eps ||V||_F I)^(-1/2)``."""
+def formula_of(name: str) -> Formula:
+    """What a root is held against: its own formula; the released root, which damps nothing, against `relative`."""
+    return relative if ROOTS[name].formula is undamped else ROOTS[name].formula
+
+
+def exact_root(gram: Tensor, eps: float, formula: Formula) -> Tensor:
+    """The root of one matrix ``(k, k)`` by a float64 eigendecomposition."""
     values, vectors = torch.linalg.eigh(gram)
-    damped = values.clamp(min=0) + eps * torch.linalg.vector_norm(gram)
-    return (vectors * damped.rsqrt()) @ vectors.mT
+    return (vectors * formula(values.clamp(min=0), eps).rsqrt()) @ vectors.mT
 
 
-def outside(gram: Tensor, eps: float) -> Tensor:
-    """``(V^(1/2) + eps I)^(-1)``."""
-    values, vectors = torch.linalg.eigh(gram)
-    return (vectors / (values.clamp(min=0).sqrt() + eps)) @ vectors.mT
-
-
-def absolute(gram: Tensor, eps: float) -> Tensor:
-    """``(V + eps I)^(-1/2)``."""
-    values, vectors = torch.linalg.eigh(gram)
-    return (vectors * (values.clamp(min=0) + eps).rsqrt()) @ vectors.mT
-
-
-TARGETS: dict[str, Target] = {"outside": outside, "inside": absolute}
-"""What a root computes, if it is not `inside`."""
-
-
-def exact_steps(problem: Problem, eps: float, target: Target = inside) -> list[Tensor | None]:
+def exact_steps(problem: Problem, eps: float, formula: Formula = relative) -> list[Tensor | None]:
     """The exact ``U*`` of every matrix; None for one that is not finite, zero for a zero one."""
     found: list[Tensor | None] = []
     for gram, direction in zip(problem.grams, problem.directions, strict=True):
@@ -67,7 +55,8 @@ def exact_steps(problem: Problem, eps: float, target: Target = inside) -> list[T
         if not bool(wide.isfinite().all()):
             found.append(None)
         else:
-            found.append(target(wide, eps) @ vectors if bool(wide.any()) else torch.zeros_like(vectors))
+            step = exact_root(wide, eps, formula) @ vectors if bool(wide.any()) else torch.zeros_like(vectors)
+            found.append(step)
     return found
 
 

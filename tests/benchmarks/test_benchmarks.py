@@ -23,7 +23,7 @@ from asgo.linalg.inverse_root import ROOTS
 from asgo.optimizer.param_groups import with_views
 from benchmarks import distributed, root, step
 from benchmarks.speed import race
-from benchmarks.speed.accuracy import exact_steps, measure, outside
+from benchmarks.speed.accuracy import exact_steps, measure
 from benchmarks.speed.command import parse, program
 from benchmarks.speed.config import RootConfig, StepConfig
 from benchmarks.speed.matrices import KINDS, Problem, cases
@@ -544,7 +544,7 @@ def test_errors_of_roots_with_a_known_error(monkeypatch):
     assert found.finite
     assert found.told
     assert measure("eigh64", problem, 1e-3, exact).max_error < 1e-5
-    theory = measure("outside", problem, 1e-3, exact_steps(problem, 1e-3, outside))
+    theory = measure("outside", problem, 1e-3, exact_steps(problem, 1e-3, ROOTS["outside"].formula))
     assert theory.max_error < 1e-5
 
 
@@ -575,11 +575,11 @@ def test_bench_root(tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == names
     assert (out / "plot.png").read_bytes().startswith(PNG)
     rows = read_csv(out / "table.csv")
-    taken = set(ROOTS) - {"minimax_tf32"}  # which refuses eps 1e-6
+    taken = {name for name, kind in ROOTS.items() if kind.min_eps <= 1e-6}
     assert len(rows) == 2 * 2 * len(KINDS) * len(taken)
     assert {row["root"] for row in rows} == taken
     assert not any(row["failure"] for row in rows)
-    assert "| minimax_tf32 | root 'minimax_tf32' got eps=1e-06: TF32" in (out / "table.md").read_text()
+    assert "| minimax_tf32 | root 'minimax_tf32' got eps=1e-06: its products" in (out / "table.md").read_text()
     assert all(float(row["products"]) > 0 and float(row["speedup"]) > 0 for row in rows)
     assert all(float(row["speedup"]) == 1 for row in rows if row["root"] == "reference")
     small = [float(row["max_error"]) for row in rows if row["root"] == "eigh64"]

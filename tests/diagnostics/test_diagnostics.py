@@ -138,17 +138,23 @@ def damping(A, root, eps):
     return A + eps * {"inside": 1, "reference": 0}.get(root, np.linalg.norm(A)) * eye
 
 
+@pytest.mark.parametrize("root", ["eigh", "inside", "outside", "reference"])
+def test_damped_statistics(root):
+    stack = random_stack(3, (2, 6, 9))
+    A = stack @ stack.transpose(0, 2, 1)
+    of, expected = damped(torch.tensor(A), root, 1e-3), [damping(one, root, 1e-3) for one in A]
+    np.testing.assert_allclose(of, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(condition(of), [np.linalg.cond(one) for one in expected], rtol=1e-6)
+
+
 @pytest.mark.parametrize("root", ROOTS)
-def test_condition_and_residual(root):
+def test_a_root_inverts_the_damped_statistic(root):
     eps = 1e-3
     stack = random_stack(3, (2, 6, 9))
     A = stack @ stack.transpose(0, 2, 1)
     Z, _ = ROOTS[root](torch.tensor(A), eps)
     of = damped(torch.tensor(A), root, eps)
-    expected = [damping(one, root, eps) for one in A]
-    np.testing.assert_allclose(of, expected, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(condition(of), [np.linalg.cond(one) for one in expected], rtol=1e-6)
-    left = [np.linalg.norm(z @ one @ z.T - np.eye(6)) / 6**0.5 for z, one in zip(Z.numpy(), expected, strict=True)]
+    left = [np.linalg.norm(z @ one @ z.T - np.eye(6)) / 6**0.5 for z, one in zip(Z.numpy(), of.numpy(), strict=True)]
     np.testing.assert_allclose(residual(of, Z), left, rtol=1e-6, atol=1e-9)
     assert (residual(of, Z) < (5e-2 if root == "reference" else 1e-6)).all()
     assert (residual(of, 0 * Z) == 1).all()

@@ -18,7 +18,6 @@ import asgo
 from asgo import ASGO, Rule, View, checkpoint, route, views
 from asgo.linalg import inverse_root
 from asgo.optimizer import hyperparameters
-from asgo.views.layouts import LAYOUTS
 from asgo.views.projections import QUERY_KEY
 from asgo.views.routing import DEFAULT
 
@@ -303,11 +302,6 @@ def test_names():
             assert any(hasattr(owner, name) for owner in owners), name
 
 
-def test_roots_table():
-    written = {row[0].strip('`"') for row in rows(section(page("concepts.md"), "Roots"))[2:]}
-    assert written == set(inverse_root.ROOTS)
-
-
 def test_options_per_group():
     table = rows(section(page("choosing-rules.md"), "Options per group"))[2:]
     own, relatives, adamw = (set(re.findall(r"`(\w+)`", row[1])) for row in table)
@@ -320,15 +314,6 @@ def test_attention_families():
     table = rows(section(page("choosing-rules.md"), "Attention by head"))[2:]
     names = [re.findall(r"`(\w+)`, `(\w+)`", row[0]) for row in table]
     assert {pair for pairs in names for pair in pairs} == set(QUERY_KEY)
-
-
-def test_layouts():
-    table = rows(section(page("choosing-rules.md"), "Fused weights"))[2:]
-    written = [(tuple(re.findall(r"`(\w+)`", row[0])), tuple(row[1].split(", ")), row[2], row[4]) for row in table]
-    assert written == [(row.names, row.parts, row.order, row.seen) for row in LAYOUTS]
-    for row, layout in zip(table, LAYOUTS, strict=True):
-        needed = {name for needs in layout.needs for name in needs.split("|")} | set(layout.classes[:1])
-        assert set(re.findall(r"`(\w+)`", row[3])) == needed
 
 
 def test_generated_tables_are_those_of_the_code():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from asgo.linalg.inverse_root import (
     outside,
     products,
     reference,
+    relative,
     resolve,
 )
 from asgo.linalg.polynomial import PROBE_TOLERANCE
@@ -33,8 +34,7 @@ from asgo.linalg.spectral import RESOLUTION
 
 BACKENDS: Any = torch.backends
 EPS = 1e-6
-DAMPED = ["eigh", "eigh64", "minimax", "minimax_fast", "minimax_bf16x3"]
-LEAST_EPS = {name: 1e-5 if name == "minimax_tf32" else EPS for name in ROOTS}
+LEAST_EPS = {name: max(EPS, root.min_eps) for name, root in ROOTS.items()}
 U = torch.finfo(torch.float32).eps / 2
 GROWTH = EPS**-0.5  # ||Z|| ||M|| / ||Z M|| is no more: what an error of Z, relative to ||Z||, does to a step
 BOUND = {
@@ -44,7 +44,17 @@ BOUND = {
     "minimax_fast": 2 * (FAST_TOLERANCE + U * GROWTH),
     "minimax_bf16x3": 2 * (TOLERANCE[torch.float32] + 2**-17 * GROWTH),  # the sum of two bfloat16 has 16 bits
 }
-"""Of ``||U - U_exact|| / ||U_exact||`` for ``U = Z M`` in float32."""
+"""Of ``||U - U_exact|| / ||U_exact||`` for ``U = Z M`` in float32. Every root that damps relatively has a row, but
+for those in `ELSEWHERE`."""
+DAMPED = list(BOUND)
+ELSEWHERE = {"auto", "minimax_tf32"}
+"""One of the others, and a root that differs from one of the others on CUDA alone."""
+FORMULAS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "outside": lambda x, eps: 1 / (x.sqrt() + eps),
+    "inside": lambda x, eps: (x + eps).rsqrt(),
+    "reference": lambda x, eps: x.rsqrt(),
+}
+"""The root of a diagonal matrix by each root whose damping is not relative."""
 
 
 def exact_root(A: Tensor, eps: float) -> Tensor:
@@ -101,6 +111,22 @@ def precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     BACKENDS.cuda.matmul.fp32_precision = "none"
     BACKENDS.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_every_root_is_compared_with_its_formula():
+    assert {name for name, root in ROOTS.items() if root.formula is relative} == {*BOUND, *ELSEWHERE}
+    assert ROOTS.keys() == {*BOUND, *ELSEWHERE, *FORMULAS}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_the_record_of_a_root_says_what_it_inverts(name: str):
+    values = torch.tensor([[4.0, 1.0, 0.25, 0.1]], dtype=torch.float64)
+    wanted = FORMULAS[name](values, 0.5) if name in FORMULAS else (values + 0.5 * values.norm()).rsqrt()
+    torch.testing.assert_close(ROOTS[name].formula(values, 0.5).rsqrt(), wanted)
+    Z, ok = ROOTS[name](torch.diag_embed(values), 0.5)
+    assert ok.all()
+    near = 0.1 if name == "reference" else 1e-7  # its eps enters the norm
+    assert error(Z[0], torch.diag(wanted[0])) <= near
 
 
 # Accuracy
@@ -211,13 +237,12 @@ def test_absolute_damping_is_never_below_what_the_statistic_resolves(name: str, 
     assert Z.abs().max() <= floor**-0.5 * (1 + 1e-3)
 
 
-@pytest.mark.parametrize(("name", "formula"), [("outside", lambda x: 1 / (x.sqrt() + 1e-3)),
-                                               ("inside", lambda x: (x + 1e-3).rsqrt())])  # fmt: skip
-def test_what_a_statistic_resolves_is_damped_as_the_formula_says(name: str, formula: Any):
+@pytest.mark.parametrize("name", sorted(FORMULAS.keys() - {"reference"}))
+def test_what_a_statistic_resolves_is_damped_as_the_formula_says(name: str):
     values = torch.logspace(0, -5, 6, dtype=torch.float64)
     Z, ok = ROOTS[name](torch.diag(values).float()[None], 1e-3)
     assert ok.all()
-    torch.testing.assert_close(Z[0].diagonal(), formula(values).float(), rtol=4 * U, atol=0)
+    torch.testing.assert_close(Z[0].diagonal(), FORMULAS[name](values, 1e-3).float(), rtol=4 * U, atol=0)
 
 
 # Laws
@@ -287,7 +312,7 @@ def test_empty_stacks(name: str, shape: tuple[int, int, int], dtype: torch.dtype
     assert ok.all()
 
 
-@pytest.mark.parametrize("name", [*DAMPED, "outside", "auto"])
+@pytest.mark.parametrize("name", sorted(ROOTS.keys() - {"reference"}))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_bad_matrix_fails_alone(name: str, dtype: torch.dtype):
     good = GRADIENTS["full rank, wide"].to(dtype)
@@ -298,11 +323,11 @@ def test_a_bad_matrix_fails_alone(name: str, dtype: torch.dtype):
     stack[3, 7, 7] = math.inf
     stack[4, 0, 1] = -math.inf
     before = stack.clone()
-    Z, ok = ROOTS[name](stack, EPS)
+    Z, ok = ROOTS[name](stack, LEAST_EPS[name])
     assert ok.tolist() == [True, True, False, False, False, True]
     assert Z.isfinite().all()
     assert not Z[1:5].any()
-    torch.testing.assert_close(Z[[0, 5]], ROOTS[name](good.repeat(2, 1, 1), EPS)[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(Z[[0, 5]], ROOTS[name](good.repeat(2, 1, 1), LEAST_EPS[name])[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(stack, before, rtol=0, atol=0, equal_nan=True)
 
 

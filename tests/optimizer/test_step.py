@@ -239,7 +239,9 @@ def test_capturable_changes_nothing_but_where_steps_are_counted():
 def test_what_a_graph_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"^ASGO: capturable got precondition_frequency=2; .* Pass precondition_freq"):
         ASGO(parameters([(2, 3)]), capturable=True, precondition_frequency=2)
-    with pytest.raises(ValueError, match=r"^ASGO: root 'minimax_tf32' got eps=1e-06: TF32 products need eps of 1e-05"):
+    with pytest.raises(
+        ValueError, match=r"^ASGO: root 'minimax_tf32' got eps=1e-06: its products are too coarse for eps below 1e-05"
+    ):
         ASGO(parameters([(2, 3)]), root="minimax_tf32")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from asgo._types import State
 from asgo.diagnostics.spectra import eigenvalues
 from asgo.linalg import spectral
+from asgo.linalg.inverse_root import relative, resolve, undamped
 from asgo.linalg.matmul import exact_matmul, gram
 from asgo.state_keys import part_key
 from asgo.structures import OneSided, Packed, Structure, TwoSided, opened
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
 def damped(A: Float[Tensor, "b k k"], root: str, eps: float) -> Float[Tensor, "b k k"]:
     """The matrix that a root of `asgo.linalg.inverse_root.ROOTS` is the inverse square root of, in float64.
 
-    ``A + eps ||A||_F I``; ``A + eps I`` for "inside" and ``(A^(1/2) + eps I)^2`` for "outside", with eigenvalues that
-    A's dtype does not resolve raised as the root raises them; and A itself for "reference", whose eps damps nothing.
+    As its `formula` says; eigenvalues that A's dtype does not resolve are raised first where the root raises them.
     """
-    if root in ("inside", "outside"):
-        values, vectors = spectral.decompose(torch.where(A.isfinite().flatten(1).all(1)[:, None, None], A, 0).double())
-        values = spectral.resolved(values.clamp(min=0), A.dtype)
-        values = values + eps if root == "inside" else (values.sqrt() + eps).square()
-        return gram(vectors * values.sqrt()[:, None])
-    A = A.double()
-    added = torch.linalg.vector_norm(A, dim=(1, 2), keepdim=True) * (root != "reference")
-    return A + eps * added * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    found = resolve(root)
+    if found.formula in (relative, undamped):  # linear in A: no eigendecomposition, and defined where A is not finite
+        A = A.double()
+        added = torch.linalg.vector_norm(A, dim=(1, 2), keepdim=True) * (found.formula is relative)
+        return A + eps * added * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    values, vectors = spectral.decompose(torch.where(A.isfinite().flatten(1).all(1)[:, None, None], A, 0).double())
+    values = values.clamp(min=0)
+    values = found.formula(spectral.resolved(values, A.dtype) if found.raises else values, eps)
+    return gram(vectors * values.sqrt()[:, None])
 
 
 def condition(A: Float[Tensor, "b k k"]) -> Float[Tensor, "b"]:

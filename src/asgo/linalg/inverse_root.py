@@ -14,7 +14,8 @@ on rank-deficient statistics its transpose is five times less exact, and the mea
 
 A zero matrix has the root 0 (nothing was learned, so nothing moves) and is ``ok``. A matrix with NaN or
 infinity, or whose root fails, has the root 0, is not ``ok``, and touches no other in its stack. Products run
-in full precision whatever the script chose, see `exact_matmul`. ("reference" alone keeps other rules.)
+in full precision whatever the script chose, see `exact_matmul`. `asgo.linalg.solver.solve` sees to all of this.
+("reference" alone keeps other rules.)
 """
 
 from __future__ import annotations
@@ -26,21 +27,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from asgo.linalg import polynomial as iteration
 from asgo.linalg import spectral
-from asgo.linalg.masked import where
 from asgo.linalg.matmul import Precision, exact_matmul
+from asgo.linalg.solver import check_stack, eye_of, solve
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
-    from torch import Tensor
+    from jaxtyping import Float
 
-    Square: TypeAlias = Float[Tensor, "b k k"]
-    PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
-    Result: TypeAlias = tuple[Square, Bool[Tensor, "b"]]
-    Solver: TypeAlias = Callable[[Square, PerMatrix, float], Square]
+    from asgo.linalg.solver import PerMatrix, Result, Solver, Square
+
     Solve: TypeAlias = Callable[[Square, float], Result]
+    Formula: TypeAlias = Callable[[Float[Tensor, "*b k"], float], Float[Tensor, "*b k"]]
 
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-9}
 """Asked of the schedule of `minimax`."""
@@ -50,44 +50,6 @@ LEAST_EPS_TF32 = 1e-5
 """TF32 products keep 11 bits: at a tenth of this damping their iteration diverges on some statistics."""
 SMALL = 128
 """Up to this size products are the faster root of a stack in float32 on a CPU as well."""
-
-
-def _check(A: Square) -> None:
-    if A.ndim != 3 or A.shape[-1] != A.shape[-2] or A.dtype not in TOLERANCE:
-        raise ValueError(
-            f"root got {A.dtype} of shape {tuple(A.shape)}: it takes float32 or float64 of shape (b, k, k). "
-            "Pass A[None] for a single matrix, A.float() for half precision"
-        )
-
-
-def _eye(A: Square) -> Float[Tensor, "k k"]:
-    return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-
-
-def _norm(A: Square) -> PerMatrix:
-    return torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
-
-
-def solve(solver: Solver, A: Square, eps: float, dtype: torch.dtype | None = None) -> Result:
-    """Root of A by a solver ``(A, scale, eps) -> root of A / scale``, times ``scale^(-1/2)``.
-
-    The largest entry of ``A / scale`` is in [1, 2), so that its norm can be squared whatever the range of A. In
-    place of a matrix that is zero or not finite the solver meets the identity. It marks a failure by a diagonal
-    that is not finite. It works in ``dtype`` (A's own if None); the result has A's.
-    """
-    _check(A)
-    own, A = A.dtype, A.to(dtype or A.dtype)
-    if A.numel() == 0:
-        return torch.zeros_like(A, dtype=own), torch.ones(len(A), dtype=torch.bool, device=A.device)
-    top = A.diagonal(dim1=-2, dim2=-1).amax(dim=-1)  # no entry of a semidefinite matrix is larger
-    finite = A.sum(dim=-1).isfinite().all(dim=-1)  # a sum keeps NaN and infinity, and costs one pass
-    live = (finite & (top > 0))[:, None, None]
-    scale = where(live, top[:, None, None], 1.0)
-    scale = scale / (2 * torch.frexp(scale).mantissa)  # a power of two: exact
-    with exact_matmul(A.device):
-        Z = solver(where(live, A, _eye(A)), scale, eps)
-    ok = finite & Z.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
-    return where(ok[:, None, None] & live, Z, 0.0).to(own), ok
 
 
 def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:
@@ -230,10 +192,10 @@ def reference(A: Square, eps: float) -> Result:
     Its eps is absolute and enters the norm alone, so that a rank-deficient A is barely damped and its root
     often far off. A root with NaN or infinity is replaced by the identity, and all count as ok.
     """
-    _check(A)
+    check_stack(A)
     X = A.float()
-    eye = _eye(X)
-    norm = _norm(X + eps * eye) * 1.01
+    eye = eye_of(X)
+    norm = torch.linalg.vector_norm(X + eps * eye, dim=(-2, -1), keepdim=True) * 1.01
     Y, Z = X / norm, eye.expand_as(X)
     with exact_matmul(A.device):
         for c0, c1, c2 in _RELEASED:
@@ -244,65 +206,114 @@ def reference(A: Square, eps: float) -> Result:
     return torch.where(finite[:, None, None], Z, eye).to(A.dtype), torch.ones_like(finite)
 
 
+# ---- what a root inverts: the eigenvalues of the damped matrix -------------------------------------------------------
+
+
+def relative(values: Tensor, eps: float) -> Tensor:
+    """``A + eps ||A||_F I``."""
+    return values + eps * torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+
+
+def absolute(values: Tensor, eps: float) -> Tensor:
+    """``A + eps I``."""
+    return values + eps
+
+
+def outside_the_root(values: Tensor, eps: float) -> Tensor:
+    """``(A^(1/2) + eps I)^2``."""
+    return (values.sqrt() + eps).square()
+
+
+def undamped(values: Tensor, eps: float) -> Tensor:
+    """A itself."""
+    return values
+
+
 @dataclass(frozen=True)
 class InverseRoot:
-    """A root and what others ask about it; call it as ``root(A, eps)``, see the module.
+    """A root and what the library, its tests, benchmarks and pages ask about it; call it as ``root(A, eps)``.
 
     Args:
-        solve: ``(A, eps) -> (Z, ok)``.
-        formula: how it damps: ``"relative"`` (inside, times the norm), ``"outside"`` or ``"inside"`` (absolute), or
-            ``"released"``, that of "reference".
-        products: of ``k x k`` matrices that one float32 matrix costs, by eps.
-        retry: whether "eigh64" computes the same more exactly, so that a failure is tried once more by it.
+        solve: ``(A, eps) -> (Z, ok)``, see the module.
+        formula: the eigenvalues ``(..., k)`` of the matrix that it is the inverse square root of, from the eigenvalues
+            of A, none of them negative, and eps; in float64.
+        products: what one float32 matrix costs, in products of ``k x k`` matrices, by eps.
+        error: the largest relative error of a step ``Z M`` in float32 at the larger of `min_eps` and 1e-6,
+            rank-deficient statistics included; None for a root in float64 whose step has rounding errors alone.
+        how: what it does, for the table of roots in ``docs/concepts.md``, as markdown.
+        note: what that table says of its cost and error.
+        retry: the name of the root that computes the same more exactly, by which a failed matrix is tried once more.
         min_eps: the least damping it can work with.
+        raises: whether eigenvalues that A's dtype does not resolve are raised before they are damped.
     """
 
     solve: Solve
-    formula: Literal["relative", "outside", "inside", "released"]
+    formula: Formula
     products: Callable[[float], float]
-    retry: bool = False
+    error: float | None
+    how: str
+    note: str
+    retry: str | None = None
     min_eps: float = 0.0
+    raises: bool = False
 
     def __call__(self, A: Square, eps: float) -> Result:
-        """The roots of a stack, and which of them can be trusted."""
+        """The roots of a stack ``(b, k, k)`` and, ``(b,)``, which of them could be computed."""
         return self.solve(A, eps)
 
 
-_EIGH_PRODUCTS = 6.5  # measured on CPU at k = 768, in times of one float32 product; float64 takes twice that
-
-
-def _eigh_products(eps: float) -> float:
-    return _EIGH_PRODUCTS
-
-
-def _eigh64_products(eps: float) -> float:
-    return 2 * _EIGH_PRODUCTS
+_EIGH = 6.5  # products, measured on CPU at k = 768, in times of one float32 product; float64 takes twice that
 
 
 def _scheduled(eps: float) -> float:
     return iteration.products(iteration.schedule(eps))
 
 
-def _scheduled_fast(eps: float) -> float:
-    return iteration.products(iteration.schedule(eps, FAST_TOLERANCE, 9))
-
-
-def _released_products(eps: float) -> float:
-    return 4 * len(_RELEASED)
-
-
+# fmt: off
 ROOTS: dict[str, InverseRoot] = {
-    "auto": InverseRoot(auto, "relative", _scheduled, retry=True),
-    "eigh": InverseRoot(eigh, "relative", _eigh_products, retry=True),
-    "eigh64": InverseRoot(eigh64, "relative", _eigh64_products),
-    "minimax": InverseRoot(minimax, "relative", _scheduled, retry=True),
-    "minimax_fast": InverseRoot(minimax_fast, "relative", _scheduled_fast, retry=True),
-    "minimax_bf16x3": InverseRoot(minimax_bf16x3, "relative", _scheduled, retry=True),
-    "minimax_tf32": InverseRoot(minimax_tf32, "relative", _scheduled, retry=True, min_eps=LEAST_EPS_TF32),
-    "outside": InverseRoot(outside, "outside", _eigh64_products),
-    "inside": InverseRoot(inside, "inside", _eigh64_products),
-    "reference": InverseRoot(reference, "released", _released_products),
+    "auto": InverseRoot(
+        auto, relative, _scheduled, 6e-2, 'on a CPU `"eigh"` for `k` above 128 and for float64; else `"minimax"`', "",
+        retry="eigh64"
+    ),
+    "eigh": InverseRoot(
+        eigh, relative, lambda eps: _EIGH, 6e-2, "an eigendecomposition in the precision of the state",
+        "step within 6e-2 of exact in float32, usually 2e-2", retry="eigh64"
+    ),
+    "eigh64": InverseRoot(
+        eigh64, relative, lambda eps: 2 * _EIGH, 1e-4, "an eigendecomposition in float64",
+        "within 1e-4 of exact, twice the time"
+    ),
+    "minimax": InverseRoot(
+        minimax, relative, _scheduled, 4e-3, "matrix products only, in a number fixed by `eps`",
+        "21 products, about 2e-3 from exact in float32 (4e-3 where float64 is slow)", retry="eigh64"
+    ),
+    "minimax_fast": InverseRoot(
+        minimax_fast, relative, lambda eps: iteration.products(iteration.schedule(eps, FAST_TOLERANCE, 9)), 1.5e-2,
+        "the same with polynomials of degree 9", "17 products, about 1.2e-2; 1.5e-2 on rank-deficient statistics",
+        retry="eigh64"
+    ),
+    "minimax_bf16x3": InverseRoot(
+        minimax_bf16x3, relative, _scheduled, 6e-3, '`"minimax"`, three bfloat16 products for one in float32',
+        "about 2e-3; 6e-3 on rank-deficient statistics", retry="eigh64"
+    ),
+    "minimax_tf32": InverseRoot(
+        minimax_tf32, relative, _scheduled, 4e-2, '`"minimax"` in TF32 on CUDA', "takes `eps` of 1e-5 or more",
+        retry="eigh64", min_eps=LEAST_EPS_TF32
+    ),
+    "outside": InverseRoot(
+        outside, outside_the_root, lambda eps: 2 * _EIGH, None, "`(V^(1/2) + eps I)^(-1)` in float64",
+        "for `ASGO.theory`", raises=True
+    ),
+    "inside": InverseRoot(
+        inside, absolute, lambda eps: 2 * _EIGH, None, "`(V + eps I)^(-1/2)` in float64, `eps` absolute",
+        "for `OneSidedShampoo`", raises=True
+    ),
+    "reference": InverseRoot(
+        reference, undamped, lambda eps: 4.0 * len(_RELEASED), None, "the authors' released iteration",
+        "for `ASGO.reference`: 40 products"
+    ),
 }
+# fmt: on
 """All roots by name; a new one is a function and a row here. ("auto" is one of the others, see `products`.)"""
 
 
@@ -322,8 +333,8 @@ def check_eps(name: str, eps: float) -> None:
     least = ROOTS[name].min_eps if name in ROOTS else 0.0
     if eps < least:
         raise ValueError(
-            f"root {name!r} got eps={eps}: TF32 products need eps of {least} or more. Pass "
-            "eps=1e-5, or use root 'minimax_bf16x3' or 'minimax'"
+            f"root {name!r} got eps={eps}: its products are too coarse for eps below {least:g}. Pass eps={least:g}, or "
+            "use root 'minimax'"
         )
 
 

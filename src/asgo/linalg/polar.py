@@ -36,10 +36,10 @@ import torch
 
 from asgo._types import Root
 from asgo.linalg import polynomial
-from asgo.linalg.inverse_root import solve
 from asgo.linalg.masked import where
 from asgo.linalg.matmul import exact_matmul
 from asgo.linalg.polynomial import Odd
+from asgo.linalg.solver import solve
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asgo._types import Stack, State
 from asgo.distributed.collectives import group_of
+from asgo.linalg.inverse_root import ROOTS, relative, undamped
 from asgo.optimizer.bucket import Bucket
 from asgo.optimizer.hyperparameters import adamw_of
 from asgo.optimizer.step_plan import StepPlan
@@ -165,17 +166,18 @@ def residuals(structure: Structure, group: Mapping[str, Any], state: State) -> T
 
     ``||(Z A Z - I) x|| / sqrt(k)`` in float64 for one fixed x with entries of 1 and -1; for independent signs its
     mean square is that of the matrix. 0 for a matrix that has had no gradient. None for structures without such a
-    root, and for the roots "inside" and "outside", which raise small eigenvalues before they are damped.
+    root, and where what the root inverts is not linear in A and its norm, as of "inside" and "outside".
     """
     inner = structure.inner if isinstance(structure, Packed) else structure
-    if not isinstance(inner, OneSided) or group["root"] in ("inside", "outside"):
+    if not isinstance(inner, OneSided) or ROOTS[group["root"]].formula not in (relative, undamped):
         return None
+    eps = group["eps"] if ROOTS[group["root"]].formula is relative else 0.0
     _, own = opened(structure, {key: state[key] for key in inner.symmetric})
     norm = torch.linalg.vector_norm(own["gram"], dim=(1, 2), keepdim=True).double()
     A, Z = own["gram"].double(), own["root"].double()
     x = _signs(A.shape[-1], A.device).expand(len(A), -1, 1)
     y = Z @ x
-    error = Z @ (A @ y + (0.0 if group["root"] == "reference" else group["eps"]) * norm * y) - x
+    error = Z @ (A @ y + eps * norm * y) - x
     error = torch.linalg.vector_norm(error, dim=(1, 2)) / math.sqrt(A.shape[-1])
     return torch.where(norm[:, 0, 0] > 0, error, 0.0)
 

@@ -143,8 +143,9 @@ class OneSided(Sided, Algebra):
         return ok
 
     def retried(self) -> OneSided | None:
-        """By "eigh64", where that computes the same root more exactly."""
-        return replace(self, root="eigh64") if ROOTS[self.root].retry else None
+        """With the root that computes the same more exactly, where there is one."""
+        exact = ROOTS[self.root].retry
+        return None if exact is None else replace(self, root=exact)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
         """The root times the direction, limited and divided by its running size along the other side if asked."""

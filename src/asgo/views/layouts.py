@@ -32,6 +32,7 @@ class Layout:
         classes: of the module that holds it; any if empty.
         needs: attributes that the module must have, true ones, each perhaps one of several: ``"a|b"``.
         heads: the parts that have heads.
+        asks: what `sizes` needs to know besides, for the table of the documentation.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class Layout:
     classes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
+    asks: str = ""
 
     def fits(self, place: Place) -> bool:
         """Whether the module is of the classes and has the attributes that this row needs."""
@@ -168,7 +170,15 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         ("in_proj",), _QKV, "by head", rows_of.thirds_per_head, "DeBERTa", ("DisentangledSelfAttention",), heads=_QKV
     ),
-    Layout(("in_proj",), _QKV, "blocks", rows_of.attention_in_projection, "hand-written attention", heads=_QK),
+    Layout(
+        ("in_proj",),
+        _QKV,
+        "blocks",
+        rows_of.attention_in_projection,
+        "hand-written attention",
+        heads=_QK,
+        asks="a number of heads, nothing of a state space or convolution",
+    ),
     Layout(
         ("kv", "to_kv", "kv_proj", "kv_linear"),
         ("k", "v"),
