@@ -97,10 +97,10 @@ def test_nothing_imports_the_laboratory_or_the_package_itself():
 
 
 FLOORS = (
-    ("_types", "state_keys"),
+    ("_types",),
     ("linalg",),
     ("views", "structures"),
-    ("parts",),
+    ("parts", "state_keys"),
     ("distributed",),
     ("optimizer",),
     ("presets",),

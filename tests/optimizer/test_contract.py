@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from asgo import ASGO, BAG, SPAM, AdamMini, checkpoint, report, route
+from asgo.state_keys import is_own, part_key, split_key
 from asgo.views import MATRIX, View
 from family import every_preset
 
@@ -648,6 +649,15 @@ def test_views_are_compared_by_what_they_read():
     named = checkpoint.named_state_dict(made("m n -> 1 m n"))
     with pytest.raises(ValueError, match="this optimizer reads it as"):
         checkpoint.load_named_state_dict(made("n m -> 1 m n"), named)
+
+
+def test_keys_of_parts():
+    for name, part, key in [("gram", 0, "gram"), ("gram", 1, "gram.1"), ("exp_avg", 12, "exp_avg.12")]:
+        assert part_key(name, part) == key
+        assert split_key(key) == (name, part)
+        assert is_own(key)
+    assert split_key("gram.of a wrapper") == ("gram.of a wrapper", 0)
+    assert not any(map(is_own, ["gram.of a wrapper", "master_param", "gram.", ".1"]))
 
 
 def test_states_of_earlier_versions_load():

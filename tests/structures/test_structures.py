@@ -340,6 +340,16 @@ def test_a_structure_applies_the_inverse_root_of_its_projection(structure):
         assert (got / got.norm() - want / want.norm()).norm() < 1e-5
 
 
+def test_a_structure_states_the_keys_of_its_state():
+    given = {}
+    for structure in STRUCTURES.values():
+        inner = structure.inner if isinstance(structure, Packed) else structure
+        keys = inner.init(torch.zeros(1, 3, 4)).keys()
+        assert structure.added.keys() <= keys
+        given.setdefault(type(inner), set()).update(keys)
+    assert given == {kind: set(kind.state_keys) for kind in given}
+
+
 @pytest.mark.parametrize("side", ["left", "right", "auto"])
 def test_memory_is_that_of_the_preconditioned_side(side):
     for m, n in [(3, 7), (7, 3), (5, 5)]:

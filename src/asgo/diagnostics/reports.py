@@ -17,7 +17,7 @@ from asgo.optimizer.group_checks import fits_within
 from asgo.optimizer.param_groups import names_of, views_of
 from asgo.optimizer.step import StructuredOptimizer
 from asgo.presets.asgo import ASGO
-from asgo.state_keys import is_own
+from asgo.state_keys import base_key, is_own
 from asgo.structures import Packed, Structure
 from asgo.views import default_view
 
@@ -148,7 +148,7 @@ def _without_data(member: Any) -> Any:
 
 def _remembered(structure: Structure, state: State) -> str:
     statistic = next(iter(structure.init(torch.empty(1, 1, 1))))
-    sizes = [_size(tensor) for key, tensor in state.items() if key.split(".")[0] == statistic]
+    sizes = [_size(tensor) for key, tensor in state.items() if base_key(key) == statistic]
     names = [type(structure.inner).__name__, "packed"] if isinstance(structure, Packed) else [type(structure).__name__]
     return " ".join([*names, *sizes])
 

@@ -15,9 +15,9 @@ from asgo.distributed import state_dict
 from asgo.distributed.collectives import all_to_all
 from asgo.distributed.placement import Region, overlap, part_regions, pieces, sizes, within
 from asgo.distributed.planned_part import STATE_BYTES, PlannedPart
-from asgo.distributed.strategies import ROOT_PRODUCTS, WHOLE_KEYS, Placed, per_rank
+from asgo.distributed.strategies import ROOT_PRODUCTS, PARAMETER_KEYS, Placed, per_rank
 from asgo.parts import ParameterPart, StackedParts, Wait
-from asgo.state_keys import split_key
+from asgo.state_keys import PARAMETER_KEYS, split_key
 from asgo.structures import Structure
 
 
@@ -57,7 +57,7 @@ class OwnerComputes(Placed):
         """The state of parts that another rank owns has length 0 here."""
         for key, tensor in state.items():
             name, index = split_key(key)
-            if name not in WHOLE_KEYS and not self.holds_state(owners[index]):
+            if name not in PARAMETER_KEYS and not self.holds_state(owners[index]):
                 state[key] = tensor[:0].clone()
 
     def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:

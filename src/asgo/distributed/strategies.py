@@ -24,14 +24,11 @@ from asgo.distributed.placement import (
 )
 from asgo.distributed.planned_part import FAILURE_BYTES, STATE_BYTES, PlannedPart
 from asgo.parts import Due, ParameterPart, StackedParts, Strategy, Wait
-from asgo.state_keys import is_own, split_key
+from asgo.state_keys import PARAMETER_KEYS, is_own, split_key
 from asgo.structures import OneCall, Structure
 
 ROOT_PRODUCTS = 20.0
 """Products of k x k matrices that a root counts for beside an owner's other work; only the balance depends on it."""
-
-WHOLE_KEYS = frozenset({"step", "spike_sq", "residual"})
-"""Keys of a state that are of the whole parameter, not of one part."""
 
 
 class Placed(Strategy):
@@ -60,9 +57,11 @@ class Placed(Strategy):
         }
 
     def _exported(self, key: str, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
-        if key in ("spike_sq", "residual"):
+        if key == "step":
+            return tensor
+        if key in PARAMETER_KEYS:  # an entry for each of the parameter's
             return state_dict.like_param(key, tensor, param, self.placement)
-        return tensor if key == "step" else self.export_part(*split_key(key), tensor, param, owners)
+        return self.export_part(*split_key(key), tensor, param, owners)
 
     def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
         """The state of one part as the whole world sees it."""

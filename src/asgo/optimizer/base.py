@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from asgo import state_keys
 from asgo._types import State
 from asgo.distributed.ownership import WorkPartition
 from asgo.distributed.state_dict import assign
@@ -23,6 +22,7 @@ from asgo.optimizer.membership import Membership
 from asgo.optimizer.refresh_schedule import refresh_phases
 from asgo.optimizer.state import init_state, is_made
 from asgo.parts import GroupPlan, Strategy
+from asgo.state_keys import base_key, is_own
 from asgo.structures import Structure
 from asgo.views import View, default_view
 from asgo.views.defaults import default_views
@@ -116,7 +116,7 @@ class GroupedOptimizer(Optimizer, ABC):
         counts = {}
         for param, name in param_groups.names_of(self).items():
             state = self.state.get(param, {})
-            failed = sum(int(t.sum()) for key, t in state.items() if key.startswith("failures"))
+            failed = sum(int(t.sum()) for key, t in state.items() if base_key(key) == "failures")
             counts |= {name: failed} if failed else {}
         return counts
 
@@ -134,7 +134,7 @@ class GroupedOptimizer(Optimizer, ABC):
                 for key, fresh in self._init_state(param, group).items():
                     if key not in state or state[key].shape != fresh.shape:
                         state[key] = fresh
-                    elif not key.startswith("failures"):
+                    elif base_key(key) != "failures":
                         state[key].copy_(fresh)
 
     def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
@@ -286,10 +286,7 @@ class GroupedOptimizer(Optimizer, ABC):
         # Compact copies: a view into a bucket would drag the whole bucket along, once per parameter.
         self._follow_groups()
         state = super().__getstate__()
-        compact = {
-            p: {key: t.clone() if state_keys.is_own(key) else t for key, t in own.items()}
-            for p, own in self.state.items()
-        }
+        compact = {p: {key: t.clone() if is_own(key) else t for key, t in own.items()} for p, own in self.state.items()}
         return {**state, "_partition": self._partition, "state": type(self.state)(dict, compact)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

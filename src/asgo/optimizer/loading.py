@@ -14,7 +14,7 @@ from asgo._types import State
 from asgo.distributed.dtensor import is_dtensor
 from asgo.linalg.packed_symmetric import rectangle
 from asgo.optimizer.param_groups import names_of, names_of_group
-from asgo.state_keys import base_key, is_own
+from asgo.state_keys import PARAMETER_KEYS, base_key, is_own, part_key, split_key
 from asgo.structures import Structure
 from asgo.views import View
 
@@ -141,18 +141,16 @@ def converted(saved: Mapping[str, Any], structure: Structure) -> Mapping[str, An
     """A saved state in the form that a structure keeps, part by part; a sharded one stays as it is."""
     if any(is_dtensor(value) for value in saved.values()):
         return saved
-    parts: dict[str, State] = {}
+    parts: dict[int, State] = {}
     rest: dict[str, Any] = {}
     for key, value in saved.items():
-        base, _, part = key.partition(".")
-        if is_own(key) and base not in ("step", "spike_sq", "residual"):
-            parts.setdefault(part, {})[base] = value
+        name, part = split_key(key)
+        if is_own(key) and name not in PARAMETER_KEYS:
+            parts.setdefault(part, {})[name] = value
         else:
             rest[key] = value
     found = {part: structure.converted(state) for part, state in parts.items()}
-    return rest | {
-        base + (f".{part}" if part else ""): value for part, state in found.items() for base, value in state.items()
-    }
+    return rest | {part_key(name, part): value for part, state in found.items() for name, value in state.items()}
 
 
 def completed(saved: Mapping[str, Any], own: Mapping[str, Tensor], added: Mapping[str, float]) -> Mapping[str, Any]:

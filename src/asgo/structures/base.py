@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ RENAMED = {
 """Methods of a structure by their names in version 0.1."""
 
 
+STATE_KEYS: set[str] = set()
+"""The keys of the state of all structures that are defined; any other key of a state may be a wrapper's."""
+
+
 class Structure(ABC):
     """A memory of gradients and the rescaling it implies, for a whole stack ``(b, m, n)`` at once.
 
@@ -46,9 +50,16 @@ class Structure(ABC):
     whose gradient is zero rests: nothing of its state changes.
     """
 
+    state_keys: ClassVar[tuple[str, ...]] = ()
+    """The keys of the state that `init` gives, with those of options that are off."""
+
     def __init_subclass__(cls) -> None:
-        """Let structures with the method names of version 0.1 work: their `refresh` got a root and eps."""
+        """Register the keys of the state, and let structures with the method names of version 0.1 work.
+
+        Their `refresh` got a root and eps.
+        """
         super().__init_subclass__()
+        STATE_KEYS.update(cls.state_keys)
         own = vars(cls)
         for old, new in RENAMED.items():
             if new not in own and (callable(own.get(old)) or isinstance(own.get(old), property)):
@@ -95,7 +106,7 @@ class Structure(ABC):
 
     @property
     def added(self) -> Mapping[str, float]:
-        """Keys of the state that states saved by earlier versions lack, each with the value that those imply."""
+        """Those of `state_keys` that checkpoints of earlier versions lack, each with the value that they imply."""
         return {}
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class BlockDiagonal(Algebra):
         limit: the longest that a run of the result may be; None for any. For roots that are older than the statistic,
             see `asgo.structures.base.reach`.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = ("gram", "root", "weight", "momentum_weight", "steps", "root_age")
 
     size: int
     eps: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class BlockMean(Algebra):
         corrected: divide the average by its weight, as Adam does; a sum has none.
         momentum: the decay of the momentum, to correct that in the same way; None leaves it as it is.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq", "weight", "momentum_weight")
 
     blocks: Blocks
     eps: float

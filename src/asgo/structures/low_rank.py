@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -69,6 +69,8 @@ class LowRankFactor(LowRank):
     State: ``P`` and ``Q (b, d, r)``, ``whitened (b, d, 1)`` (the last h), ``used (b, 1, 1)`` columns, ``failed``. With
     r of d, ``P (b, d, d)`` is the product and Q is empty.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = ("P", "Q", "whitened", "used", "failed")
 
     def init(self, like: Stack) -> State:
         """Zeros."""
@@ -144,6 +146,8 @@ class LowRankSymmetric(LowRank):
     State: ``basis (b, d, r + 1)``, the columns ``U diag(s)``, the longest first; ``floor (b, 1, 1)``, the root of
     delta; ``before (b, r + 1, r)``, for "bug" the last basis in terms of U; ``failed``.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = ("basis", "before", "floor", "failed")
 
     compensate: bool = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class MomentumChange(Structure):
         momentum: the decay b1 of the momentum.
         delta: the least that a direction is divided by.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = ("exp_avg_sq", "previous", "weight", "momentum_weight")
 
     momentum: float
     delta: float

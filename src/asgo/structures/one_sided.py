@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ Cross: TypeAlias = Literal[True, False, "element"]
 
 class Sided(Structure):
     """What structures with one matrix on one side share: which side that is, and the average along the other one."""
+
+    state_keys: ClassVar[tuple[str, ...]] = ("cross", "cross_weight")
 
     side: Literal["auto", "left", "right"]
     cross_normalize: Cross
@@ -81,6 +83,8 @@ class OneSided(Sided, Algebra):
         root: one of `asgo.linalg.inverse_root.ROOTS`.
         eps: its damping.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = (*Sided.state_keys, "gram", "root")
 
     side: Literal["auto", "left", "right"] = "auto"
     cross_normalize: Cross = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class SquareRoot(Sided, OneCall):
         cross_normalize: as of `OneSided`.
         keep: the dtype of ``sqrt``; "auto" is bfloat16 for half precision, else that of the state.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = (*Sided.state_keys, "sqrt")
 
     side: Literal["auto", "left", "right"] = "auto"
     precision: str = "auto"

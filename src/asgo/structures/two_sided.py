@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class TwoSided(Structure):
             statistic, see `asgo.structures.base.reach`.
         eps: damping, absolute and inside the roots.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = ("left", "right", "left_root", "right_root")
 
     max_size: int | None = 8192
     limit: float | None = None

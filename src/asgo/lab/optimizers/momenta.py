@@ -34,6 +34,8 @@ class Momenta(OneCall):
         decays: ``b_k``.
     """
 
+    state_keys: ClassVar[tuple[str, ...]] = ("momenta", "weights")
+
     inner: Structure
     decays: tuple[float, ...]
 

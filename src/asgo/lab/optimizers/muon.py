@@ -44,6 +44,8 @@ class NewtonSchulz(SquareRoot):
         sign: take the signs of the direction first.
     """
 
+    state_keys: ClassVar[tuple[str, ...]] = ("second",)
+
     second_moment: SecondMoment = "none"
     sign: bool = False
 

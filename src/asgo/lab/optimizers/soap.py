@@ -85,6 +85,8 @@ class EigenAdam(_Sided):
     State: ``left``, ``right`` and their bases ``(b, k, k)``, ``square (b, m, n)``, ``due`` and ``renewed`` ``(b,)``.
     """
 
+    state_keys: ClassVar[tuple[str, ...]] = ("square", "due", "renewed", "left", "right", "left_basis", "right_basis")
+
     eps: float = 1e-8
 
     def init(self, like: Stack) -> State:
@@ -149,6 +151,8 @@ class Inverse(_Sided):
         eps: damping, times the largest eigenvalue.
         cross_normalize: as of `asgo.structures.OneSided`, along the shorter side.
     """
+
+    state_keys: ClassVar[tuple[str, ...]] = ("left", "right", "left_root", "right_root", "cross", "cross_weight")
 
     power: float | None = None
     cut: bool = False

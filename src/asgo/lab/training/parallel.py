@@ -27,6 +27,7 @@ from asgo.lab.optimizers.registry import failed_roots
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import StopSignal
 from asgo.optimizer.step import structured
+from asgo.state_keys import base_key
 
 LOST = ("gloo", "NCCL", "onnection", "DistBackendError")
 """Words of an error that says that another process can no longer be reached."""
@@ -144,7 +145,7 @@ def own_failures(optimizer: Optimizer, first: bool) -> int:
     if structured(optimizer) is None:
         return 0
     states = optimizer.state_dict()["state"].values()
-    counts = [tensor for state in states for key, tensor in state.items() if key.startswith("failures")]
+    counts = [tensor for state in states for key, tensor in state.items() if base_key(key) == "failures"]
     own = [count.to_local() if isinstance(count, DTensor) else count for count in counts]
     apart = [isinstance(count, DTensor) for count in counts]
     return sum(int(count.sum()) for count, alone in zip(own, apart, strict=True) if alone or first)
