@@ -111,6 +111,7 @@ class Strategy:
 
     Attributes:
         kind: its name.
+        counts_all: whether every rank counts all entries of the parameter; else metrics are added up over ranks.
         shares_roots: whether one rank refreshes a root for all, by which other ranks go on at once.
         sums_statistics: whether this rank holds shards of matrices, whose statistics are summed over ranks.
         owner_keys: keys of the state that the owner of a matrix alone holds.
@@ -120,6 +121,7 @@ class Strategy:
     """
 
     kind: ClassVar[str] = "local"
+    counts_all: ClassVar[bool] = True
     shares_roots: ClassVar[bool] = False
     sums_statistics: ClassVar[bool] = False
     owner_keys: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from asgo import ASGO, DASGO, route
 from asgo.checkpoint import sharded
 from asgo.distributed.ownership import STRATEGIES, WorkItem, owners
+from asgo.distributed.strategies import RootSharing
 from asgo.optimizer.param_groups import views_of
 from asgo.optimizer.refresh_schedule import refresh_phases
 from asgo.views import MATRIX, STACK, fused_qkv, head_columns, heads
@@ -428,15 +429,18 @@ def refused():
     optimizer.distribute()
     with pytest.raises(ValueError) as again:
         optimizer.distribute()
-    return [*messages, str(again.value)]
+    with pytest.raises(ValueError) as both:
+        ASGO([nn.Parameter(torch.ones(4, 3))]).distribute(shard_state=True, strategy=RootSharing)
+    return [*messages, str(again.value), str(both.value)]
 
 
 def test_what_cannot_be_done_is_named(worlds):
-    for first, second, again in worlds(2)(refused):
+    for first, second, again, both in worlds(2)(refused):
         assert first == second
         assert first.startswith("ASGO: 'block.w' (4, 3) has the placements (Partial(sum),)")
         assert first.endswith("Redistribute it to Shard(...) or Replicate().")
         assert again == "ASGO: its work is distributed already; call distribute once."
+        assert both.startswith("ASGO: distribute got shard_state and a strategy;")
     with pytest.raises(RuntimeError, match="torch.distributed, which is not initialized"):
         ASGO([nn.Parameter(torch.ones(4, 3))]).distribute()
 

@@ -15,7 +15,7 @@ from asgo.distributed import state_dict
 from asgo.distributed.collectives import all_to_all
 from asgo.distributed.placement import Region, overlap, part_regions, pieces, sizes, within
 from asgo.distributed.planned_part import STATE_BYTES, PlannedPart
-from asgo.distributed.strategies import ROOT_PRODUCTS, PARAMETER_KEYS, Placed, per_rank
+from asgo.distributed.strategies import ROOT_PRODUCTS, Placed, per_rank
 from asgo.parts import ParameterPart, StackedParts, Wait
 from asgo.state_keys import PARAMETER_KEYS, split_key
 from asgo.structures import Structure
@@ -29,6 +29,7 @@ class OwnerComputes(Placed):
     """
 
     kind: ClassVar[str] = "owner_computes"
+    counts_all: ClassVar[bool] = False
 
     def bucket_key(self, param: Tensor) -> tuple[object, ...]:
         """One dtype: collectives send one."""

@@ -14,7 +14,7 @@ from asgo._types import State
 from asgo.distributed.collectives import register_group
 from asgo.distributed.dtensor import is_dtensor
 from asgo.distributed.owner_computes import OwnerComputes
-from asgo.distributed.placement import find, replicated
+from asgo.distributed.placement import everywhere, find, replicated
 from asgo.distributed.strategies import Elementwise, PartialSums, Placed, RootSharing, WholeSlices
 from asgo.parts import GroupPlan, Strategy, on_one_process
 from asgo.structures import Structure
@@ -78,6 +78,7 @@ class WorkPartition:
         self._owners: dict[Tensor, list[int]] = {}
         self._strategies: dict[Tensor, Strategy] = {}
         self._shared: tuple[tuple[int, ...], int, bool] | None = None
+        self._chosen: type[Placed] | None = None
 
     def strategy(self, param: Tensor, view: View | None, structure: Structure) -> Strategy:
         """Where the entries of a parameter are, and so how it is stepped with the structure of its group."""
@@ -85,9 +86,12 @@ class WorkPartition:
             return on_one_process(view)
         if param not in self._strategies:
             found = find(param, view, "a parameter", structure)
+            chosen = None
             if found.kind == "local" and self._shared is not None:
-                found = replicated(param, view, *self._shared)
-            self._strategies[param] = STRATEGIES[found.kind](found)
+                (ranks, me, sharded), chosen = self._shared, self._chosen
+                given = None if chosen is None else everywhere(chosen.kind, param, view, ranks, me)
+                found = given or replicated(param, view, ranks, me, sharded)
+            self._strategies[param] = (chosen or STRATEGIES[found.kind])(found)
         return self._strategies[param]
 
     def owners(self, param: Tensor, view: View | None) -> Sequence[int | None]:
@@ -133,11 +137,13 @@ class WorkPartition:
         self._owners.pop(param, None)
         self._strategies.pop(param, None)
 
-    def share(self, caller: str, group: ProcessGroup | None, sharded: bool) -> None:
+    def share(
+        self, caller: str, group: ProcessGroup | None, sharded: bool, strategy: type[Placed] | None = None
+    ) -> None:
         """From now on, the ranks of a group share the work on parameters that all of them hold whole.
 
         Raises:
-            ValueError: they do already.
+            ValueError: they do already, or both ways to do it are asked for.
             RuntimeError: there are no groups.
         """
         if not (dist.is_available() and dist.is_initialized()):
@@ -147,9 +153,11 @@ class WorkPartition:
             )
         if self._shared is not None:
             raise ValueError(f"{caller}: its work is distributed already; call distribute once.")
+        if sharded and strategy is not None:
+            raise ValueError(f"{caller}: distribute got shard_state and a strategy; the strategy decides what is kept.")
         ranks = register_group(group)
         if len(ranks) > 1:
-            self._shared = (ranks, ranks.index(dist.get_rank()), sharded)
+            self._shared, self._chosen = (ranks, ranks.index(dist.get_rank()), sharded), strategy
             self._strategies.clear()
 
     def keep_own(self, groups: Sequence[GroupPlan], states: Mapping[Tensor, State]) -> None:

@@ -29,6 +29,7 @@ Region: TypeAlias = tuple[tuple[int, int], ...]
 """A box of entries: where it begins and ends along every axis."""
 
 Kind: TypeAlias = Literal["local", "root_sharing", "owner_computes", "whole_slices", "partial_sums", "elementwise"]
+"""The placements that the library chooses; `GroupedOptimizer.distribute` may be given another."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Placement:
         cut: of ``"partial_sums"``, how.
     """
 
-    kind: Kind
+    kind: Kind | str
     view: View | None
     ranks: tuple[int, ...] = ()
     group_rank: int = 0
@@ -177,7 +178,7 @@ def replicated(param: Tensor, view: View | None, ranks: tuple[int, ...], me: int
         sharded: whether one rank alone keeps the state, of a matrix or, without a view, of a run of rows.
     """
     if view is not None:
-        return Placement("owner_computes" if sharded else "root_sharing", view, ranks, me, (whole(param),) * len(ranks))
+        return everywhere("owner_computes" if sharded else "root_sharing", param, view, ranks, me)
     if not sharded or param.ndim == 0 or not param.is_contiguous():
         return Placement("local", None)
     from torch.distributed.tensor import Shard
@@ -185,6 +186,11 @@ def replicated(param: Tensor, view: View | None, ranks: tuple[int, ...], me: int
     return Placement(
         "elementwise", None, ranks, me, rank_regions(tuple(param.shape), (len(ranks),), (Shard(0),)), rows=True
     )
+
+
+def everywhere(kind: str, param: Tensor, view: View | None, ranks: tuple[int, ...], me: int) -> Placement:
+    """The placement of a parameter that every one of these ranks holds, see `replicated`."""
+    return Placement(kind, view, ranks, me, (whole(param),) * len(ranks))
 
 
 def whole(param: Tensor) -> Region:

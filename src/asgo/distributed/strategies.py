@@ -89,6 +89,7 @@ class Elementwise(Placed):
     """AdamW: every rank updates the entries that it holds, or with ZeRO-1 a run of rows, which it then sends."""
 
     kind: ClassVar[str] = "elementwise"
+    counts_all: ClassVar[bool] = False
 
     def entries(self, param: Tensor, tensor: Tensor) -> Tensor:
         """Those that this rank holds or, of replicated ones, its rows."""
@@ -208,6 +209,7 @@ class PartialSums(RootSharing):
     """
 
     kind: ClassVar[str] = "partial_sums"
+    counts_all: ClassVar[bool] = False
     sums_statistics: ClassVar[bool] = True
     extra_keys = ()
 
@@ -308,6 +310,7 @@ class WholeSlices(Placed):
     """Every rank holds whole matrices and steps them by itself; only a size that spans all of them is shared."""
 
     kind: ClassVar[str] = "whole_slices"
+    counts_all: ClassVar[bool] = False
 
     def bucket_key(self, param: Tensor) -> tuple[object, ...]:
         """Slices of one shape."""

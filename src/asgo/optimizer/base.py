@@ -17,6 +17,7 @@ from torch.optim.optimizer import ParamsT
 from asgo._types import State
 from asgo.distributed.ownership import WorkPartition
 from asgo.distributed.state_dict import assign
+from asgo.distributed.strategies import Placed
 from asgo.optimizer import group_checks, hyperparameters, loading, param_groups
 from asgo.optimizer.membership import Membership
 from asgo.optimizer.refresh_schedule import refresh_phases
@@ -137,7 +138,12 @@ class GroupedOptimizer(Optimizer, ABC):
                     elif base_key(key) != "failures":
                         state[key].copy_(fresh)
 
-    def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
+    def distribute(
+        self,
+        process_group: ProcessGroup | None = None,
+        shard_state: bool = False,
+        strategy: type[Placed] | None = None,
+    ) -> None:
         """Divide the work on replicated parameters between ranks, as for `DistributedDataParallel`.
 
         Each root is computed by one rank, chosen by cost, and broadcast while other work continues; every rank keeps
@@ -148,13 +154,15 @@ class GroupedOptimizer(Optimizer, ABC):
         Args:
             process_group: the ranks; None: all.
             shard_state: whether to divide the state too. State from earlier steps is kept.
+            strategy: a class of your own that says what ranks keep and send of parameters which all of them hold, see
+                `asgo.distributed.strategies`; None: the library's.
 
         Raises:
-            ValueError: called twice.
+            ValueError: called twice, or with both `shard_state` and `strategy`.
             RuntimeError: `torch.distributed` is not initialized.
         """
         self._follow_groups()
-        self._partition.share(type(self).__name__, process_group, shard_state)
+        self._partition.share(type(self).__name__, process_group, shard_state, strategy)
         self._partition.divide(self._group_plans(), refresh_phases)
         self._partition.keep_own(self._group_plans(), self.state)
         self._forget_plans()

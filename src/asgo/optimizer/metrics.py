@@ -131,7 +131,7 @@ class Recorder:
         """The rows of sharded parameters, added up over the ranks that hold them."""
         by_ranks: dict[tuple[int, ...], list[Tensor]] = {}
         for param, where in self._strategies.items():  # in the same order on all ranks
-            if param in table and where.kind not in ("local", "root_sharing"):
+            if param in table and not where.counts_all:
                 by_ranks.setdefault(where.ranks, []).append(param)
         found: dict[Tensor, tuple[list[float], float]] = {}
         for ranks in sorted(by_ranks):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from asgo.distributed.collectives import all_reduce_and
 from asgo.distributed.placement import find, gradient, local
+from asgo.distributed.strategies import Placed
 from asgo.optimizer.hyperparameters import Constraint, check, positive, whole
 from asgo.optimizer.state import state_dtype
 from asgo.optimizer.step import StepHook, StructuredOptimizer
@@ -199,9 +200,14 @@ class SPAM(Optimizer):
         """What the last recorded step did, see `StructuredOptimizer.metrics`; gradients are clipped."""
         return self.optimizer.metrics()
 
-    def distribute(self, process_group: ProcessGroup | None = None, shard_state: bool = False) -> None:
+    def distribute(
+        self,
+        process_group: ProcessGroup | None = None,
+        shard_state: bool = False,
+        strategy: type[Placed] | None = None,
+    ) -> None:
         """As `StructuredOptimizer.distribute`; every rank keeps the mean squares of all parameters."""
-        self.optimizer.distribute(process_group, shard_state)
+        self.optimizer.distribute(process_group, shard_state, strategy)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the optimizer."""
