@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import asgo
+from asgo import presets
 from asgo.lab.models.architectures import PRESETS
 from asgo.lab.optimizers.table import EXTERNAL, OPTIMIZERS
 from asgo.linalg.inverse_root import ROOTS
+from asgo.optimizer import hyperparameters
 from asgo.views.layouts import LAYOUTS, Layout
 from benchmarks.speed.optimizers import BENCH_OPTIMIZERS
 from docs import results
 
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n\n).*?(\n\n<!-- end of table -->)", re.DOTALL)
+ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n+ {8}.*)*)", re.MULTILINE)
+RELATIVES = sorted((name for name in presets.__all__ if name != "ASGO"), key=str.lower)
 INTERVALS = {"all": "each of `--intervals`", "first": "the first of them", "every": "every step", "none": "-"}
 
 
-def presets() -> str:
+def model_presets() -> str:
     """The shapes of ``--model.preset``."""
     columns = ("`--model.preset`", "family", "layers", "heads", "key heads", "width", "tied head")
     rows = (
@@ -70,13 +77,64 @@ def _code(names: Sequence[str], between: str = ", ") -> str:
     return between.join(f"`{name}`" for name in names)
 
 
+def public_names() -> str:
+    """What ``import asgo`` has, the optimizers first."""
+    others = [name for name in asgo.__all__ if name not in presets.__all__]
+    return f"Public names of `asgo`: {_code(['ASGO', *RELATIVES, *others])}."
+
+
+def family() -> str:
+    """The arguments of the optimizers beside `ASGO`, from their signatures and docstrings."""
+    return "\n\n".join(f"### `{name}`\n\n{_arguments(getattr(asgo, name))}" for name in RELATIVES)
+
+
+def _arguments(optimizer: type[Any]) -> str:
+    meanings = dict(ARGUMENT.findall(inspect.cleandoc(optimizer.__doc__ or "").partition("\nArgs:\n")[2]))
+    rows = (
+        (f"`{name}`", _default(parameter.default), _meaning(meanings[name]))
+        for name, parameter in inspect.signature(optimizer).parameters.items()
+    )
+    return table(("argument", "default", "meaning"), rows)
+
+
+def _default(value: object) -> str:
+    return "" if value is inspect.Parameter.empty else "`{}`".format(repr(value).replace("'", '"'))
+
+
+def _meaning(text: str) -> str:
+    listed = re.sub(r":\n+ *- ", ": ", text, count=1)
+    return " ".join(re.sub(r"[,;.]?\n+ *- ", "; ", listed).split()).replace("``", "`").removesuffix(".")
+
+
+def group_options() -> str:
+    """The keys that groups may have."""
+    own = [name for name in inspect.signature(asgo.ASGO).parameters if name not in ("params", "adjust_lr_fn", "adamw")]
+    others = {
+        name
+        for preset in (getattr(asgo, name) for name in RELATIVES)
+        for name in (preset.constraints if issubclass(preset, asgo.StructuredOptimizer) else ())
+    }
+    others -= {*asgo.ASGO.constraints, *own}
+    return table(
+        ("where", "keys"),
+        (
+            ("a group of `ASGO`", _code([*own, "side", "adamw"])),
+            ("a group of another optimizer", f"the arguments of its constructor, among them {_code(sorted(others))}"),
+            ("`adamw`, of a group or of the constructor", _code(["lr", *hyperparameters.ADAMW_DEFAULTS])),
+        ),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "presets": presets,
+    "presets": model_presets,
     "optimizers": optimizers,
     "bench-optimizers": bench_optimizers,
     "results": results.summary,
     "results-counts": results.counts,
     "results-workloads": results.workloads,
+    "public-names": public_names,
+    "family": family,
+    "group-options": group_options,
     "roots": roots,
     "layouts": layouts,
 }

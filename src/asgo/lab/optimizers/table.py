@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import Muon as TorchMuon
 
+from asgo import presets
 from asgo.lab.optimizers.factories import (
     Factory,
     adam_mini,
@@ -237,6 +239,20 @@ OPTIMIZERS |= {
         about="`torch.optim.Muon`, on whole parameters: fused queries, keys and values are one matrix",
         build=beside_adamw(TorchMuon, TORCH_MUON),
     ),
+}
+
+
+def _default_row(preset: type[Any]) -> OptimizerSpec:
+    """The row of a preset that has none above: one learning rate for all, and the constructor's weight decay."""
+    decay = signature(preset).parameters.get("weight_decay")
+    return _preset(preset, None, 0.0 if decay is None else decay.default)
+
+
+_MADE = {spec.constructor for spec in OPTIMIZERS.values()}
+OPTIMIZERS |= {
+    name.lower(): _default_row(preset)
+    for name in presets.__all__
+    if (preset := getattr(presets, name)) not in {*_MADE, SPAM} and name.lower() not in OPTIMIZERS
 }
 EXTERNAL = {"hb-soap": "heavyball", "po-soap": "pytorch_optimizer"}
 """Rows that there are where these modules are installed."""
