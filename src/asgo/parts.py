@@ -208,11 +208,11 @@ class Strategy:
         return [part.of(part.strategy.gradient(part.param)) for part in bucket.parts]
 
     def reduce_norms(self, norms: Tensor) -> Wait | None:
-        """All-reduce norms of shards to norms of matrices, in place; no-op: matrices are whole."""
+        """All-reduce norms of shards to norms of matrices, in place; no-op: matrices are not sharded."""
         return None
 
     def reduce_statistics(self, bucket: StackedParts, statistic: Tensor) -> Wait | None:
-        """Sum the statistics of shards, those of `bucket.own`, in place; no-op: matrices are whole."""
+        """Sum the statistics of the matrices `bucket.own` over shards, in place; no-op: there are no shards."""
         return None
 
     def broadcast_roots(self, bucket: StackedParts, due: Due, keys: Sequence[str]) -> Wait | None:

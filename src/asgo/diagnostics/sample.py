@@ -114,7 +114,7 @@ class Observation:
 
 
 def _of_gradient(gradient: Tensor | None) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
-    """The columns that tell of the gradient, ``(b,)`` each, and its spectra."""
+    """The columns about the gradient, ``(b,)`` each, and its spectra."""
     if gradient is None:
         return {}, ()
     values = singular_values(gradient)

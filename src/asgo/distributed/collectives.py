@@ -25,7 +25,7 @@ def ensure_group(
     """Make sure that a group of these ranks can be found; all of them must call this in the same order.
 
     Args:
-        ranks: global ranks; None: those of the mesh along `dim`.
+        ranks: global ranks; None: the ranks of the mesh along `dim`.
         mesh: which may have such a group already.
         dim: one of its dimensions.
     """
@@ -76,7 +76,7 @@ def all_to_all(
 ) -> Wait:
     """Start to send tensors to every rank of a group; the answer waits, and fills `incoming` in place.
 
-    One collective, whose bytes are those of the tensors for other ranks. What a rank sends itself is copied.
+    One collective that sends the tensors for other ranks and no more. What a rank sends itself is copied.
 
     Args:
         ranks: of the group; all of them must call this in the same order.
@@ -121,7 +121,7 @@ def all_reduce_and(flags: Tensor, ranks: Sequence[tuple[int, ...]]) -> Tensor:
 
 
 def all_reduce_norm(norms: Tensor, ranks: tuple[int, ...]) -> Wait:
-    """Start to make the norms of shards those of what they are shards of, in place: ``sqrt(sum of squares)``."""
+    """Start to all-reduce norms of shards to norms of matrices, in place: ``sqrt(sum of squares)``."""
     found = [torch.empty_like(norms) for _ in ranks]
     work = dist.all_gather(found, norms, group=group_of(ranks), async_op=True)
 

@@ -308,8 +308,8 @@ def most_shards(view: View, shape: Sequence[int], dim: int, structure: Structure
     """Into how many shards an axis may be cut so that summing statistics over them is possible and sends less than
     gathering gradients; 0: never.
 
-    Possible: one dimension of the mesh cuts one axis of the parameter, which is the axis of rows, or that of columns,
-    of all its matrices and no more than that; and shards along it are additive for the structure.
+    Possible: one dimension of the mesh cuts one axis of the parameter, which is the axis of rows, or of columns, of
+    all its matrices and no more than that; and shards along it are additive for the structure.
 
     Less: for every matrix its S shards send q numbers of a measurement to an owner and get r numbers of roots back,
     ``(S - 1) (q + r)`` in all (without roots the measurement is all-reduced: r = q). To gather the gradient and send
@@ -331,7 +331,7 @@ def sent_numbers(structure: Structure, m: int, n: int) -> tuple[int, int]:
 
 
 def _shard_axis(view: View, shape: Sequence[int], dim: int) -> tuple[Axis | None, View]:
-    """Whether an axis of a parameter is that of the rows or the columns of all its matrices, and the view of a shard.
+    """Whether an axis of a parameter is the rows, or the columns, of all its matrices; and the view of a shard.
 
     Axes of length 1 do not count: the rows of ``"(g o) i -> g o i"`` with one group are a whole axis.
     """

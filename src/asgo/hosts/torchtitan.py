@@ -24,7 +24,7 @@ class OptimizersContainer(titan.OptimizersContainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(titan.OptimizersContainer.Config):
-        """As torchtitan's."""
+        """The fields of torchtitan's own ``Config``; it builds this class."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Optimizer]:

@@ -85,7 +85,7 @@ def run(config: Command) -> None:
 def parse(args: Sequence[str]) -> Command | None:
     """The config that the words describe; None if they asked for help, which is then printed.
 
-    With ``--resume``, fields that are not given are those of the run in the folder, not the usual defaults.
+    With ``--resume``, fields that are not given have the values of the run in the folder, not the usual defaults.
     """
     if args[:1] == ["bench"]:
         raise LabError(f"benchmarks are programs of the repository: in a clone of it run {_benchmark(args[1:])}.")

@@ -1,4 +1,4 @@
-"""Many jobs in several processes of one thread each, and the record of those that are done."""
+"""Many jobs in several processes of one thread each, and the record of finished jobs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def work_through(
     Args:
         work: a function of a module, so that another process finds it.
         jobs: what it is given.
-        stop: once it is asked for, no further job begins; those that have begun are finished.
+        stop: once it is asked for, no further job begins; jobs that have begun are finished.
         pool: of `workers`; None: in this process, with one thread.
 
     Raises:

@@ -30,7 +30,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows as CSV; None is an empty field. `columns` are those of the first row if None."""
+    """Rows as CSV; None is an empty field. `columns` are the keys of the first row if None."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -128,7 +128,7 @@ def minimax(A: Square, eps: float) -> Result:
 
     A coupled iteration of best quintics on the interval that damping guarantees, see `asgo.linalg.polynomial`. At eps
     1e-6: 21 products, one of them in float64, and about 2e-3 from exact in float32, most of it the polynomials'
-    (4e-3 on devices where float64 is slow and left out), 29 and 1e-7 in float64. A probe of 8 columns tells a
+    (4e-3 on devices where float64 is slow and left out), 29 and 1e-7 in float64. A probe of 8 columns detects a
     failure: in float32 that is a rank-deficient statistic with eps below 1e-7.
 
     Raises:

@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def tolerance(self) -> float:
-        """Largest distance from 1 of the singular values, for those of A in ``[low, 1]``, in exact arithmetic."""
+        """Largest distance of a singular value of X from 1 if A's are in ``[low, 1]``, in exact arithmetic."""
         return max(abs(1 - end) for end in _interval(self.low, self.steps))
 
     @property
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def condition(self) -> float:
-        """The largest eigenvalue of the Gram form's first ``R`` by its smallest, for those of A in ``[low, 1]``."""
+        """Condition number of the Gram form's first ``R`` if the singular values of A are in ``[low, 1]``."""
         low, high = _interval(self.low, self.steps[: len(self.steps) - self.gram])
         return (high / low) ** 2
 
@@ -231,7 +231,7 @@ def cholesky_root(plan: Plan) -> Root:
 
     X is orthogonal, and its iteration on the square L corrects itself, so that half precision does: of the products of
     an iteration for ``V^(-1/2)`` itself none may be in less than float32. The other two steps, in the precision of V,
-    take ``5/6`` of one. A root as those of `asgo.linalg.inverse_root`, symmetric within the error of the plan.
+    take ``5/6`` of one. A root as in `asgo.linalg.inverse_root`, symmetric within the error of the plan.
     """
 
     def solver(V: Square, scale: PerMatrix, eps: float) -> Square:
@@ -389,7 +389,7 @@ def _beside(*parts: Wide) -> Wide:
 
 
 def _is_healthy(S: Square, norm: PerMatrix) -> Bool[Tensor, "b 1 1"]:
-    """Whether the root of a normalised matrix has the norm 1, or is that of 0; false with NaN."""
+    """Whether the root of a normalised matrix has a norm near 1, or of a zero matrix is 0; false with NaN."""
     size = _norm(S)
     return ((size > HEALTHY_NORM[0]) & (size < HEALTHY_NORM[1])) | ((norm == 0) & (size == 0))
 

@@ -2,7 +2,7 @@
 
 The iteration drives every ``sigma = sqrt(lambda)`` to 1 through a chain of odd polynomials
 ``p(x) = c0 x + c1 x^3 + c2 x^5 (+ c3 x^7 + c4 x^9)``; the product of all ``p(x)/x`` is then ``lambda^(-1/2)``.
-Damping tells where the smallest sigma lies, so each polynomial can be the best possible one: it minimises
+Damping bounds the smallest sigma from below, so each polynomial can be the best possible one: it minimises
 ``max |1 - p|`` over the interval that the chain has reached. Taking the best at each step gives the best chain
 of that length ("The Polar Express", Amsel, Persson, Musco and Gower, 2025).
 """

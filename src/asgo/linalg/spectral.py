@@ -59,7 +59,7 @@ def _share(A: Square, scale: PerMatrix, weights: Weights, workers: int, threads:
     try:
         return torch.cat([job.result() for job in jobs])
     finally:
-        torch.set_num_threads(threads)  # the number is a thread's own, but not that of the library beneath
+        torch.set_num_threads(threads)  # torch's number is per thread, the BLAS library's is not
 
 
 @lru_cache(maxsize=4)

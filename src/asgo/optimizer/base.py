@@ -203,7 +203,7 @@ class GroupedOptimizer(Optimizer, ABC):
                     self.state[param].update(self._init_state(param, group))
 
     def _follow_groups(self) -> None:
-        """Initialize parameters that are new in the groups or have lost their state, and drop those that are gone."""
+        """Initialize parameters that are new in the groups or have lost their state; drop the state of removed ones."""
         if not self._members.is_current(self.param_groups):
             for param in self._members.follow(type(self).__name__, self.param_groups, self.default_views):
                 self.state.pop(param, None)

@@ -39,8 +39,8 @@ class Bucket:
 
     Attributes:
         strategy: where the parameters live.
-        parts: those of which this rank holds the momentum.
-        state: of these, one tensor for each key.
+        parts: the parts whose momentum this rank holds.
+        state: of `parts`, one tensor for each key.
         own: the matrices of which this rank holds the statistic.
         memory: their state.
         matrices_per_param: how many consecutive matrices of the stack belong to one parameter.
@@ -102,14 +102,14 @@ class Bucket:
         return self.view.stack_all(self.index, self.strategy.gradients(self)).to(self.dtype)
 
     def whole_norms(self, norms: Tensor) -> Tensor:
-        """The norms ``(b, 1, 1)`` of whole matrices for those of their shards here; every rank must call it."""
+        """Norms ``(b, 1, 1)`` of matrices from norms of this rank's shards; a collective, every rank calls it."""
         wait = self.strategy.reduce_norms(norms)
         if wait is not None:
             wait()
         return norms
 
     def all_norms(self, norms: Tensor) -> Tensor:
-        """The norms ``(parameters, matrices)`` of all matrices of a parameter for those that are here."""
+        """Norms ``(parameters, matrices)`` of all matrices of each parameter, from norms of those on this rank."""
         return self.strategy.all_norms(self, norms)
 
     def due_rows(self, due: Due) -> list[slice]:
@@ -176,8 +176,8 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 def make_buckets(parts: Sequence[ParameterPart], structure: Structure, states: Mapping[Tensor, State]) -> list[Bucket]:
     """Sort parts of parameters into buckets of one shape, pattern, dtype and device, alike on all ranks.
 
-    A bucket's stack has at most `BUCKET_BYTES`, or one part. Parts of one refresh phase stand side by side; those of
-    one owner too, and then every bucket has some of each owner, so that no rank waits for another's bucket.
+    A bucket's stack has at most `BUCKET_BYTES`, or one part. Parts of one refresh phase are adjacent, and so
+    are parts of one owner. With owners, every bucket has parts of each, so that no rank waits for another's bucket.
     """
     sorts: dict[tuple[Any, ...], list[ParameterPart]] = {}
     for part in parts:
@@ -197,7 +197,7 @@ def make_buckets(parts: Sequence[ParameterPart], structure: Structure, states: M
 
 
 def _batches(parts: list[ParameterPart], numel: int) -> list[list[ParameterPart]]:
-    """As even as possible, each within `BUCKET_BYTES`."""
+    """Split a list of parts as evenly as possible into buckets of at most `BUCKET_BYTES`."""
     param = parts[0].param
     limit = BUCKET_BYTES.get(param.device.type, BUCKET_BYTES["other"])
     most = max(1, limit // (numel * state_dtype(param).itemsize))

@@ -50,7 +50,7 @@ class Membership:
         groups: Sequence[Group],
         default: Callable[[Sequence[tuple[str | None, Tensor]], Mapping[str, Any]], list[View | None]],
     ) -> list[Tensor]:
-        """Give parameters that are new in the groups a view, and forget those that are gone.
+        """Give new parameters of the groups a view, and forget parameters that were removed.
 
         Args:
             caller: the optimizer, for messages.
@@ -122,7 +122,7 @@ def _axes(view: View) -> int:
 
 def _refuse_flat(what: str, gone: Sequence[Tensor], group: Group, views: Mapping[Tensor, View | None]) -> None:
     """Raise `ValueError` if a vector stands where matrices were, as in optimizers that flatten parameters."""
-    # Their views tell: ZeRO-3 has taken the shapes of the parameters themselves.
+    # Their views say what they were: ZeRO-3 has replaced the shapes of the parameters themselves.
     lost = [param for param in gone if (view := views[param]) is not None and _axes(view) > 1]
     came = [param for param in group["params"] if param not in views]
     if lost and came and all(param.ndim == 1 for param in came):

@@ -46,7 +46,7 @@ class Note:
 class Recorder:
     """Keeps the numbers of one step on the device; see `StructuredOptimizer.metrics`.
 
-    A step tells it the norms that it has computed anyway, and it adds one pass over the updates, one over the weights
+    A step passes the norms that it has computed anyway, and it adds one pass over the updates, one over the weights
     and, for AdamW's parameters, one over the gradients. Nothing waits for a device before `read`.
     """
 

@@ -1,4 +1,4 @@
-"""What follows when a root fails: float64 `eigh` for that matrix alone, without making a device wait."""
+"""A second try for a root that failed, for that matrix alone and without making a device wait."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Flags:
 
 
 class RootRetry:
-    """Refreshes the roots of a bucket, and those that fail once more by `Structure.retried`.
+    """Refreshes the roots of a bucket; a root that fails is tried once more by `Structure.retried`.
 
     On a CPU the second try follows at once. A device is not waited for: its flags travel to the host while it works
     on, the last good root serves this step, and the second try comes with the next step that finds them arrived.
@@ -63,7 +63,7 @@ class RootRetry:
         for rows in runs:
             due = {key: tensor[rows] for key, tensor in state.items()}
             ok = structure.compute_root(due)
-            if exact is not None and self.retries and _can_be_told(ok):
+            if exact is not None and self.retries and _is_readable(ok):
                 ok = self._retry(exact, due, rows.start, ok)
             due["failures"] += ~ok
         if exact is not None:
@@ -88,8 +88,8 @@ class RootRetry:
         return sorted(rows)
 
 
-def _can_be_told(ok: Tensor) -> bool:
-    """Not while a graph is made, which holds tensors only, nor on a device of which nothing is known."""
+def _is_readable(ok: Tensor) -> bool:
+    """Whether flags can be read on the host: not while a graph is captured or compiled, nor on an unknown device."""
     if torch.compiler.is_compiling():
         return False
     return ok.device.type == "cpu" or (ok.is_cuda and not torch.cuda.is_current_stream_capturing())

@@ -87,7 +87,7 @@ def write_rounded_(
     residuals: Sequence[Tensor] | None = None,
     seeds: Sequence[int | Tensor] | None = None,
 ) -> None:
-    """Write values into the targets, each rounded once; the arguments are those of `add_rounded_`."""
+    """Write values into the targets, each rounded once; the arguments are the same as of `add_rounded_`."""
     _check(mode, residuals, seeds)
     narrow = [i for i, (target, value) in enumerate(zip(targets, values, strict=True)) if target is not value]
     rounded = [values[i] for i in narrow]

@@ -307,7 +307,7 @@ def _learn(
         bucket.memory["failures"] += ~ok
         return update
     update = torch.empty(direction.shape, dtype=direction.dtype, device=direction.device)
-    for rows in bucket.due_rows(lambda part: True):  # those of this rank
+    for rows in bucket.due_rows(lambda part: True):  # all parts of this rank
         memory, some = {key: x[rows] for key, x in bucket.memory.items()}, direction[rows]
         update[rows], ok = structure.update(memory, some, some if seen is direction else seen[rows], beta2)
         memory["failures"] += ~ok
@@ -336,7 +336,7 @@ def run_overlapped(tasks: Iterable[Iterator[Wait | None]]) -> None:
 
 
 def _resume_all(pending: Iterable[tuple[Iterator[Wait | None], Wait]]) -> list[tuple[Iterator[Wait | None], Wait]]:
-    """Wait for each and run it up to its next wait; those that have not ended."""
+    """Wait for each and run it up to its next wait; returns the coroutines that have not ended."""
     found = []
     for task, wait in pending:
         wait()

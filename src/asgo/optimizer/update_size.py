@@ -33,11 +33,11 @@ class UpdateNorms(Protocol):
     matrix_numel: int
 
     def whole_norms(self, norms: Tensor) -> Tensor:
-        """The norms ``(b, 1, 1)`` of whole matrices for those of their shards here."""
+        """Norms ``(b, 1, 1)`` of matrices from the norms of this rank's shards."""
         ...
 
     def all_norms(self, norms: Tensor) -> Tensor:
-        """The norms ``(parameters, matrices)`` of all matrices of a parameter for those that are here."""
+        """Norms ``(parameters, matrices)`` of all matrices of each parameter, from norms of those on this rank."""
         ...
 
 

@@ -206,7 +206,7 @@ class SPAM(Optimizer):
         shard_state: bool = False,
         strategy: type[Placed] | None = None,
     ) -> None:
-        """As `StructuredOptimizer.distribute`; every rank keeps the mean squares of all parameters."""
+        """Call `distribute` of the wrapped optimizer; every rank keeps the mean squares of all parameters."""
         self.optimizer.distribute(process_group, shard_state, strategy)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

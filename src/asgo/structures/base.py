@@ -39,15 +39,14 @@ STATE_KEYS: set[str] = set()
 
 
 class Structure(ABC):
-    """A memory of gradients and the rescaling it implies, for a whole stack ``(b, m, n)`` at once.
+    """A statistic of gradients and the preconditioner it defines, for a stack ``(b, m, n)`` at once.
 
     Every tensor of the state has the stack's `b` as its first axis, so that states of several parameters can
     stand in one tensor. A structure holds settings only; the state belongs to the optimizer.
 
     Laws (tested for every structure): a stack gives what each matrix gives alone; the result equals the
-    textbook formula in float64; shards of a matrix give what the whole gives where it says so (`is_shard_additive`); a
-    matrix
-    whose gradient is zero rests: nothing of its state changes.
+    textbook formula in float64; shards of a matrix give what the matrix gives where the structure says so
+    (`is_shard_additive`); the state of a matrix whose gradient is zero does not change.
     """
 
     state_keys: ClassVar[tuple[str, ...]] = ()
@@ -71,12 +70,11 @@ class Structure(ABC):
             cls.compute_root = lambda self, state: refresh(self, state, ROOTS["auto"], 1e-6)
 
     def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
-        """Whether shards of an ``m x n`` matrix, cut along an axis, give what the whole gives.
+        """Whether shards of an ``m x n`` matrix, cut along an axis, give what the matrix gives.
 
-        That is two laws for `with_side_of`: measurements of shards add up to the measurement of the whole; and a shard
-        of the
-        direction is preconditioned by the whole state, of which only `sharded_keys` is cut, to the shard of the whole
-        result.
+        That is two laws for `with_side_of`: the statistics of shards add up to the statistic of the matrix; and a shard
+        of the direction, preconditioned by the state of the matrix, of which only `sharded_keys` are cut, is the shard
+        of the preconditioned matrix.
         """
         return False
 
@@ -86,7 +84,7 @@ class Structure(ABC):
 
     @property
     def root_keys(self) -> tuple[str, ...]:
-        """The keys of the state that `compute_root` makes of the others: what ranks that share its work must send."""
+        """The keys of the state that `compute_root` computes from the others: ranks that share its work send these."""
         return ()
 
     @property
@@ -119,11 +117,11 @@ class Structure(ABC):
 
     @abstractmethod
     def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
-        """Average a measurement into the memory, in place; with ``beta2`` of 1 add it up (AdaGrad's sum)."""
+        """Average a statistic into the state, in place; with ``beta2`` of 1 add it up (AdaGrad's sum)."""
 
     @abstractmethod
     def compute_root(self, state: State) -> Tensor:
-        """Recompute what is derived from the memory, in place: the only cubic work.
+        """Recompute the roots from the statistic, in place: the only cubic work.
 
         Returns:
             ``(b,)`` bool: whether the root could be computed. Where not, the last good one stays.
@@ -135,15 +133,15 @@ class Structure(ABC):
 
     @abstractmethod
     def precondition(self, state: State, direction: Stack) -> Stack:
-        """Rescale a direction by the refreshed memory; cheap, every step."""
+        """Rescale a direction by the roots; called in every step. It may return the direction itself, unchanged."""
 
     def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
         """As `precondition`, for shards along an axis that is `is_shard_additive`.
 
         Args:
-            state: of the whole, but for `sharded_keys`.
+            state: of the matrices; `sharded_keys` hold the values of the shards.
             direction: the shards.
-            whole: gives norms of whole matrices, or of their rows or columns, for those of the shards, entry by entry:
+            whole: from norms of the shards, or of their rows or columns, norms of the matrices, entry by entry:
                 ``sqrt(sum of squares)``. A collective: every rank that holds a shard must call it.
         """
         return self.precondition(state, direction)
@@ -162,7 +160,7 @@ class Structure(ABC):
 
     @abstractmethod
     def step_flops(self, m: int, n: int) -> float:
-        """Multiplications of measure, fold and precondition of one ``m x n`` matrix, its leading term."""
+        """Multiplications of statistic, average and preconditioning of one ``m x n`` matrix, the leading term."""
 
 
 class OneCall(Structure):
@@ -203,7 +201,7 @@ class Algebra(Structure):
 
 
 def active_mask(seen: Tensor) -> Tensor:
-    """``(b, 1, 1)``: 1 for each matrix of which something is not zero, 0 for those that rest."""
+    """``(b, 1, 1)``: 1 for each matrix with an entry that is not zero, 0 for a zero matrix."""
     return torch.any(seen, dim=tuple(range(1, seen.ndim))).to(seen.dtype)[:, None, None]
 
 
@@ -269,6 +267,6 @@ def shorten(stack: Tensor, lengths: Tensor, limit: float) -> Tensor:
 
 
 def all_ok(state: State) -> Tensor:
-    """What `compute_root` answers where there is no root that could fail."""
+    """``(b,)`` ones, what `compute_root` returns where there is no root that could fail."""
     first = next(iter(state.values()))
     return torch.ones(len(first), dtype=torch.bool, device=first.device)

@@ -23,7 +23,7 @@ class BlockDiagonal(Algebra):
     ``V_b <- b2 V_b + (1 - b2) g_b g_b^T`` of each run g_b, or the sum; direction ``c (V_b^(1/2) + eps I)^(-1) M_b``
     with Adam's corrections ``c = sqrt(1 - b2^t) / (1 - b1^t)``. The last run of a column is filled up with zeros.
 
-    The algebra is that of block-diagonal matrices; its projection keeps the blocks.
+    The algebra consists of the block-diagonal matrices; its projection keeps the blocks.
 
     State: ``gram`` and ``root (b, runs, size, size)``; ``weight``, ``momentum_weight``, ``steps`` and ``root_age``, the
     steps since the root, ``(b, 1, 1)``.

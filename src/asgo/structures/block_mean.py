@@ -21,10 +21,10 @@ class BlockMean(Algebra):
     """The mean square of every block, and the direction divided by its root.
 
     ``v_b <- b2 v_b + (1 - b2) mean(G_b^2)``, or the sum of the means; direction ``M_b / (sqrt(v_b) + eps)``. With
-    blocks of one entry it is the diagonal of AdaGrad and Adam, with one block per column that of DASGO, with any
-    others that of BAG, BAGM and Adam-mini.
+    blocks of one entry it is the diagonal preconditioner of AdaGrad and Adam, with one block per column DASGO's, with
+    other blocks that of BAG, BAGM and Adam-mini.
 
-    The algebra is that of diagonal matrices that are constant on each block; its projection takes the mean of the
+    The algebra consists of the diagonal matrices that are constant on each block; its projection takes the mean of the
     diagonal over each block.
 
     State: ``exp_avg_sq (b, 1, 1)``, ``(b, m, 1)``, ``(b, 1, n)`` or ``(b, m, n)``; with `corrected`, ``weight`` and,
@@ -63,7 +63,7 @@ class BlockMean(Algebra):
         return replace(self, blocks=self.block(m, n))
 
     def init(self, like: Stack) -> State:
-        """Zeros."""
+        """Zero mean squares and weights."""
         b, m, n = like.shape
         shape = {"matrix": (b, 1, 1), "row": (b, m, 1), "column": (b, 1, n), "entry": (b, m, n)}[self.block(m, n)]
         state = {"exp_avg_sq": like.new_zeros(shape)}
@@ -90,7 +90,7 @@ class BlockMean(Algebra):
             update_ema_weight(state["momentum_weight"], self.momentum, active)
 
     def compute_root(self, state: State) -> Tensor:
-        """Nothing: a root of numbers is taken when it is needed."""
+        """No-op: `precondition` takes the square roots of single numbers."""
         return all_ok(state)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -100,7 +100,7 @@ class BlockMean(Algebra):
         return direction / (size if self.momentum is None else size * ema_denominator(state["momentum_weight"]))
 
     def root_flops(self, m: int, n: int) -> float:
-        """Nothing."""
+        """0: there is no matrix root."""
         return 0.0
 
     def step_flops(self, m: int, n: int) -> float:

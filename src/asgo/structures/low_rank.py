@@ -47,13 +47,13 @@ class LowRank(Structure):
         return grad.reshape(len(grad), -1, 1)
 
     def compute_root(self, state: State) -> Tensor:
-        """Nothing is left to do but to say where the last fold could not be computed."""
+        """No-op: `update_statistic` has computed all; returns where it could not."""
         ok = state["failed"][:, 0, 0] == 0
         state["failed"].zero_()
         return ok
 
     def root_flops(self, m: int, n: int) -> float:
-        """Nothing: there is no root."""
+        """0: there is no root."""
         return 0.0
 
 
@@ -73,7 +73,7 @@ class LowRankFactor(LowRank):
     state_keys: ClassVar[tuple[str, ...]] = ("P", "Q", "whitened", "used", "failed")
 
     def init(self, like: Stack) -> State:
-        """Zeros."""
+        """No columns: the statistic is ``eps I``."""
         b, m, n = like.shape
         r = self.columns(m * n)
         return {
@@ -271,7 +271,7 @@ def svd(X: Columns) -> tuple[Columns, Tensor, Columns]:
 
 
 def keep(state: State, new: State, active: Tensor) -> None:
-    """Write what is new for active matrices, in place; those that came out not finite stay and are marked."""
+    """Write new values of active matrices, in place; where some are not finite a matrix keeps its state, marked."""
     sums = [
         tensor.sum(tuple(range(1, tensor.ndim)), keepdim=True) for tensor in new.values()
     ]  # keep what is not finite

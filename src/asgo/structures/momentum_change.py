@@ -18,8 +18,8 @@ class MomentumChange(Structure):
     """The mean square of differences of successive momenta, per entry.
 
     With ``H = M / (1 - b1^t)``: ``v <- b2 v + (1 - b2) (H_t - H_{t-1})^2``, ``H_0 = 0``, and the direction is
-    ``H / max(sqrt(v / (1 - b2^t)), delta)``. It lives on the algebra of diagonal matrices, but its statistic is not
-    that of the gradients, so it is no `Algebra` here. It must be fed the momentum.
+    ``H / max(sqrt(v / (1 - b2^t)), delta)``. Its preconditioner is diagonal, but its statistic is not
+    computed from the gradients, so it is no `Algebra` here. `compute_statistic` must be given the momentum.
 
     State: ``exp_avg_sq (b, m, n)``, ``previous (b, m, n)``, ``weight`` and ``momentum_weight (b, 1, 1)``.
 
@@ -34,7 +34,7 @@ class MomentumChange(Structure):
     delta: float
 
     def init(self, like: Stack) -> State:
-        """Zeros."""
+        """Zeros: nothing has been averaged."""
         b = len(like)
         return {
             "exp_avg_sq": torch.zeros_like(like, memory_format=torch.contiguous_format),
@@ -57,7 +57,7 @@ class MomentumChange(Structure):
         state["previous"].copy_(where(active > 0, current, state["previous"]))
 
     def compute_root(self, state: State) -> Tensor:
-        """Nothing: a root of numbers is taken when it is needed."""
+        """No-op: `precondition` takes the square roots of single numbers."""
         return all_ok(state)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
@@ -66,7 +66,7 @@ class MomentumChange(Structure):
         return direction / size.mul_(ema_denominator(state["momentum_weight"]))
 
     def root_flops(self, m: int, n: int) -> float:
-        """Nothing."""
+        """0: there is no matrix root."""
         return 0.0
 
     def step_flops(self, m: int, n: int) -> float:

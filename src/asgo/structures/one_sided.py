@@ -21,7 +21,7 @@ CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
 
 Cross: TypeAlias = Literal[True, False, "element"]
-"""What the result is divided by: nothing, its size along the other side, or that of each of its entries."""
+"""What the result is divided by: nothing, a running RMS for each index of the other side, or one for each entry."""
 
 
 class Sided(Structure):
@@ -63,13 +63,13 @@ class OneSided(Sided, Algebra):
     ``M V^(-1/2)`` with the damping that the root defines. "ASGO: Adaptive Structured Gradient Optimization",
     An, Liu, Pan, Ren, Ma, Goldfarb and Zhang 2025, Algorithms 1 and 2.
 
-    The algebra is that of all ``S kron I`` (left) or ``I kron S`` (right); its projection takes the partial trace
+    The algebra consists of all ``S kron I`` (left) or ``I kron S`` (right); its projection takes the partial trace
     over the other side, divided by that side's length.
 
     State, ``k`` the length of the preconditioned side: ``gram (b, k, k)``, ``root (b, k, k)`` and, with
     `cross_normalize`, ``cross`` and ``cross_weight``, each ``(b, 1, n)`` or ``(b, m, 1)``, of ``"element"``
-    ``(b, m, n)``: an average from zero, and that of a constant 1 since the first entry that was not zero, by which it
-    is divided.
+    ``(b, m, n)``: an average from zero, and the average of a constant 1 since the first entry that was not zero, by
+    which it is divided.
 
     Args:
         side: ``"left"`` preconditions rows (k = m), ``"right"`` columns (k = n), ``"auto"`` the shorter one and
@@ -106,7 +106,7 @@ class OneSided(Sided, Algebra):
 
     @property
     def symmetric(self) -> tuple[str, ...]:
-        """Both."""
+        """The statistic and its root."""
         return ("gram", "root")
 
     @property

@@ -22,7 +22,7 @@ class Packed(Structure):
     root by eigendecomposition is. Of another ("minimax") the mean with its transpose is kept; one triangle alone would
     be far off. Matrices are whole only while they are used, one bucket at a time.
 
-    State: that of the inner structure, its `symmetric` keys packed.
+    State: the inner structure's, its `symmetric` keys packed.
 
     Args:
         inner: the structure.
@@ -31,40 +31,40 @@ class Packed(Structure):
     inner: Structure
 
     def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
-        """As the inner structure."""
+        """The inner structure's answer: packing does not change what adds up."""
         return self.inner.is_shard_additive(axis, m, n)
 
     def with_side_of(self, m: int, n: int) -> Packed:
-        """The inner structure fixed."""
+        """The inner structure with its side fixed, packed."""
         return Packed(self.inner.with_side_of(m, n))
 
     @property
     def sharded_keys(self) -> tuple[str, ...]:
-        """As the inner structure."""
+        """The inner structure's keys: they are not symmetric, so not packed."""
         return self.inner.sharded_keys
 
     @property
     def added(self) -> Mapping[str, float]:
-        """As the inner structure."""
+        """The inner structure's keys and values."""
         return self.inner.added
 
     @property
     def root_keys(self) -> tuple[str, ...]:
-        """As the inner structure."""
+        """The inner structure's keys; ranks send the triangles."""
         return self.inner.root_keys
 
     def init(self, like: Stack) -> State:
-        """That of the inner structure, packed."""
+        """The inner structure's state, packed."""
         state = self.inner.init(like)
         return {key: pack(tensor) if key in self.inner.symmetric else tensor for key, tensor in state.items()}
 
     def compute_statistic(self, grad: Stack) -> Tensor:
-        """That of the inner structure, packed if it is folded in entry by entry."""
+        """The inner structure's statistic, packed if it is averaged entry by entry."""
         seen = self.inner.compute_statistic(grad)
         return pack(seen) if self.inner.linear_statistic else seen
 
     def update_statistic(self, state: State, measurement: Tensor, beta2: float) -> None:
-        """As the inner structure does: on triangles where it can."""
+        """Update the triangles where the statistic is linear, else unpack, update and pack."""
         if self.inner.linear_statistic:
             self.inner.update_statistic(state, measurement, beta2)
             return
@@ -74,7 +74,7 @@ class Packed(Structure):
             state[key].copy_(pack(whole[key]))
 
     def compute_root(self, state: State) -> Tensor:
-        """As the inner structure does; of each new root the mean with its transpose is kept."""
+        """Compute the inner structure's roots; the mean of each with its transpose is stored."""
         memory, roots = self._memory(), self._roots()
         fresh = {key: _blank(state[key]) for key in roots}  # its last root is kept here, not there
         ok = self.inner.compute_root(self.whole(state, memory) | fresh)
@@ -84,31 +84,31 @@ class Packed(Structure):
         return ok
 
     def retried(self) -> Packed | None:
-        """The inner structure retried."""
+        """The inner structure with a more exact root, packed; None if it has none."""
         inner = self.inner.retried()
         return None if inner is None else Packed(inner)
 
     def precondition(self, state: State, direction: Stack) -> Stack:
-        """As the inner structure does."""
+        """Unpack the roots and precondition with the inner structure."""
         return self.inner.precondition(self.whole(state, self._roots()), direction)
 
     def precondition_shard(self, state: State, direction: Stack, whole: Callable[[Tensor], Tensor]) -> Stack:
-        """As the inner structure does."""
+        """Unpack the roots and precondition shards with the inner structure."""
         return self.inner.precondition_shard(self.whole(state, self._roots()), direction, whole)
 
     def converted(self, state: State) -> State:
-        """As the inner structure, packed."""
+        """The state that the inner structure converts to, packed."""
         found = self.inner.converted(state)
         if found is state:
             return state
         return {key: pack(x) if key in self.inner.symmetric else x for key, x in found.items()}
 
     def root_flops(self, m: int, n: int) -> float:
-        """As the inner structure."""
+        """The inner structure's: packing multiplies nothing."""
         return self.inner.root_flops(m, n)
 
     def step_flops(self, m: int, n: int) -> float:
-        """As the inner structure."""
+        """The inner structure's: packing multiplies nothing."""
         return self.inner.step_flops(m, n)
 
     def whole(self, state: State, keys: Iterable[str]) -> State:

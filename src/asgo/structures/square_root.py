@@ -84,7 +84,7 @@ class SquareRoot(Sided, OneCall):
             columns that are carried along do not correct themselves. On a CPU without units for a half precision its
             products are computed in float32 and rounded once, as units do.
         cross_normalize: as of `OneSided`.
-        keep: the dtype of ``sqrt``; "auto" is bfloat16 for half precision, else that of the state.
+        keep: the dtype of ``sqrt``; "auto" is bfloat16 for half precision, else the state's dtype.
     """
 
     state_keys: ClassVar[tuple[str, ...]] = (*Sided.state_keys, "sqrt")
@@ -105,7 +105,7 @@ class SquareRoot(Sided, OneCall):
         return polar.plans()["fp32"] if too_coarse else plan
 
     def init(self, like: Stack) -> State:
-        """Zeros."""
+        """A zero root: nothing has been averaged."""
         b, m, n = like.shape
         k = m if self.left(m, n) else n
         return {"sqrt": like.new_zeros(b, k, k, dtype=self._kept(like))} | self.init_cross(like)
@@ -168,9 +168,9 @@ class SquareRoot(Sided, OneCall):
     # ---- shards: measure, all-reduce, then one call
 
     def compute_statistic(self, grad: Stack) -> Tensor:
-        """``G G^T`` or ``G^T G`` in the dtype of the gradient: sums over shards are that of the whole.
+        """``G G^T`` or ``G^T G`` in the dtype of the gradient: the sum over shards is the statistic of the matrix.
 
-        Its entries are squares, so that in float32 those of gradients beyond 1e19 or below 1e-19 are out of range, as
+        Its entries are squares, so that in float32 gradients beyond 1e19 or below 1e-19 are out of range, as
         in `OneSided`; `update` has no such limit.
         """
         return gram(grad if self.left(*grad.shape[1:]) else grad.mT)
@@ -185,8 +185,8 @@ class SquareRoot(Sided, OneCall):
             direction: the shard, or all of it.
             R: `compute_statistic` of what enters the statistic, summed over the ranks that hold shards.
             beta2: decay of the statistic; 1 adds up.
-            whole: all-reduces norms ``(b, 1, 1)`` of shards to those of whole matrices; None for matrices that are
-                whole. Called with `cross_normalize` only, once.
+            whole: all-reduces norms ``(b, 1, 1)`` of shards to norms of matrices; None where matrices are not
+                sharded. Called with `cross_normalize` only, once.
         """
         Z, ok = self._take_in(state, R, beta2)
         left = self.left(*direction.shape[1:])

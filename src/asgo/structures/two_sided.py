@@ -52,7 +52,7 @@ class TwoSided(Structure):
 
     @property
     def symmetric(self) -> tuple[str, ...]:
-        """All of it."""
+        """Statistics and roots."""
         return ("left", "right", *self.root_keys)
 
     def init(self, like: Stack) -> State:

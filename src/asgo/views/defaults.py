@@ -63,7 +63,7 @@ def default_views(named_params: Iterable[tuple[str, Tensor]]) -> list[View | Non
 
     Vectors, and parameters with an exact name of a table of embeddings or positions, a vocabulary head or a
     gain (``lm_head.weight``, ``h.0.wte.weight``, ``pos_embed``) are AdamW's; others go by their number of axes,
-    as in `asgo.views.default_view`. Fused projections and experts cannot be told by a name alone: use `asgo.route`.
+    as in `asgo.views.default_view`. Fused projections and experts need the module, not only a name: use `asgo.route`.
     """
     return [None if _is_named_table(name) else default_view(param.ndim) for name, param in named_params]
 
@@ -164,7 +164,7 @@ def _gated(site: Site) -> Reading | None:
 
 
 def _groups_in_rows(site: Site) -> Reading | None:
-    """Experts or groups stacked along the rows: a number of them, and of rows each, that the module tells."""
+    """Experts or groups stacked along the rows: their number and the rows of each are attributes of the module."""
     if site.param.ndim != 2 or site.leaf == "bias" or type(site.module) in LAYERS:
         return None
     rows, module = site.shape[0], site.module
@@ -173,8 +173,8 @@ def _groups_in_rows(site: Site) -> Reading | None:
         return _experts(grouped, "groups")
     count = number(module, ("num_experts", "moe_num_experts", "n_experts", "num_local_experts", "n_routed_experts"))
     each = rows // count if count > 1 and rows % count == 0 else 0
-    told = [value for value in vars(module).values() if isinstance(value, int) and not isinstance(value, bool)]
-    return _experts(count, "experts") if each > 1 and each in told else None
+    numbers = [value for value in vars(module).values() if isinstance(value, int) and not isinstance(value, bool)]
+    return _experts(count, "experts") if each > 1 and each in numbers else None
 
 
 def _experts(count: int, what: str) -> Reading:
@@ -256,7 +256,7 @@ DEFAULTS: tuple[Callable[[Site], Reading | None], ...] = (
     _recurrent,
     _bare,
 )
-"""The defaults in order: each row tells how the parameter is read, or ``None`` if it is not its business."""
+"""The defaults in order: each row says how the parameter is read, or ``None`` if it does not apply."""
 
 
 def _looks_fused(module: nn.Module, slot: str, rows: int) -> bool:

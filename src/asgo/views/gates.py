@@ -25,7 +25,7 @@ INTERLEAVED = {"GptOssExperts"}
 
 
 def gated(place: nn.Module, slot: str, shape: Sequence[int], above: nn.Module | None = None) -> View | None:
-    """Gate and up as a matrix each, of every expert if there are several; None if the shapes are not those of an MLP.
+    """Gate and up as a matrix each, of every expert if there are several; None if the shapes do not fit an MLP.
 
     Args:
         place: the module that holds the layer or the parameter.

@@ -21,7 +21,7 @@ def with_head_axes(place: Place, shape: tuple[int, ...]) -> Reading | None:
 
     Known are ``(in, heads, d)`` (XLNet, Funnel), and by the parameter's name ``(heads, in, d)`` (TransformerLens),
     ``(heads, d, in)``, and each of them with an axis of three for query, key and value. The numbers of heads and rows
-    must be those that the module or its config tells.
+    must agree with the module or its config.
     """
     if place.slot in FUSED and len(shape) in (3, 4):
         return _of_three(place, shape)

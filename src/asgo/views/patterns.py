@@ -67,7 +67,7 @@ def fused(
 
     In ``"blocks"``, all rows of the first part come first, then all of the second. In every other order the parts
     repeat: ``"by head"``, ``"by group"`` of heads, ``"in blocks"`` or, row by row, ``"alternating"``; how often,
-    the weight's shape tells.
+    the weight's shape decides.
 
     Args:
         q: rows of the query: in all with ``"blocks"``, else in one repetition.

@@ -67,11 +67,11 @@ OUTPUTS = (
 
 def number(owner: object, names: Sequence[str]) -> int:
     """The first positive integer among the attributes of these names, else 0."""
-    values = (_told(owner, name) for name in names)
+    values = (_number_of(owner, name) for name in names)
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)
 
 
-def _told(owner: object, name: str) -> object:
+def _number_of(owner: object, name: str) -> object:
     try:
         return getattr(owner, name, None)
     except Exception:  # configs compute attributes, and refuse some with errors of their own
@@ -257,7 +257,7 @@ def one_key(place: Place) -> tuple[int, ...] | None:
 
 
 def thirds_per_head(place: Place) -> tuple[int, ...] | None:
-    """Equal query, key and value of every head, as many keys as queries, of the size that anybody tells."""
+    """Equal query, key and value of every head, as many keys as queries, of a known head size."""
     h, d = place.heads, place.number(*HEAD_DIM)
     third, rest = divmod(place.rows, 3)
     if not h or rest or third % h or place.key_heads not in (0, h) or place.output_width not in (0, third):

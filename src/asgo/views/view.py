@@ -1,7 +1,7 @@
 """How a parameter is read as a stack ``(b, m, n)`` of independent matrices.
 
 A `View` is data, not code: an einops pattern from the parameter's axes to ``b m n``, the sizes of the axes
-that the shape alone does not tell, and an uneven split for parameters that hold several matrices side by side
+that the shape alone does not give, and an uneven split for parameters that hold several matrices side by side
 (a fused query-key-value projection). Rows (``m``) are output features, columns (``n``) input features, as in
 `torch.nn.Linear.weight`. Per-head, per-expert, blockwise and convolutional preconditioning are views of one
 optimizer, not optimizers of their own.

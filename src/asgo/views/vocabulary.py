@@ -107,7 +107,7 @@ def find_vocabulary(model: nn.Module) -> Vocabulary:
     tokens = {name: length for name, length in tokens.items() if 4 * length >= max(tokens.values())}
     blocks = dict(_in_blocks(modules.values()))
     named = [*_heads_by_name(modules, blocks)]
-    sizes = {*tokens.values(), *(size for module in modules.values() for size in _told_sizes(module))}
+    sizes = {*tokens.values(), *(size for module in modules.values() for size in _stated_sizes(module))}
     sizes |= {outputs(module) for module in named}
     dense = [module for module in modules.values() if _is_dense(module) and module not in blocks]
     return Vocabulary(
@@ -141,7 +141,7 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _told_sizes(module: nn.Module) -> Iterator[int]:
+def _stated_sizes(module: nn.Module) -> Iterator[int]:
     """What a module's config calls the size of a vocabulary."""
     config = getattr(module, "config", None)
     for name, value in vars(config).items() if hasattr(config, "__dict__") else ():

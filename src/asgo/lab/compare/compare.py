@@ -4,7 +4,7 @@ A comparison is a folder of run folders, so an interrupted one goes on where it 
 
     comparison.json                  the configuration
     tune/OPTIMIZER/lr-LR/            runs that chose learning rates, on a seed of their own
-    search.jsonl                     every trial of a search, on that seed too; search/ has those that are under way
+    search.jsonl                     every trial of a search, on that seed too; search/ has the trials that are running
     runs/OPTIMIZER/seed-SEED/        the runs that are compared
     results.json  table.md  table.csv  plot.png  report.html
 """

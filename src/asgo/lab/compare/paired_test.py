@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 SEEDS_NEEDED = 3
 """Fewest paired seeds for which a test is made."""
 LEVEL = 0.05
-"""A difference with a smaller p is called a win or a loss, any other a tie; intervals are those of 1 - LEVEL."""
+"""A difference with a smaller p is called a win or a loss, any other a tie; intervals have confidence 1 - LEVEL."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def paired_test(first: str, second: str, pairs: Sequence[tuple[float, float]]) -
 
 @dataclass(frozen=True)
 class StepsRatio:
-    """Steps that a reference takes to a loss, divided by those of another optimizer, seed by seed.
+    """Steps that a reference needs to reach a loss, divided by the steps of another optimizer, seed by seed.
 
     Args:
         first: the optimizer.

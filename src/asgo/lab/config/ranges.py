@@ -67,7 +67,7 @@ def check_known(name: str, values: Collection[str], known: Collection[str]) -> N
     """Refuse names that do not exist.
 
     Raises:
-        LabError: naming the flag, the name and those that exist.
+        LabError: naming the flag, the name and the names that exist.
     """
     for value in values:
         if value not in known:

@@ -34,7 +34,7 @@ class ModelConfig:
         dropout: probability of dropping an activation (llama: an attention weight) while training.
         tie_embeddings: use the embedding matrix as output head too.
         config: a config.json of Hugging Face, or a folder with one, of any causal language model, instead of
-            preset and fields; weights are random, and the vocabulary is that of the data.
+            preset and fields; weights are random, and the size of the vocabulary comes from the data.
         pretrained: a causal language model of Hugging Face with its weights and its tokenizer: a folder, a .gguf
             file, or OWNER/NAME of the hub. layers, lora_rank and dtype go with it: only the first so many layers.
         lora_rank: with pretrained, train a pair of factors of this rank beside every linear layer (package peft), and
@@ -61,7 +61,7 @@ class OptimizerConfig:
     """The optimizer of the hidden matrices; embeddings, vectors and output head go to AdamW in all but adam-mini.
 
     Args:
-        name: one of those that asgo optimizers lists.
+        name: one of the names that asgo optimizers lists.
         lr: peak learning rate; None: the recorded default of that optimizer.
         weight_decay: decoupled decay of the hidden matrices; None: the optimizer's recorded default.
         betas: decay rates of the two moments, for optimizers that have both; None: the optimizer's default.

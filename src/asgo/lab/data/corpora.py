@@ -40,7 +40,7 @@ class CorpusConfig:
         split: hub corpora: the split to read.
         text_field: hub corpora: the field of a row that holds the document.
         data_files: hub corpora: path or glob of the files to read, such as part-*.jsonl with hub:json;
-            fashion-mnist: the folder of its four files, if not that of the Debian package.
+            fashion-mnist: the folder of its four files, if not the Debian package's.
         streaming: hub corpora: read documents as training needs them; otherwise the whole split first.
         validation_fraction: the last part of the text, by characters, that is held out, or of the examples or
             training images in an order drawn once; not used by streams.
@@ -221,7 +221,7 @@ class DocumentStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last document read, as plain data."""
-        # `datasets` goes to a loaded position only with the next row, and tells the one before until then.
+        # `datasets` goes to a loaded position only with the next row, and reports the previous one until then.
         return self._rows.state_dict() if self._loaded is None else deepcopy(self._loaded)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

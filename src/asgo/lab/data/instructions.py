@@ -1,4 +1,4 @@
-"""Prompts and responses from a file of JSON lines: the loss is that of the responses alone."""
+"""Prompts and responses from a file of JSON lines: the loss is taken over the responses alone."""
 
 from __future__ import annotations
 

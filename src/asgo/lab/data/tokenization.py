@@ -33,9 +33,9 @@ class TokenizerConfig:
     """What one token is.
 
     Args:
-        kind: auto (char; byte for streams; that of the model with --model.pretrained), char, byte, bpe (learned from
+        kind: auto (char; byte for streams; the model's own with --model.pretrained), char, byte, bpe (learned from
             the corpus), the path of a tokenizer.json, or of a folder with one or with GPT-2's vocab.json and
-            merges.txt, or model:NAME, that of a model as --model.pretrained names it.
+            merges.txt, or model:NAME, the tokenizer of a model as --model.pretrained names it.
         vocab_size: bpe: tokens to learn, the 256 bytes among them.
     """
 
@@ -147,7 +147,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of bytes; those that are not UTF-8 become the replacement character."""
+        """Return the text of bytes; bytes that are not UTF-8 become the replacement character."""
         return bytes(map(int, ids)).decode(errors="replace")
 
     def to_json(self) -> str:

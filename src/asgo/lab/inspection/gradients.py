@@ -48,7 +48,7 @@ class GradientsConfig(RunConfig):
         optimizer: which optimizer of this library, with which hyperparameters.
         seed: seed of the initial weights, the order of the data and dropout.
         sample_every: steps between samples; the first step is sampled too.
-        microbatches: parts of a batch from which noise is told from signal; with --grad-accumulation above 1 the
+        microbatches: parts of a batch, by which noise is separated from signal; with --grad-accumulation above 1 the
             accumulated batches are taken instead. 1: no noise is measured.
         out: run folder to write; must be new or empty, or one to --resume.
         resume: continue the run in that folder, with its own configuration; what was sampled is kept.
@@ -85,8 +85,8 @@ def inspect_gradients(config: GradientsConfig, console: Console | None = None) -
         except Diverged as error:
             diverged = error
         except Stopped as error:
-            told = str(error).partition(" Continue with")[0]
-            raise Stopped(f"{told} Continue with: asgo inspect gradients --out {config.out} --resume") from error
+            text = str(error).partition(" Continue with")[0]
+            raise Stopped(f"{text} Continue with: asgo inspect gradients --out {config.out} --resume") from error
     samples = _conclude(config, console)
     if diverged is not None:
         raise diverged

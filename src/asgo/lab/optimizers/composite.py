@@ -34,7 +34,7 @@ class Composite(Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Nothing: torch's constructor assigns an empty state, and the parts keep their own."""
+        """Ignored: torch's constructor assigns an empty state, and the parts keep their own."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,7 +48,7 @@ class Composite(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The parts' own: `Sliced` has gradients that are not those of its groups."""
+        """Call every part's: the gradients that `Sliced` clears are not in its groups."""
         for part in self.optimizers:
             part.zero_grad(set_to_none)
 

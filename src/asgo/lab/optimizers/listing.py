@@ -26,8 +26,8 @@ ENTRYWISE = 2.0
 MUON_STEPS = 5
 """Newton-Schulz steps of `torch.optim.Muon`, each of three products."""
 ABOUT = """\
-Memory and cost are those of a matrix of m x n, with d = m n, sides k <= o, rank r and block size s. State bytes and
-operations are those of the whole model with the optimizer's defaults, on a CPU. Operations leave out momentum, decay
+Memory and cost are of one matrix of m x n, with d = m n, sides k <= o, rank r and block size s. State bytes and
+operations are of the whole model with the optimizer's defaults, on a CPU. Operations leave out momentum, decay
 and addition to the weights, which all have. Vectors, embeddings and output head are on AdamW in all but adam-mini."""
 
 

@@ -25,9 +25,9 @@ class Momenta(OneCall):
     """Another structure, whose direction and statistic are a mean of several momenta.
 
     ``M_k <- b_k M_k + (1 - b_k) G``, ``D = mean_k (b_k M_k + (1 - b_k) G) / w_k`` with ``w_k`` the sum of the weights
-    that gradients have in it. The calls beside `update` are those of the inner structure.
+    that gradients have in it. All methods but `update` are the inner structure's.
 
-    State: that of the inner structure, ``momenta (b, K, m, n)`` and ``weights (b, K, 1, 1)``.
+    State: the inner structure's, ``momenta (b, K, m, n)`` and ``weights (b, K, 1, 1)``.
 
     Args:
         inner: what preconditions D.
@@ -40,7 +40,7 @@ class Momenta(OneCall):
     decays: tuple[float, ...]
 
     def init(self, like: Stack) -> State:
-        """Zeros beside the state of the inner structure."""
+        """Zero momenta and weights, beside the state of the inner structure."""
         b, m, n = like.shape
         K = len(self.decays)
         own = {"momenta": like.new_zeros(b, K, m, n), "weights": like.new_zeros(b, K, 1, 1)}
@@ -97,8 +97,8 @@ class Momenta(OneCall):
 class MomentaASGO(StructuredOptimizer):
     """`ASGO` with the mean of several momenta, see `Momenta`, in the place of one.
 
-    Their ages ``1 / (1 - b_k)`` lie evenly in logarithms from that of ``betas[0]`` divided by `spread` to
-    `spread` times it. Vectors, embeddings and output heads are AdamW's.
+    Their ages ``1 / (1 - b_k)`` are spaced evenly in logarithms, from the age of ``betas[0]`` divided by `spread`
+    to `spread` times it. Vectors, embeddings and output heads are AdamW's.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups, as from ``asgo.route(model)``.
@@ -145,6 +145,6 @@ class MomentaASGO(StructuredOptimizer):
 
 
 def decays(middle: float, number: int, spread: float) -> tuple[float, ...]:
-    """Decay rates whose ages lie evenly in logarithms around that of `middle`; none below 0."""
+    """Decay rates whose ages are spaced evenly in logarithms around the age of `middle`; none below 0."""
     ages = (spread ** (2 * k / (number - 1) - 1) / (1 - middle) for k in range(number))
     return tuple(max(0.0, 1 - 1 / age) for age in ages)

@@ -1,4 +1,4 @@
-"""An optimizer from its name and options: the rows are those of `asgo.lab.optimizers.table`."""
+"""An optimizer from its name and options: see the rows of `asgo.lab.optimizers.table`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def parse_options(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def takes(name: str) -> set[str]:
-    """The arguments that an optimizer has: its constructor's, and those of the routing."""
+    """The arguments that an optimizer takes: the constructor's and the routing's."""
     return set(inspect.signature(OPTIMIZERS[name].constructor).parameters) | OPTIMIZERS[name].routing
 
 

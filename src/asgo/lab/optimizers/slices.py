@@ -18,7 +18,7 @@ class Sliced(Optimizer):
     """An optimizer of two-dimensional parameters, given every matrix of a view as a parameter of its own.
 
     The matrices share the memory of the parameter they are of; where a view has to copy, results are copied back.
-    Groups are those of the inner optimizer, so that schedulers work.
+    ``param_groups`` is the inner optimizer's list, so that schedulers work.
 
     Args:
         make: builds the optimizer from pairs of a name, ``PARAMETER#NUMBER``, and a matrix.
@@ -43,7 +43,7 @@ class Sliced(Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Nothing: torch's constructor assigns an empty state, and the inner optimizer keeps its own."""
+        """Ignored: torch's constructor assigns an empty state, and the inner optimizer keeps its own."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

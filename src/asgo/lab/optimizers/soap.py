@@ -105,7 +105,7 @@ class EigenAdam(_Sided):
             masked_ema_(state[side], gram(measurement if axis == 1 else measurement.mT), beta2, moved)
 
     def compute_root(self, state: State) -> Tensor:
-        """Leave word for the next `update_statistic`."""
+        """Mark the bases as due; the next `update_statistic` renews them."""
         state["due"].fill_(1.0)
         return all_ok(state)
 

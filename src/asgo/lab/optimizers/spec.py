@@ -22,7 +22,7 @@ class Entry:
         name: what reports call it: as it was written, or what its key ``name`` says.
         optimizer: what it describes, without open fields.
         steps_factor: it runs this many times the steps of the comparison, with a schedule of that length.
-        tail_average: as of a run; None: that of the comparison.
+        tail_average: as for a run; None: the value of the comparison.
         given: the keys that were written.
     """
 

@@ -105,7 +105,7 @@ def _preset(preset: type[Any], adamw_lr: float | None = None, weight_decay: floa
     )
 
 
-# The learning rates of asgo, adamw and muon are those of the recorded search in benchmarks/shakespeare. Those of dasgo
+# The learning rates of asgo, adamw and muon are from the recorded search in benchmarks/shakespeare. The rates of dasgo
 # to agd are starting points: the best of three to eight on the tiny model, 250 steps of one seed, not recorded.
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "asgo": replace(_preset(ASGO), about="`ASGO`, this library's defaults"),
@@ -195,7 +195,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def _form(name: str, about: str, make: Callable[..., Optimizer], memory: str, cost: str = "") -> OptimizerSpec:
-    """A row like that of `name`, with other arguments."""
+    """The row of `name` with other arguments."""
     spec = OPTIMIZERS[name]
     return replace(spec, about=about, build=by_route(make), constructor=make, memory=memory, cost=cost or spec.cost)
 

@@ -97,7 +97,7 @@ class Parallel:
         return not float(self.accelerator.reduce(bad, "sum"))  # pyright: ignore[reportArgumentType]
 
     def failed_roots(self, optimizer: Optimizer) -> int:
-        """As of one process: every failed matrix counts once, whoever keeps it."""
+        """Failed roots of all processes; a matrix that several of them hold counts once."""
         if self.kind not in ("zero1", "fsdp2"):
             return failed_roots(optimizer)
         failed = own_failures(optimizer, self.accelerator.is_main_process)
@@ -181,7 +181,7 @@ def shares(batches: Batches, parts: int, world: int, rank: int, processes: int) 
 
 @contextmanager
 def reporting(out: Path, stop: StopSignal) -> Iterator[None]:
-    """Around what several processes do together: that one of them is gone becomes a message of those that are left.
+    """Around code in which processes communicate: if one of them has died, the others report it and stop.
 
     Raises:
         LabError: what happened, what is left and how to go on.

@@ -102,7 +102,7 @@ class RunFolder:
             self._prune()
 
     def save_together(self, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
-        """As `save`, by all processes of the run, each its part of the model and the optimizer."""
+        """As `save`, but called by all processes of the run: each writes its part of the model and the optimizer."""
         path = self.checkpoints / f"step-{state['step']:08d}"
         with writing(path):
             _sync(self.metrics_path)
