@@ -191,10 +191,10 @@ class Strategy:
         return state
 
     def keep_own(self, state: State, param: Tensor, owners: Sequence[int | None]) -> None:
-        """Let go of the state that other ranks keep from now on."""
+        """Drop the state that other ranks keep from now on."""
 
     def export(self, state: State, param: Tensor, owners: Sequence[int | None]) -> State:
-        """The state as the whole world sees it, see `asgo.distributed.state_dict`."""
+        """The state with the shapes of a single process, see `asgo.distributed.state_dict`."""
         return dict(state)
 
     # ---- a step of one bucket

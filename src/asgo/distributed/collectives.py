@@ -74,7 +74,7 @@ def all_to_all(
     incoming: Sequence[Sequence[Tensor]],
     like: Tensor,
 ) -> Wait:
-    """Start to send tensors to every rank of a group; the answer waits, and fills `incoming` in place.
+    """Start to send tensors to every rank of a group; returns a function that waits, and fills `incoming` in place.
 
     One collective that sends the tensors for other ranks and no more. What a rank sends itself is copied.
 
@@ -109,7 +109,7 @@ def all_reduce_and(flags: Tensor, ranks: Sequence[tuple[int, ...]]) -> Tensor:
 
     Args:
         flags: ``(n,)`` bool.
-        ranks: the global ranks that must agree on each of them; none: nobody.
+        ranks: the global ranks that must agree on each of them; empty: no other rank.
     """
     for some in sorted(set(ranks)):
         if some:

@@ -95,7 +95,7 @@ class WorkPartition:
         return self._strategies[param]
 
     def owners(self, param: Tensor, view: View | None) -> Sequence[int | None]:
-        """The owner of every part, a place in the placement's ranks; None: nobody in particular."""
+        """The owner of every part, a place in the placement's ranks; None: no rank owns it."""
         return self._owners.get(param) or [None] * (1 if view is None else view.parts)
 
     def divide(
@@ -128,7 +128,7 @@ class WorkPartition:
         self._owners |= chosen
 
     def forget(self, present: Mapping[Tensor, object]) -> None:
-        """Let go of parameters that are not present."""
+        """Forget parameters that are not present."""
         for param in (self._owners.keys() | self._strategies.keys()) - present.keys():
             self.forget_one(param)
 

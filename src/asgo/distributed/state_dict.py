@@ -1,4 +1,4 @@
-"""State as the whole world sees it: tensors of one process's shapes, wherever their entries are.
+"""State as every rank sees it: tensors with the shapes of a single process, wherever their entries are.
 
 In the optimizer, state is plain tensors of what this rank keeps. Outside, each is a tensor of the shape that a single
 process has: plain where this rank holds all of it, else a `DTensor` on the same memory, placed like its parameter or on

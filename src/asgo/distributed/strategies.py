@@ -64,7 +64,7 @@ class Placed(Strategy):
         return self.export_part(*split_key(key), tensor, param, owners)
 
     def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:
-        """The state of one part as the whole world sees it."""
+        """A tensor of one part's state, with the shape that it has on a single process."""
         return tensor
 
     # ---- in a plan
@@ -150,7 +150,7 @@ class RootSharing(Placed):
     kind: ClassVar[str] = "root_sharing"
     shares_roots: ClassVar[bool] = True
     extra_keys: ClassVar[tuple[str, ...]] = ("failures",)
-    """What goes with the roots."""
+    """Keys that are sent with the roots."""
 
     def bucket_key(self, param: Tensor) -> tuple[object, ...]:
         """One dtype: collectives send one."""
@@ -163,7 +163,7 @@ class RootSharing(Placed):
 
     @staticmethod
     def owner_cost(structure: Structure, shape: tuple[int, int, int]) -> float:
-        """Its roots."""
+        """Multiplications of its roots."""
         b, m, n = shape
         return b * structure.root_flops(m, n)
 
@@ -219,11 +219,11 @@ class PartialSums(RootSharing):
         self.owner_keys = self.cut.owner_keys
 
     def bucket_key(self, param: Tensor) -> tuple[object, ...]:
-        """Shards of one shape."""
+        """Kind, ranks and dtype, and shards of one shape."""
         return *super().bucket_key(param), self.placement.boxes
 
     def stacks(self, param: Tensor) -> list[tuple[int, int, int]]:
-        """Of whole matrices."""
+        """Shapes of whole matrices, from the global shape."""
         return self.matrix_view.shapes(param.shape)
 
     def shards(self) -> int:
@@ -313,7 +313,7 @@ class WholeSlices(Placed):
     counts_all: ClassVar[bool] = False
 
     def bucket_key(self, param: Tensor) -> tuple[object, ...]:
-        """Slices of one shape."""
+        """Kind, ranks and dtype, and slices of one shape."""
         return self.kind, self.ranks, param.dtype, self.placement.boxes
 
     def export_part(self, name: str, index: int, tensor: Tensor, param: Tensor, owners: Sequence[int | None]) -> Tensor:

@@ -87,7 +87,7 @@ class MetricsCallback(transformers.TrainerCallback):
         recording(optimizer).record_metrics(self._is_due(state.global_step + 1, state))
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **given: Any) -> None:
-        """Send what was recorded."""
+        """Send the recorded metrics to the callbacks that log."""
         if self._is_due(state.global_step, state):
             logs = flat(recording(optimizer).metrics(), self._keys, self._parameters)
             silent = (transformers.PrinterCallback, transformers.ProgressCallback, MetricsCallback)

@@ -148,7 +148,7 @@ def _update(
 
 
 def _touched(params: list[Tensor], states: list[State]) -> list[Tensor]:
-    """What a step changes."""
+    """The tensors that a step changes: parameters, moments and counts of steps."""
     return [*params, *(state[key] for state in states for key in ("exp_avg", "exp_avg_sq", "step"))]
 
 

@@ -176,7 +176,7 @@ class GroupedOptimizer(Optimizer, ABC):
         views = [view if view is None or given is None else self.read(view, param_group) for view in views]
         group_checks.check_given(caller, param_group, self.defaults, self.constraints)
         views = group_checks.bounded(caller, members, views, self.largest_side({**self.defaults, **param_group}))
-        # While it is constructed nobody else changes the groups, so that their names need not be read again each time.
+        # During construction nothing else changes the groups, so their names need not be read again each time.
         taken = param_groups.names_of(self) if self._taken is None else self._taken
         group_checks.check_group(caller, param_group, members, views, self.defaults, taken)
         self.check_members({**self.defaults, **param_group}, views, [param for _, param in members])

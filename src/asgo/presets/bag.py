@@ -82,7 +82,7 @@ class Partitioned(StructuredOptimizer):
 
     @staticmethod
     def plain(blocks: Partition) -> Any:
-        """Plain data for groups."""
+        """``blocks`` as a group keeps it: a `View` as its dict."""
         return blocks.to_dict() if isinstance(blocks, View) else blocks
 
     @staticmethod

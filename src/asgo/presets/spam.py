@@ -86,7 +86,7 @@ class SpikeClipping(StepHook):
 
 
 def steps_of(groups: Sequence[dict[str, Any]]) -> int:
-    """The steps taken so far."""
+    """The number of steps taken, which the groups count."""
     return max((group.get("spam_step", 0) for group in groups), default=0)
 
 
@@ -171,7 +171,7 @@ class SPAM(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The optimizer's own groups."""
+        """The groups of the wrapped optimizer."""
         return self.optimizer.param_groups
 
     @property
@@ -189,7 +189,7 @@ class SPAM(Optimizer):
         return self.optimizer.step(closure)
 
     def failures(self) -> dict[str, int]:
-        """The optimizer's own counts."""
+        """The counts of failures of the wrapped optimizer."""
         return self.optimizer.failures()
 
     def record_metrics(self, every: int = 1) -> None:

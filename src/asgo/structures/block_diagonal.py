@@ -62,12 +62,12 @@ class BlockDiagonal(Algebra):
 
     @property
     def symmetric(self) -> tuple[str, ...]:
-        """The products and their root."""
+        """Statistic and root."""
         return ("gram", "root")
 
     @property
     def linear_statistic(self) -> bool:
-        """It is an average or a sum."""
+        """True: the statistic is an average or a sum of ``g g^T``."""
         return True
 
     def init(self, like: Stack) -> State:

@@ -39,7 +39,7 @@ class LowRank(Structure):
     integrator: Literal["psi", "bug", "eig"]
 
     def columns(self, d: int) -> int:
-        """The rank that is kept of d."""
+        """The rank for d entries: `rank`, at most d."""
         return d if self.rank is None else min(self.rank, d)
 
     def compute_statistic(self, grad: Stack) -> Tensor:

@@ -111,7 +111,7 @@ class OneSided(Sided, Algebra):
 
     @property
     def linear_statistic(self) -> bool:
-        """It is an average or a sum."""
+        """True: the statistic is an average or a sum of gram matrices."""
         return True
 
     def init(self, like: Stack) -> State:

@@ -31,7 +31,7 @@ class Packed(Structure):
     inner: Structure
 
     def is_shard_additive(self, axis: Axis, m: int, n: int) -> bool:
-        """The inner structure's answer: packing does not change what adds up."""
+        """The inner structure's: packing does not change which statistics add up."""
         return self.inner.is_shard_additive(axis, m, n)
 
     def with_side_of(self, m: int, n: int) -> Packed:

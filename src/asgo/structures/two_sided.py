@@ -100,7 +100,7 @@ class TwoSided(Structure):
         return shorten(direction, torch.maximum(rows, columns), self.limit)
 
     def root_flops(self, m: int, n: int) -> float:
-        """``m^3 + n^3``."""
+        """``m^3 + n^3``, of the sides that have a root."""
         return float(sum(k**3 for k in self.sizes(m, n)))
 
     def step_flops(self, m: int, n: int) -> float:

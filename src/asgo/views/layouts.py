@@ -365,7 +365,7 @@ def _cycled(parts: Sequence[str], count: int) -> list[str]:
 
 
 def _head_rows(row: Layout, place: Place, sizes: Sequence[int]) -> int:
-    """Rows of one head; 0 if there are none or nobody says."""
+    """Rows of one head; 0 without heads or if their number is unknown."""
     if not row.heads:
         return 0
     if row.order == "by head":

@@ -1,6 +1,6 @@
 """How many rows belong to each part of a fused weight: from the module, its config, its neighbours and its shape.
 
-Nothing is guessed. What is known must add up to the rows of the weight, else the answer is ``None`` and the weight
+Nothing is guessed. What is known must add up to the rows of the weight, else the result is ``None`` and the weight
 stays one matrix.
 """
 
@@ -148,7 +148,7 @@ class Place:
 
     @cached_property
     def key_heads(self) -> int:
-        """The number of key and value heads, where somebody says it."""
+        """The number of key and value heads, where the module or its config has it."""
         return self.number(*KEY_HEADS)
 
     @cached_property
@@ -177,7 +177,7 @@ def attention_blocks(place: Place, queries: int = 1, keys: int = 2) -> tuple[int
 
     The query's rows are heads times head size where both are known, else follow from the numbers of heads of both
     kinds, else are the output projection's columns. What is left is shared by the keys, which must be whole heads,
-    as many as somebody says, each shared by equally many queries. Where none of this is known, equal parts need
+    as many as are stated, each shared by equally many queries. Where none of this is known, equal parts need
     rows that are a multiple of the input's.
     """
     h, kv, d, rows = place.heads, place.key_heads, place.number(*HEAD_DIM), place.rows
