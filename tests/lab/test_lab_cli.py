@@ -18,7 +18,8 @@ import torch
 from asgo import checkpoint
 from asgo.lab.cli import TEXTS, main, parse
 from asgo.lab.config.codec import command
-from asgo.lab.config.runs import DEMO, CompareConfig, ModelConfig, OptimizerConfig, TrainConfig
+from asgo.lab.config.runs import CompareConfig, ModelConfig, OptimizerConfig, TrainConfig
+from asgo.lab.config.workloads import DEMO
 from asgo.lab.data.batches import DataConfig
 from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.inspection.advice import AdviceConfig

@@ -18,8 +18,8 @@ from asgo.lab.compare.learning_rates import MARKER as RATES
 from asgo.lab.compare.learning_rates import RatesConfig, learning_rates
 from asgo.lab.config.codec import from_json
 from asgo.lab.config.ranges import check_known
-from asgo.lab.config.runs import DEMO, CompareConfig, RunConfig, TrainConfig
-from asgo.lab.config.workloads import WORKLOADS
+from asgo.lab.config.runs import CompareConfig, RunConfig, TrainConfig
+from asgo.lab.config.workloads import DEMO, WORKLOADS
 from asgo.lab.errors import LabError
 from asgo.lab.files import read_json
 from asgo.lab.inspection.advice import AdviceConfig, inspect_advise

@@ -1,7 +1,7 @@
 """What a run is: frozen dataclasses whose fields are the command's flags and the lines of ``config.json``.
 
 `RunConfig` holds what all runs of a comparison share; `TrainConfig` adds one optimizer and one seed,
-`CompareConfig` several of both. `DEMO` is the comparison that ``asgo demo`` runs.
+`CompareConfig` several of both.
 """
 
 from __future__ import annotations
@@ -230,19 +230,3 @@ class CompareConfig(RunConfig):
     jobs: Annotated[int, Range(1, 4096, "a number of processes")] = 1
     out: Path = Path("runs/compare")
     resume: bool = False
-
-
-DEMO = CompareConfig(
-    data=DataConfig(block_size=128, batch_size=16),
-    model=ModelConfig(preset="demo"),
-    cadence=CadenceConfig(log_every=10, eval_every=25, eval_blocks=128, final_eval_blocks=0, checkpoint_every=150),
-    steps=300,
-    optimizers=("asgo", "adamw", "muon"),
-    seeds=(0, 1, 2),
-    target="2.03",
-    out=Path("runs/demo"),
-)
-"""The comparison of ``asgo demo``: Shakespeare by characters, a GPT-2 of 4 layers and width 128.
-
-The target is the loss of a trigram model of the same text, in nats per character.
-"""

@@ -5,7 +5,10 @@ Each takes seconds to half a minute on one core, and is long enough that AdamW t
 
 from __future__ import annotations
 
-from asgo.lab.config.runs import CadenceConfig, MachineConfig, ModelConfig, RunConfig
+from dataclasses import fields
+from pathlib import Path
+
+from asgo.lab.config.runs import CadenceConfig, CompareConfig, MachineConfig, ModelConfig, RunConfig
 from asgo.lab.data.batches import DataConfig
 from asgo.lab.data.corpora import CorpusConfig
 from asgo.lab.data.tokenization import TokenizerConfig
@@ -25,6 +28,12 @@ WORKLOADS: dict[str, RunConfig] = {
         machine=ONE_THREAD,
         cadence=_every(50, 128),
         steps=1200,
+    ),
+    "shakespeare-128": RunConfig(
+        data=DataConfig(block_size=128, batch_size=16),
+        model=ModelConfig(preset="demo"),
+        cadence=CadenceConfig(log_every=10, eval_every=25, eval_blocks=128, final_eval_blocks=0, checkpoint_every=150),
+        steps=300,
     ),
     "bpe": RunConfig(
         data=DataConfig(
@@ -60,6 +69,25 @@ WORKLOADS: dict[str, RunConfig] = {
         steps=300,
     ),
 }
-"""By name: characters of Shakespeare with a GPT-2, byte pairs of botocore's documentation with a Llama, Fashion-MNIST
-with a ViT and a ResNet, and Shakespeare again with what ``asgo train --workload bpe --optimizer.name adamw --steps 1500
---save-model --out runs/pretrained`` has made."""
+"""By name: characters of Shakespeare with a GPT-2 of width 64 and with one of width 128, byte pairs of botocore's
+documentation with a Llama, Fashion-MNIST with a ViT and a ResNet, and Shakespeare again with what ``asgo train
+--workload bpe --optimizer.name adamw --steps 1500 --save-model --out runs/pretrained`` has made."""
+
+_shakespeare = WORKLOADS["shakespeare"]
+DEMO = CompareConfig(
+    **{field.name: getattr(_shakespeare, field.name) for field in fields(RunConfig)},
+    optimizers=(
+        "asgo:lr=0.0354117,weight_decay=0.200781,adamw_lr=0.0159924,betas=0.830576/0.2,name=asgo",
+        "adamw:lr=0.00444062,weight_decay=0.442577,betas=0.637877/0.95,steps_factor=2,name=adamw",
+        "muon:lr=0.0283957,weight_decay=0.0789324,adamw_lr=0.0103499,momentum=0.912507,name=muon",
+    ),
+    seeds=(0, 1, 2),
+    target="2.03",
+    jobs=2,
+    out=Path("runs/demo"),
+)
+"""The comparison of ``asgo demo``: three optimizers with what a search of the same budget chose for each, recorded in
+``benchmarks/evidence/shakespeare``. AdamW has twice the steps, as it is far from done after those of the others.
+
+The target is the loss of a trigram model of the same text, in nats per character.
+"""
