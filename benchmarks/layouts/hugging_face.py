@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from asgo.views.routing import explain
 from benchmarks.layouts.trace import Rows, Table, generic, time_limit, trace
@@ -87,14 +89,25 @@ def small(config: Any, depth: int = 0) -> dict[str, Any]:
 def inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     """What a model may take."""
     ids = {"input_ids": torch.arange(6)[None]}
-    pixels = {"pixel_values": torch.randn(1, 3, 32, 32)}
     yield ids
     yield {**ids, "decoder_input_ids": torch.arange(6)[None]}
-    yield pixels
-    yield {**pixels, **ids}
+    for shape in dict.fromkeys([(3, 32, 32), image_shape(model)]):
+        pixels = {"pixel_values": torch.randn(1, *shape)}
+        yield pixels
+        yield {**pixels, **ids}
     yield {"input_values": torch.randn(1, 4000)}
     yield {"input_features": torch.randn(1, 80, 64)}
     yield {"input_features": torch.randn(1, 64, 80)}
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images that the model's config names, which may be that of its vision part."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", None) or config
+    size = getattr(config, "image_size", None)
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    channels = getattr(config, "num_channels", None)
+    return (channels if isinstance(channels, int) else 3, *(n if isinstance(n, int) else 32 for n in (height, width)))
 
 
 def run_once(model: nn.Module) -> dict[str, Rows]:
@@ -149,7 +162,7 @@ def run_family(kind: str) -> tuple[nn.Module, dict[str, Rows]]:
 def transformers_table(*kinds: str) -> None:
     """Print the table of these families, by default all that run."""
     ran, failed, table = 0, collections.Counter[str](), Table()
-    for kind in kinds or transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+    for kind in kinds or CONFIG_MAPPING:
         try:
             table.add(kind, *run_family(kind))
         except Exception as error:
@@ -163,12 +176,29 @@ def transformers_table(*kinds: str) -> None:
 
 
 def one_model(name: str) -> None:
-    """Print the table of one model: a family by name, made small, or a folder with a config at its own size."""
-    if not Path(name).is_dir():
-        Table().add(name, *run_family(name))
-        return
-    model = AutoModel.from_config(AutoConfig.from_pretrained(name, local_files_only=True)).eval()
-    Table().add(name, model, run_once(model))
+    """Print the table of one model: a family by name, made small, or a folder with a config at its own size.
+
+    Only the config of a folder is read: weights are random, in float32.
+
+    Raises:
+        SystemExit: for a folder without a config, and for a name that is neither a folder nor a family.
+    """
+    if Path(name).is_dir():
+        if not Path(name, "config.json").is_file():
+            raise SystemExit(f"{name} has no config.json; give a folder made by save_pretrained.")
+        torch.manual_seed(0)
+        model = AutoModel.from_config(AutoConfig.from_pretrained(name, local_files_only=True)).float().eval()
+        seen = run_once(model)
+    elif name in CONFIG_MAPPING:
+        model, seen = run_family(name)
+    else:
+        close = difflib.get_close_matches(name, list(CONFIG_MAPPING), 3)
+        hint = f"; did you mean {' or '.join(close)}" if close else ""
+        raise SystemExit(f"{name} is neither a folder nor a family of transformers {transformers.__version__}{hint}.")
+    table = Table()
+    table.add(Path(name).name, model, seen)
+    print(f"\n{type(model).__name__}, transformers {transformers.__version__}: {len(seen)} weights were followed.")
+    print(f"Those with parts: {dict(table.counts)}." if table.counts else "None has parts that are kept apart.")
 
 
 def census() -> None:

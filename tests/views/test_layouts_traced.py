@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from asgo.views import MATRIX, View, fused
 from asgo.views.routing import Decision
-from benchmarks.layouts.hugging_face import run_family
+from benchmarks.layouts.hugging_face import one_model, run_family
 from benchmarks.layouts.trace import judge, trace, verdicts
 
 
@@ -106,3 +108,49 @@ def test_a_family_by_name(kind: str) -> None:
         assert sorted(found[name].parts) == sorted(parts)
         assert found[name].verdict in ("right", "separate, apart")
     assert not {"WRONG", "whole"} & {each.verdict for each in judged}
+
+
+SAVED = {
+    "text": (
+        lambda: hf.Phi3Model(
+            hf.Phi3Config(**TEXT, intermediate_size=64, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
+        ),
+        ("qkv_proj.weight | 48+24+24 |", "gate_up_proj.weight | 64+64 |"),
+    ),
+    "grey images in bfloat16": (
+        lambda: hf.ViTModel(
+            hf.ViTConfig(
+                hidden_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                intermediate_size=64,
+                image_size=40,
+                patch_size=8,
+                num_channels=1,
+            )
+        ).bfloat16(),
+        ("\nNone has parts that are kept apart.\n",),
+    ),
+}
+"""Models to save, and what the table of their folder holds."""
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build, expected = SAVED[name]
+    model = build()
+    model.save_pretrained(tmp_path / "small")
+    one_model(str(tmp_path / "small"))
+    table = capsys.readouterr().out
+    for part in expected:
+        assert part in table
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| small |")]
+    assert {row[4] for row in rows} <= {"right", "separate, apart"}
+    assert f"\n{type(model).__name__}, transformers {hf.__version__}: " in table
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="has no config.json"):
+        one_model(str(tmp_path))
+    with pytest.raises(SystemExit, match="neither a folder nor a family .* did you mean falcon"):
+        one_model("falcn")
