@@ -105,9 +105,10 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", None) or config
     size = getattr(config, "image_size", None)
-    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-    channels = getattr(config, "num_channels", None)
-    return (channels if isinstance(channels, int) else 3, *(n if isinstance(n, int) else 32 for n in (height, width)))
+    sizes = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    given = (getattr(config, "num_channels", None), *sizes)
+    channels, height, width = (n if isinstance(n, int) else usual for n, usual in zip(given, (3, 32, 32), strict=True))
+    return channels, height, width
 
 
 def run_once(model: nn.Module) -> dict[str, Rows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_the_experiment_tells_right_from_wrong(verdict: str, view: View) -> None
     assert (found.verdict, sum(found.parts)) == (verdict, 32)
 
 
-TEXT = {"vocab_size": 40, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+TEXT: dict[str, Any] = {"vocab_size": 40, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 MODELS = {
     "falcon, by group": lambda: hf.FalconModel(
         hf.FalconConfig(**TEXT, new_decoder_architecture=True, num_kv_heads=2, attn_implementation="sdpa")
