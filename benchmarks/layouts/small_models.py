@@ -217,10 +217,7 @@ KINDS = (
     Kind(
         "Mamba",
         _language(MambaForCausalLM, MambaConfig, state_size=8, time_step_rank=4),
-        {
-            "in_proj": fused(parts={"x": 2 * WIDTH, "z": 2 * WIDTH}),
-            "x_proj": fused(parts={"dt": 4, "B": 8, "C": 8}),
-        },
+        {"in_proj": fused(parts={"x": 2 * WIDTH, "z": 2 * WIDTH})},
         length=24,
     ),
 )  # fmt: skip
