@@ -309,7 +309,7 @@ ROOTS: dict[str, InverseRoot] = {
         "for `OneSidedShampoo`", raises=True
     ),
     "reference": InverseRoot(
-        reference, undamped, lambda eps: 4.0 * len(_RELEASED), None, "the authors' released iteration",
+        reference, undamped, lambda eps: 4 * len(_RELEASED), None, "the authors' released iteration",
         "for `ASGO.reference`: 40 products"
     ),
 }
