@@ -354,7 +354,7 @@ def test_a_search_comes_near_the_best_and_says_where_it_may_lie_beyond(name, bes
 
     losses, trials = {}, search_module.wide(entry, budget)
     for stage in search_module.STAGES:
-        trials += search_module.next_trials(stage, entry.text, budget, losses, trials)
+        trials += search_module.next_trials(stage, entry.name, budget, losses, trials)
         losses |= {t.key: sum(d * d for d in distances(t.values).values()) for t in trials}
     counts = [sum(trial.stage == stage for trial in trials) for stage in search_module.STAGES]
     assert counts == [32, 32, 16]
