@@ -77,7 +77,7 @@ _shakespeare = WORKLOADS["shakespeare"]
 DEMO = CompareConfig(
     **{field.name: getattr(_shakespeare, field.name) for field in fields(RunConfig)},
     optimizers=(
-        "asgo:lr=0.0354117,weight_decay=0.200781,adamw_lr=0.0159924,betas=0.830576/0.2,name=asgo",
+        "asgo:lr=0.0198769,weight_decay=0.0789324,adamw_lr=0.0103499,betas=0.912507/0.2,name=asgo",
         "adamw:lr=0.00444062,weight_decay=0.442577,betas=0.637877/0.95,steps_factor=2,name=adamw",
         "muon:lr=0.0283957,weight_decay=0.0789324,adamw_lr=0.0103499,momentum=0.912507,name=muon",
     ),
@@ -87,7 +87,7 @@ DEMO = CompareConfig(
     out=Path("runs/demo"),
 )
 """The comparison of ``asgo demo``: three optimizers with what a search of the same budget chose for each, recorded in
-``benchmarks/evidence/shakespeare``. AdamW has twice the steps, as it is far from done after those of the others.
+``benchmarks/evidence/shakespeare-16``. AdamW has twice the steps, as it is far from done after those of the others.
 
 The target is the loss of a trigram model of the same text, in nats per character.
 """
