@@ -36,7 +36,7 @@ package: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
-	$(BIN)/python -m zipfile -l dist/*.whl | grep -q asgo/py.typed
+	$(BIN)/python -m zipfile -l dist/*.whl | grep asgo/py.typed
 
 # make release VERSION=0.2.0: writes the version where it stands, commits, tags v0.2.0 and builds what is uploaded.
 release: $(VENV)/.dev
