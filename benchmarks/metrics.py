@@ -36,7 +36,7 @@ def rounds(optimizer: ASGO, count: int, device: torch.device) -> tuple[list[floa
     for _ in range(count):
         times = {False: 0.0, True: 0.0}
         for recorded in (False, True, True, False):
-            optimizer.record_metrics(recorded)
+            optimizer.record_metrics(int(recorded))
             times[recorded] += taken(optimizer.step, device) / 2
         off.append(times[False])
         on.append(times[True])

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from asgo.lab.compare.paired_test import VERDICTS
+from asgo.lab.tables import markdown
+
 EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
 PICTURES = Path(__file__).parent / "pictures"
-VERDICTS = {"win": "better", "tie": "not significant", "loss": "worse", "-": "not tested"}
 
 
 def records() -> dict[str, Mapping[str, Any]]:
-    """The comparisons by workload, largest first."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in EVIDENCE.glob("*/results.json")}
-    return dict(sorted(found.items(), key=lambda item: (-len(item[1]["rows"]) * item[1]["config"]["steps"], item[0])))
+    """The comparisons by the name of their folder."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(EVIDENCE.glob("*/results.json"))}
 
 
 def pictures() -> dict[Path, bytes]:
@@ -29,17 +29,17 @@ def summary() -> str:
     found = records()
     entries = dict.fromkeys(row["optimizer"] for record in found.values() for row in record["rows"])
     rows = [[f"`{entry}`", *(_against(record, entry) for record in found.values())] for entry in entries]
-    return _table(["", *(f"`{name}`" for name in found)], rows)
+    return markdown(["", *(f"`{name}`" for name in found)], rows)
 
 
 def counts() -> str:
-    """Wins, ties and losses of ASGO's forms over all workloads."""
+    """Wins, ties and losses of every optimizer over all comparisons."""
     rows = []
     for entry in dict.fromkeys(row["optimizer"] for record in records().values() for row in record["rows"]):
         verdicts = [test["verdict"] for record in records().values() if (test := _test(record, entry))]
         if verdicts:
             rows.append([f"`{entry}`", *(str(verdicts.count(key)) for key in ("win", "tie", "loss"))])
-    return _table(["against the reference", "better", "not significant", "worse"], rows)
+    return markdown(["against the reference", "better", "not significant", "worse"], rows)
 
 
 def workloads() -> str:
@@ -65,7 +65,7 @@ def _workload(name: str, record: Mapping[str, Any]) -> str:
             f"```bash\n{record['command']}\n```",
             f"{record['config']['steps']} steps; target {record['target']:.4f}, the worst last loss of `{reference}`; "
             f"{machine}, torch {record['environment']['packages']['torch']}, {date}.",
-            _table(columns, rows),
+            markdown(columns, rows),
             f"![losses on {name} against steps and seconds](pictures/results-{name}.png)",
             "What the search chose:",
             "\n".join(chosen),
@@ -76,12 +76,20 @@ def _workload(name: str, record: Mapping[str, Any]) -> str:
 
 def _row(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     loss = "diverged" if row["val_loss"] is None else f"{row['val_loss']:.4f} ± {row['spread'] or 0:.4f}"
-    test, ratio = _test(record, row["optimizer"]), _ratio(record, row["optimizer"])
+    test = _test(record, row["optimizer"])
     cost = [f"{1e3 * row['seconds_per_step']:.0f}" if row["seconds_per_step"] else "-", str(row["failed_roots"])]
     if test is None:
         return [f"`{row['optimizer']}`", loss, "", "", "reference", "", *cost]
     difference = f"{test['difference']:+.4f} ({test['low']:+.4f} to {test['high']:+.4f})"
-    return [f"`{row['optimizer']}`", loss, difference, _p(test["p"]), VERDICTS[test["verdict"]], ratio, *cost]
+    return [
+        f"`{row['optimizer']}`",
+        loss,
+        difference,
+        _p(test["p"]),
+        VERDICTS[test["verdict"]],
+        _ratio(record, row["optimizer"]),
+        *cost,
+    ]
 
 
 def _against(record: Mapping[str, Any], entry: str) -> str:
@@ -96,21 +104,8 @@ def _test(record: Mapping[str, Any], entry: str) -> Mapping[str, Any] | None:
 
 
 def _ratio(record: Mapping[str, Any], entry: str) -> str:
-    ratio = next((ratio for ratio in record["steps_ratios"] if ratio["first"] == entry), None)
-    if ratio is None:
-        return ""
-    if ratio["missed"]:
-        return f"not reached on {ratio['missed']} of {ratio['seeds']} seeds"
-    known = ratio["ratio"] is not None and not math.isnan(ratio["ratio"])
-    tested = known and ratio["p"] is not None
-    interval = f" ({ratio['low']:.3f} to {ratio['high']:.3f})" if tested else ""
-    return f"{ratio['ratio']:.3f}{interval}" if known else "-"
+    return next(ratio["text"].partition(": ")[2] for ratio in record["steps_ratios"] if ratio["first"] == entry)
 
 
 def _p(value: float | None) -> str:
     return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -249,6 +249,8 @@ def test_a_comparison_of_several_processes_that_was_killed_goes_on(config):
         ({"reference": "muon"}, "--reference muon is not compared: pass one of --optimizers asgo adamw:lr=0.002"),
         ({"jobs": 0}, "--jobs 0 is out of range: pass a number of processes"),
         ({"optimizers": ("asgo:steps_factor=0",)}, "steps_factor must be above 0"),
+        ({"optimizers": ("asgo:name=../a",)}, "a name has letters, digits and"),
+        ({"optimizers": ("asgo:name=",)}, "a name has letters, digits and"),
         ({"optimizers": ("asgo:name=a", "muon:name=a")}, "--optimizers a a repeats an entry"),
     ],
 )

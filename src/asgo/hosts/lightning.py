@@ -79,7 +79,7 @@ class MetricsCallback(lightning.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Record the step if it is logged."""
-        recording(optimizer).record_metrics(self._is_due(trainer, trainer.global_step + 1))
+        recording(optimizer).record_metrics(int(self._is_due(trainer, trainer.global_step + 1)))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Send what was recorded, once for each step."""

@@ -84,7 +84,7 @@ class MetricsCallback(transformers.TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **given: Any) -> None:
         """Record the step if it is logged."""
-        recording(optimizer).record_metrics(self._is_due(state.global_step + 1, state))
+        recording(optimizer).record_metrics(int(self._is_due(state.global_step + 1, state)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **given: Any) -> None:
         """Send the recorded metrics to the callbacks that log."""

@@ -16,7 +16,7 @@ from asgo.linalg.matmul import exact_matmul
 from asgo.optimizer import adamw, group_checks, param_groups
 from asgo.optimizer.base import GroupedOptimizer
 from asgo.optimizer.bucket import Bucket, make_buckets
-from asgo.optimizer.hyperparameters import adamw_of, learning_rate, must_be
+from asgo.optimizer.hyperparameters import adamw_of, learning_rate, whole
 from asgo.optimizer.metrics import Recorder
 from asgo.optimizer.refresh_schedule import is_due, refresh_phases
 from asgo.optimizer.state import check_form, check_shape, move_state_to_param, renew
@@ -113,11 +113,8 @@ class StructuredOptimizer(GroupedOptimizer):
         Raises:
             ValueError: not a whole number from 0.
         """
-        if not isinstance(every, int) or every < 0:
-            raise ValueError(
-                must_be(f"{type(self).__name__}: record_metrics: every", "a whole number of steps >= 0", every)
-            )
-        self._record_every, self._unrecorded_steps = int(every), 0
+        whole("a whole number of steps", low=0).check(f"{type(self).__name__}: record_metrics: every", every)
+        self._record_every, self._unrecorded_steps = every, 0
 
     def _recorder_of_step(self) -> Recorder | None:
         """A recorder for the step that begins, if it is one to record."""

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from asgo.lab.compare import search
-from asgo.lab.compare.paired_test import LEVEL, StepsRatio, all_pairs, steps_ratio
+from asgo.lab.compare.paired_test import LEVEL, VERDICTS, StepsRatio, all_pairs, steps_ratio
 from asgo.lab.compare.report import page
 from asgo.lab.compare.runner import RunJob, Runner, run_job
 from asgo.lab.compare.summary import (
@@ -265,8 +265,7 @@ def _count(results: Mapping[str, Any]) -> list[str]:
     if results["reference"] is None:
         return []
     verdicts = [test["verdict"] for test in results["tests"]]
-    named = {"win": "better", "tie": "not significant", "loss": "worse", "-": "not tested"}
-    counts = ", ".join(f"{verdicts.count(key)} {word}" for key, word in named.items() if verdicts.count(key))
+    counts = ", ".join(f"{verdicts.count(key)} {word}" for key, word in VERDICTS.items() if verdicts.count(key))
     return [f"against {results['reference']}, by final loss with p < {LEVEL}: {counts or 'nothing to compare'}"]
 
 

@@ -12,6 +12,8 @@ SEEDS_NEEDED = 3
 """Fewest paired seeds for which a test is made."""
 LEVEL = 0.05
 """A difference with a smaller p is called a win or a loss, any other a tie; intervals have confidence 1 - LEVEL."""
+VERDICTS = {"win": "better", "tie": "not significant", "loss": "worse", "-": "not tested"}
+"""`PairedTest.verdict` in the words of reports."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Small runs with a name: what ``--workload`` starts `asgo train` and `asgo compare` from.
 
-Each takes seconds to half a minute on one core, and is long enough that AdamW trains properly.
+Each takes from ten seconds to a minute or two on one core, and is long enough that AdamW trains properly.
 """
 
 from __future__ import annotations

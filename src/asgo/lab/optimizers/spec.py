@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,9 +48,12 @@ def parse_entry(text: str) -> Entry:
         raise LabError(f"optimizer {text!r}: steps_factor must be above 0. Write it as in adamw:steps_factor=2.")
     if tail is not None and not 0 <= tail <= 1:
         raise LabError(f"optimizer {text!r}: tail_average must be a share of the steps, from 0 to 1.")
+    shown = entry_name(text)
+    if shown != text and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", shown):
+        raise LabError(f"optimizer {text!r}: a name has letters, digits and any of _.- in it, as in asgo:name=tuned.")
     left = ["".join(word) for word in words if word[0] not in (*own, "name")]
     optimizer = parse_spec(f"{name}:{','.join(left)}" if left else name)
-    return Entry(entry_name(text), optimizer, factor, tail, frozenset(word.partition("=")[0] for word in left))
+    return Entry(shown, optimizer, factor, tail, frozenset(word.partition("=")[0] for word in left))
 
 
 def parse_spec(text: str) -> OptimizerConfig:

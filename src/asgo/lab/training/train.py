@@ -143,7 +143,7 @@ class Trainer:
         every = self.config.cadence.metrics_every
         recorder = structured(self.optimizer) if every else None
         if recorder is not None:
-            recorder.record_metrics((self.step + 1) % every == 0)
+            recorder.record_metrics(int((self.step + 1) % every == 0))
         self.meter.clock.start()
         self.stepper.step()
         self.meter.clock.stop()
