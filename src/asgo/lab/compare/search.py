@@ -165,7 +165,7 @@ def written(entry: Entry) -> str:
     words = [f"{name}={getattr(config, name):.6g}" for name in WIDTHS if getattr(config, name, None) is not None]
     words += [f"betas={config.betas[0]:.6g}/{config.betas[1]:.6g}"] if config.betas else []
     words += [*config.options, *([f"steps_factor={entry.steps_factor:g}"] if entry.steps_factor != 1 else [])]
-    words += [] if entry.tail_average is None else [f"tail_average={entry.tail_average:g}"]
+    words += [f"{name}={value:g}" for name, value in entry.of_the_run().items()]
     return f"{config.name}:{','.join(words)}"
 
 

@@ -36,6 +36,7 @@ from asgo.lab.models.language import (
 from asgo.lab.optimizers.registry import build_optimizer, resolve, state_bytes
 from asgo.lab.pretrained import as_pretrained, load_tokenizer
 from asgo.lab.training import environment
+from asgo.lab.training.lookahead import EMANesterov
 from asgo.lab.training.machine import accelerator
 from asgo.lab.training.meter import Meter
 from asgo.lab.training.parallel import Parallel, reporting, shares
@@ -109,6 +110,7 @@ class Trainer:
         self._divide(config.grad_accumulation, world)
         self.grad_norm = torch.zeros(())
         self.average = self._new_average(config)
+        self.lookahead = self._new_lookahead(config)
 
     def _new_average(self, config: TrainConfig) -> AveragedModel | None:
         """The mean of the last weights, where one is asked for."""
@@ -117,6 +119,14 @@ class Trainer:
         if config.machine.parallel == "fsdp2":
             raise LabError("--tail-average is of whole weights: pass another --parallel than fsdp2, or leave it out.")
         return AveragedModel(self.raw)
+
+    def _new_lookahead(self, config: TrainConfig) -> EMANesterov | None:
+        """What moves the weights ahead before each step, where that is asked for."""
+        if not config.lookahead:
+            return None
+        if config.machine.parallel == "fsdp2":
+            raise LabError("--lookahead is of whole weights: pass another --parallel than fsdp2, or leave it out.")
+        return EMANesterov(self.raw.parameters(), config.lookahead, config.steps)
 
     def run(self, stop: StopSignal, progress: RunProgress) -> dict[str, Any]:
         """Train from the last checkpoint, or from the start, to the last step."""
@@ -130,6 +140,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         self.model.train()
+        if self.lookahead is not None:
+            self.lookahead.before(self.step, factor(self.config.schedule, self.step, self.config.steps))
         total = torch.zeros((), device=self.device)
         tokens, count = 0, len(self.shares)
         for number, (part, batches) in enumerate(self.shares, 1):
@@ -147,6 +159,8 @@ class Trainer:
         self.meter.clock.start()
         self.stepper.step()
         self.meter.clock.stop()
+        if self.lookahead is not None:
+            self.lookahead.after()
         if recorder is not None and (self.step + 1) % every == 0:
             self._add_metrics(recorder.metrics())
         self.scheduler.step()
@@ -296,6 +310,7 @@ class Trainer:
             "ranks": ranks,
             "world": self.world,
             "average": None if self.average is None else self.average.state_dict(),
+            "lookahead": None if self.lookahead is None else self.lookahead.state_dict(),
         }
         self.parallel.save(self.folder, state, self.raw, self.optimizer)
 
@@ -309,6 +324,8 @@ class Trainer:
         self.meter.load_state_dict(state["meter"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.lookahead is not None:
+            self.lookahead.load_state_dict(state["lookahead"])
         if len(state["ranks"]) == self.accelerator.num_processes:
             local = state["ranks"][self.accelerator.process_index]
             self.data.batches.load_state_dict(local["data"])
