@@ -2,7 +2,7 @@
 
     python -m benchmarks.hosts --out runs/hosts   # all, each in a virtual environment of its own
     python -m benchmarks.hosts --only trl --python venv/bin/python --out runs/hosts  # in one that exists
-    python -m benchmarks.hosts --only timm --sources clones/ --out runs/hosts  # of clones that exist
+    python -m benchmarks.hosts --only timm peft --sources clones/ --out runs/hosts  # of clones that exist
 
 A script is taken as it is from the installed package or from the makers' repository at a tag. At most three of its
 lines are changed, and it trains a small model on data made here: all steps at once, then from the checkpoint in the
@@ -24,10 +24,10 @@ HERE = Path(__file__).parents[2]
 
 
 def environment(example: Example, folder: Path) -> Path:
-    """A virtual environment with the example's packages; its Python."""
+    """A virtual environment with asgo and the example's packages; its Python."""
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
     python = folder / "venv/bin/python"
-    for some in ("torch==2.13.0", *example.packages):
+    for some in ("torch==2.13.0", str(HERE), *example.packages):
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", some], check=True)
     return python
 
@@ -80,7 +80,7 @@ def tried(example: Example, options: argparse.Namespace, folder: Path) -> dict[s
         outcome[what] = run([str(python), *words], folder, logs / f"{what}.log")
     outcome["same weights"] = run([str(python), "-c", example.same], folder, logs / "same.log")
     text = (logs / "trains.log").read_text()
-    outcome["says what goes where"] = all(word in text for word in ("AdamW", "OneSided"))
+    outcome["says what goes where"] = all(word in text for word in example.said)
     return {**outcome, "seconds": round(time.time() - start)}
 
 

@@ -24,6 +24,15 @@ pathlib.Path("text.txt").write_text("\\n".join(lines))
 """
 """A model with random weights, its tokenizer and texts."""
 
+INSTRUCTIONS = (
+    LANGUAGE
+    + """
+rows = [{"instruction": line[:40], "output": line[40:]} for line in lines]
+pathlib.Path("data/train.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+)
+"""The same model; the texts as prompts and responses."""
+
 PICTURES = """
 import pathlib, random
 from PIL import Image
@@ -44,6 +53,7 @@ from safetensors.torch import load_file
 a, b = (load_file(f"{folder}/model.safetensors") for folder in ("whole", "resumed"))
 assert a.keys() == b.keys() and all(bool((a[k] == b[k]).all()) for k in a)
 """
+SAME_ADAPTERS = SAME_SAFETENSORS.replace("/model.", "/adapter_model.")
 SAME_LIGHTNING = """
 import torch
 a, b = (torch.load(f"{name}.ckpt", weights_only=False)["state_dict"] for name in ("whole", "resumed"))
@@ -92,6 +102,7 @@ class Example:
         repository: of the makers, if no package has the script.
         tag: of the repository.
         path: of the script in it.
+        said: words of the report that it prints.
     """
 
     name: str
@@ -105,10 +116,15 @@ class Example:
     repository: str | None = None
     tag: str = ""
     path: str = ""
+    said: tuple[str, ...] = ("AdamW", "OneSided")
 
 
 SWITCH = "optimizer_cls_and_kwargs=(asgo.hosts.transformers.factory, {'lr': 1e-2})"
 SFT = f"script.py --model_name_or_path model --dataset_name data {TRAINER} --max_length 32 --bf16 False"
+OLORA = (
+    "script.py --base_model model --data_path data --seed 0 --lora_r 8 --lora_target_modules all-linear "
+    "--dtype float32 --device_map cpu --save_step 10 --eval_step 10 --cutoff_len 64"
+)
 CLM = f"script.py --model_name_or_path model --train_file text.txt --block_size 32 --do_train {TRAINER}"
 
 EXAMPLES = {
@@ -148,6 +164,28 @@ EXAMPLES = {
             same=SAME_SAFETENSORS,
         ),
         Example(
+            name="peft",
+            packages=("peft==0.20.0", "transformers==5.24.0", "accelerate==1.15.0", "datasets"),
+            repository="huggingface/peft",
+            tag="v0.20.0",
+            path="examples/olora_finetuning/olora_finetuning.py",
+            changes=(
+                ("import transformers", "import asgo, asgo.hosts.transformers, transformers"),
+                ("        model=model,", f"        model=model, {SWITCH},"),
+                (
+                    "    trainer.train()",
+                    "    trainer.train(os.environ.get('RESUME')), print(asgo.report(trainer.optimizer.optimizer))",
+                ),
+            ),
+            prepare=INSTRUCTIONS,
+            whole=[*OLORA.split(), "--output_dir", "whole"],
+            resumed=["-c", "import os, runpy, sys; os.environ['RESUME'] = 'whole/checkpoint-10'; "
+                     f"sys.argv = {[*OLORA.split(), '--output_dir', 'resumed']}; "
+                     "runpy.run_path('script.py', run_name='__main__')"],
+            same=SAME_ADAPTERS,
+            said=("OneSided",),
+        ),
+        Example(
             name="lightning",
             packages=("lightning==2.6.6", "requests"),
             module="lightning.pytorch.demos.transformer",
@@ -170,9 +208,9 @@ EXAMPLES = {
         ),
         Example(
             name="timm",
-            packages=("timm==1.0.31",),
+            packages=("timm==1.0.28",),
             repository="huggingface/pytorch-image-models",
-            tag="v1.0.31",
+            tag="v1.0.28",
             path="train.py",
             changes=(
                 ("import argparse", "import argparse, asgo, asgo.hosts.timm; asgo.hosts.timm.register()"),

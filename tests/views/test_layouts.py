@@ -491,6 +491,15 @@ def test_adapters_are_read_as_what_they_adapt():
     assert views(model, True)["q_proj.lora_B.default.weight"].shapes((24, 3)) == [(4, 6, 3)]
 
 
+@pytest.mark.parametrize("rows", [12, 24, 48, 72, 96])
+def test_adapters_of_a_plain_layer_are_one_matrix_each(rows):
+    """Also of one with twice or three times as many outputs as inputs, which looks fused."""
+    model = Holder(num_heads=4, mlp=Holder(up_proj=lora(nn.Linear(24, rows, bias=False), 3), down_proj=(24, rows)))
+    found = explain(model)
+    assert [each.view for each in found if "lora" in each.name] == [MATRIX, MATRIX]
+    assert all(each.known for each in found)
+
+
 def test_adapters_of_stacked_experts_are_a_matrix_each():
     experts = lora(nn.Linear(24, 10, bias=False), 3 * 2, num_experts=3)
     a, b = experts.lora_A["default"].weight, experts.lora_B["default"].weight

@@ -14,10 +14,11 @@ from asgo.views.view import View
 
 
 def adapter(site: Site) -> Reading | None:
-    """The reading of a factor in a layer of PEFT; None for other parameters, and factors that are one matrix.
+    """The reading of a factor in a layer of PEFT; None for other parameters.
 
     The rows of the second factor of a fused layer are its parts. Adapters of stacked experts store
-    ``(e r, in)`` and ``(out, r e)``: a matrix for every expert.
+    ``(e r, in)`` and ``(out, r e)``: a matrix for every expert. Other factors are one matrix, whatever shapes stand beside
+    them: the first factor of a layer with twice as many outputs as inputs has the shape of what follows a gate.
     """
     if len(site.ancestors) < 3 or site.param.ndim != 2:
         return None
@@ -29,7 +30,8 @@ def adapter(site: Site) -> Reading | None:
     if count > 1 and site.shape[factor == "lora_B"] % count == 0:
         view = View("(e m) n -> e m n" if factor == "lora_A" else "m (n e) -> e m n", {"e": count})
         return Reading(view, view, f"{factor} of {count} experts")
-    return _of_fused(site.shape[0], width(base, "in"), parent, slot) if factor == "lora_B" else None
+    fused = _of_fused(site.shape[0], width(base, "in"), parent, slot) if factor == "lora_B" else None
+    return fused or Reading(MATRIX, MATRIX, f"{factor} of {slot}")
 
 
 def _of_fused(rows: int, columns: int, parent: nn.Module, slot: str) -> Reading | None:
