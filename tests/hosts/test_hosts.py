@@ -514,18 +514,23 @@ SCRIPTS = dict(re.findall(r'^```py title="(\w+)"\n(.*?)^```$', PAGE, re.MULTILIN
 
 def test_the_page_has_a_script_for_every_extra_of_a_host():
     """That of the Trainer is run with the page's other code."""
-    assert set(SCRIPTS) == {"trl", "accelerate", "peft", "lightning", "timm", "torchtitan", "deepspeed"}
+    assert set(SCRIPTS) == {"trl", "accelerate", "peft", "lightning", "timm", "torchtitan", "deepspeed", "ddp"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_scripts_of_the_page_run(tmp_path, monkeypatch, name):
-    for needed in (name, *(["transformers"] if name in ("trl", "peft") else [])):
+    for needed in ("torch" if name == "ddp" else name, *(["transformers"] if name in ("trl", "peft") else [])):
         missing(needed)
     monkeypatch.chdir(tmp_path)
     if name in ("trl", "peft"):
         llama().save_pretrained("my-model")
         tokenizer().save_pretrained("my-model")
-    if name == "deepspeed":
+    if name == "ddp":
+        Path("train.py").write_text(SCRIPTS[name])
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+        ended = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+    elif name == "deepspeed":
         ended = alone_on_gloo(NO_COMPILER + SCRIPTS[name])
         assert ended.returncode == 0, ended.stderr
     else:
