@@ -23,7 +23,7 @@ from asgo.lab.cli import main
 from asgo.lab.compare import compare as compare_module
 from asgo.lab.compare import search as search_module
 from asgo.lab.compare.compare import compare
-from asgo.lab.compare.paired_test import all_pairs, paired_test, steps_ratio
+from asgo.lab.compare.paired_test import all_pairs, paired_test, target_ratio
 from asgo.lab.compare.summary import Outcome, cells, choose_target, summarize
 from asgo.lab.compare.tune import search
 from asgo.lab.config.codec import command
@@ -206,7 +206,9 @@ def test_a_search_gives_each_optimizer_the_same_trials_and_goes_on_where_it_was(
         written = parse_spec(results["search"][text]["entry"].replace(",steps_factor=2", ""))
         assert (written.lr, written.weight_decay) == (best["lr"], best["weight_decay"])
     assert [test["second"] for test in results["tests"]] == ["adamw:steps_factor=2"]
-    assert [ratio["reference"] for ratio in results["steps_ratios"]] == ["adamw:steps_factor=2"]
+    for what in ("steps", "seconds"):
+        (ratio,) = results[f"{what}_ratios"]
+        assert ratio["text"].startswith(f"{what} of adamw:steps_factor=2 / {what} of ours to the target: ")
     table, report = ((config.out / name).read_text() for name in ("table.md", "report.html"))
     for part in (
         "against adamw:steps_factor=2, by final loss with p < 0.05",
@@ -215,6 +217,21 @@ def test_a_search_gives_each_optimizer_the_same_trials_and_goes_on_where_it_was(
     ):
         assert part in table
     assert "The same trials for each" in report
+
+
+def test_every_second_seed_has_the_optimizers_in_reverse(config, monkeypatch):
+    order = []
+    original = compare_module.Runner.run
+
+    def run(self, jobs, keep):
+        order.extend((job.entry, job.config.seed) for job in jobs)
+        original(self, jobs, keep)
+
+    monkeypatch.setattr(compare_module.Runner, "run", run)
+    config = replace(config, seeds=(5, 6, 7), steps=2, optimizers=("muon", "adamw"))
+    results = compare(config)
+    assert order == [("muon", 5), ("adamw", 5), ("adamw", 6), ("muon", 6), ("muon", 7), ("adamw", 7)]
+    assert [row["optimizer"] for row in results["rows"]] == ["muon", "adamw"]
 
 
 @pytest.mark.slow
@@ -386,7 +403,7 @@ def test_what_is_written_is_the_middle_of_a_search_and_zero_stays_zero():
 def test_steps_to_a_loss_are_compared_by_their_ratio():
     """Against scipy's own paired test, on logarithms."""
     ours, theirs = [80.0, 90.0, 85.0, 70.0], [100.0, 120.0, 90.0, 95.0]
-    found = steps_ratio("a", "b", list(zip(ours, theirs, strict=True)))
+    found = target_ratio("steps", "a", "b", list(zip(ours, theirs, strict=True)))
     logs = [[math.log(x) for x in some] for some in (theirs, ours)]
     expected = ttest_rel(*logs)
     low, high = expected.confidence_interval(0.95)
@@ -394,11 +411,12 @@ def test_steps_to_a_loss_are_compared_by_their_ratio():
     assert (found.low, found.high) == pytest.approx((math.exp(low), math.exp(high)))
     assert found.ratio == pytest.approx(math.prod(b / a for a, b in zip(ours, theirs, strict=True)) ** 0.25)
     assert "steps of b / steps of a to the target: 1.2" in str(found)
-    assert "not reached by both on 1 of 2 seeds" in str(steps_ratio("a", "b", [(None, 3.0), (1.0, 2.0)]))
-    assert "1.500, no test" in str(steps_ratio("a", "b", [(2.0, 3.0)]))
-    assert "no seed" in str(steps_ratio("a", "b", []))
-    curve = Curve((0, 10, 20, 30), (0.0, 0.0, 0.0, 0.0), (4.0, 3.0, 3.5, 1.5))
-    assert [curve.crosses(x) for x in (5.0, 3.5, 3.0, 2.5, 1.0)] == [10, 5.0, 10.0, 25.0, None]
+    assert "not reached by both on 1 of 2 seeds" in str(target_ratio("steps", "a", "b", [(None, 3.0), (1.0, 2.0)]))
+    assert "1.500, no test" in str(target_ratio("steps", "a", "b", [(2.0, 3.0)]))
+    assert "no seed" in str(target_ratio("steps", "a", "b", []))
+    curve = Curve((0, 10, 20, 30), (0.0, 2.0, 4.0, 8.0), (4.0, 3.0, 3.5, 1.5))
+    crossed = [curve.crosses(x) for x in (5.0, 3.5, 3.0, 2.5, 1.0)]
+    assert crossed == [(10, 2.0), (5.0, 1.0), (10.0, 2.0), (25.0, 6.0), None]
 
 
 def test_verdicts():

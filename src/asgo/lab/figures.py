@@ -52,12 +52,13 @@ class Curve:
         first = next(hits, None)
         return None if first is None else (self.steps[first], self.seconds[first])
 
-    def crosses(self, target: float) -> float | None:
-        """Steps to `target`, on straight lines between evaluations; None if it is never reached."""
-        pairs = list(zip(self.steps, self.losses, strict=True))
-        for (before, high), (step, low) in pairwise(pairs):
+    def crosses(self, target: float) -> tuple[float, float] | None:
+        """Steps and seconds to `target`, on straight lines between evaluations; None if it is never reached."""
+        points = list(zip(self.steps, self.seconds, self.losses, strict=True))
+        for (step, second, high), (next_step, next_second, low) in pairwise(points):
             if low <= target:
-                return step if high <= target else before + (step - before) * (high - target) / (high - low)
+                share = 1.0 if high <= target else (high - target) / (high - low)
+                return step + (next_step - step) * share, second + (next_second - second) * share
         return None
 
 

@@ -17,8 +17,8 @@ def adapter(site: Site) -> Reading | None:
     """The reading of a factor in a layer of PEFT; None for other parameters.
 
     The rows of the second factor of a fused layer are its parts. Adapters of stacked experts store
-    ``(e r, in)`` and ``(out, r e)``: a matrix for every expert. Other factors are one matrix, whatever shapes stand beside
-    them: the first factor of a layer with twice as many outputs as inputs has the shape of what follows a gate.
+    ``(e r, in)`` and ``(out, r e)``: a matrix for every expert. Other factors are one matrix, whatever shapes stand
+    beside them: the first factor of a layer with twice as many outputs as inputs has the shape of what follows a gate.
     """
     if len(site.ancestors) < 3 or site.param.ndim != 2:
         return None

@@ -17,13 +17,14 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from asgo.lab.compare import search
-from asgo.lab.compare.paired_test import LEVEL, VERDICTS, StepsRatio, all_pairs, steps_ratio
+from asgo.lab.compare.paired_test import LEVEL, VERDICTS, all_pairs, target_ratio
 from asgo.lab.compare.report import page
 from asgo.lab.compare.runner import RunJob, Runner, run_job
 from asgo.lab.compare.summary import (
@@ -104,11 +105,13 @@ def _steps(config: CompareConfig, entry: Entry, share: float = 1.0) -> int:
 
 
 def _run_all(config: CompareConfig, entries: Mapping[str, Entry], runner: Runner) -> Runs:
-    # Seeds outside, optimizers inside: what is done of an interrupted comparison is as even as can be.
+    # Seeds outside, optimizers inside: what is done of an interrupted comparison is as even as can be. Every second
+    # seed has the optimizers in reverse (ABBA), so that a machine that gets slower with time favours none of them.
+    orders = cycle((list(entries.items()), list(entries.items())[::-1]))
     jobs = [
         RunJob(text, f"seed {seed}", f"{text} {seed}", _train_config(config, entry, seed, _folder(config, text, seed)))
-        for seed in config.seeds
-        for text, entry in entries.items()
+        for seed, order in zip(config.seeds, orders, strict=False)
+        for text, entry in order
     ]
     left = []
     for job in jobs:
@@ -204,14 +207,14 @@ def _conclude(
     rows = [summarize(text, entries[text].optimizer.lr or 0.0, outcomes, target) for text, outcomes in runs.items()]
     losses = {text: {run.seed: run.result["val_loss"] for run in own if run.finished} for text, own in runs.items()}
     tests = all_pairs(losses, config.reference)
-    ratios = _ratios(config.reference, runs, target)
     again = {text: _again(config, text) for text in runs}
     results = {
         "target": target,
         "rows": [asdict(row) for row in rows],
         "reference": config.reference,
         "tests": [asdict(test) | {"verdict": test.verdict, "text": str(test)} for test in tests],
-        "steps_ratios": [asdict(ratio) | {"text": str(ratio)} for ratio in ratios],
+        "steps_ratios": _ratios("steps", config.reference, runs, target),
+        "seconds_ratios": _ratios("seconds", config.reference, runs, target),
         "tuning": {text: asdict(tuned) for text, tuned in tuning.items()},
         "search": {text: asdict(best) | {"entry": search.written(entries[text])} for text, best in found.items()},
         "again": again,
@@ -232,17 +235,27 @@ def _conclude(
     return results
 
 
-def _ratios(reference: str | None, runs: Runs, target: float | None) -> list[StepsRatio]:
+def _ratios(what: str, reference: str | None, runs: Runs, target: float | None) -> list[dict[str, Any]]:
     """Of every optimizer against the reference, over the seeds that both finished."""
     if reference is None or target is None:
         return []
-    steps = {text: {run.seed: run.curve.crosses(target) for run in own if run.finished} for text, own in runs.items()}
-    base = steps[reference]
-    return [
-        steps_ratio(text, reference, [(own[seed], base[seed]) for seed in own if seed in base])
-        for text, own in steps.items()
+    taken: dict[str, dict[int, float | None]] = {}
+    for text, own in runs.items():
+        crossed = {run.seed: run.curve.crosses(target) for run in own if run.finished}
+        taken[text] = {seed: at and at[what == "seconds"] for seed, at in crossed.items()}
+    base = taken[reference]
+    ratios = [
+        target_ratio(what, text, reference, [(own[seed], base[seed]) for seed in own if seed in base])
+        for text, own in taken.items()
         if text != reference
     ]
+    return [asdict(ratio) | {"text": str(ratio)} for ratio in ratios]
+
+
+def _ratio_lines(results: Mapping[str, Any]) -> list[str]:
+    """Those of steps; of seconds where runs did not disturb each other."""
+    ratios = [*results["steps_ratios"], *(results["seconds_ratios"] if results["config"]["jobs"] == 1 else [])]
+    return [ratio["text"] for ratio in ratios]
 
 
 def _again(config: CompareConfig, text: str) -> str:
@@ -253,7 +266,7 @@ def _again(config: CompareConfig, text: str) -> str:
 
 def _markdown(rows: Sequence[Row], results: Mapping[str, Any]) -> str:
     """``table.md``: the table, what the differences are worth, and how to repeat a row."""
-    lines = [test["text"] for test in results["tests"]] + [ratio["text"] for ratio in results["steps_ratios"]]
+    lines = [*(test["text"] for test in results["tests"]), *_ratio_lines(results)]
     parts = [markdown_table(rows), "\n".join(f"- {line}" for line in [*lines, *_count(results), *_chosen(results)])]
     commands = "\n".join(results["again"].values())
     return "\n\n".join([*parts, f"One run of each row again:\n\n```\n{commands}\n```"]) + "\n"
@@ -290,6 +303,6 @@ def _show(config: CompareConfig, results: Mapping[str, Any], rows: Any, tests: A
     for text, found in results["tuning"].items():
         edge = "" if found["bracketed"] else ", at the edge of what was tried"
         say(console, f"{text}: lr {found['lr']:.4g} of {len(found['tried'])} tried{edge}")
-    told = [*map(str, tests), *(ratio["text"] for ratio in results["steps_ratios"])]
+    told = [*map(str, tests), *_ratio_lines(results)]
     say(console, *told, *_count(results), *_chosen(results), "One run of each row again:", *results["again"].values())
     say(console, *(config.out / name for name in ("plot.png", "report.html")))

@@ -79,20 +79,22 @@ def paired_test(first: str, second: str, pairs: Sequence[tuple[float, float]]) -
 
 
 @dataclass(frozen=True)
-class StepsRatio:
-    """Steps that a reference needs to reach a loss, divided by the steps of another optimizer, seed by seed.
+class TargetRatio:
+    """Steps, or seconds, of a reference to a loss, divided by those of another optimizer, seed by seed.
 
     Args:
+        what: "steps" or "seconds".
         first: the optimizer.
         reference: the reference.
         seeds: seeds that both finished.
         missed: on how many of them one of the two did not reach the loss.
-        ratio: geometric mean; above 1 where `first` takes fewer steps. NaN where seeds are missed, or there are none.
+        ratio: geometric mean; above 1 where `first` takes fewer. NaN where seeds are missed, or there are none.
         low: of its 95 % interval, by the t-test on logarithms; NaN if no test.
         high: likewise.
         p: two-sided; NaN if no test.
     """
 
+    what: str
     first: str
     reference: str
     seeds: int
@@ -103,7 +105,7 @@ class StepsRatio:
     p: float = math.nan
 
     def __str__(self) -> str:
-        head = f"steps of {self.reference} / steps of {self.first} to the target: "
+        head = f"{self.what} of {self.reference} / {self.what} of {self.first} to the target: "
         if self.missed:
             return head + f"not reached by both on {self.missed} of {self.seeds} seeds"
         if math.isnan(self.p):
@@ -111,15 +113,17 @@ class StepsRatio:
         return head + f"{self.ratio:.3f} (95 % interval {self.low:.3f} to {self.high:.3f}, p = {self.p:.4f})"
 
 
-def steps_ratio(first: str, reference: str, pairs: Sequence[tuple[float | None, float | None]]) -> StepsRatio:
-    """Compare steps to a loss, of `first` and of the reference on each seed; None where it was not reached."""
+def target_ratio(
+    what: str, first: str, reference: str, pairs: Sequence[tuple[float | None, float | None]]
+) -> TargetRatio:
+    """Compare what `first` and the reference took to a loss on each seed; None where it was not reached."""
     reached = [(math.log(a), math.log(b)) for a, b in pairs if a and b]
     missed = len(pairs) - len(reached)
     if missed or not pairs:
-        return StepsRatio(first, reference, len(pairs), missed, math.nan)
+        return TargetRatio(what, first, reference, len(pairs), missed, math.nan)
     test = paired_test(first, reference, [(b, a) for a, b in reached])
     low, ratio, high = (math.exp(x) for x in (test.low, test.difference, test.high))
-    return StepsRatio(first, reference, len(pairs), 0, ratio, low, high, test.p)
+    return TargetRatio(what, first, reference, len(pairs), 0, ratio, low, high, test.p)
 
 
 def all_pairs(losses: dict[str, dict[int, float]], reference: str | None = None) -> list[PairedTest]:
