@@ -88,7 +88,7 @@ TRAINER = (
 )
 TIMM = (
     "script.py --data-dir data --model vit_tiny_patch16_224 --img-size 32 --num-classes 2 --device cpu --opt asgo "
-    "--lr 1e-3 -b 8 --warmup-epochs 0 --workers 0 --no-prefetcher --no-aug --output out"
+    "--lr 1e-3 -b 8 --warmup-epochs 0 --workers 1 --no-prefetcher --no-aug --output out"
 )
 
 
