@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 from asgo.lab.config.runs import ModelConfig, OptimizerConfig
+from asgo.lab.errors import LabError
 from asgo.lab.models.language import build_model
 from asgo.lab.optimizers.momenta import MomentaASGO, decays
 from asgo.lab.optimizers.muon import COEFFICIENTS, Muon
@@ -318,3 +319,13 @@ def test_matrices_of_a_view_are_parameters_of_the_inner_optimizer(view, shape):
 def test_what_the_peers_refuse(make, message):
     with pytest.raises(ValueError, match=message):
         make([nn.Parameter(torch.ones(2, 2))])
+
+
+@pytest.mark.parametrize("name", ["asgo", "muon", "soap", "momenta-asgo"])
+def test_betas_of_the_adamw_part(name):
+    model = build_model(ModelConfig(preset="tiny"), 11, 16, 0)
+    found = build_optimizer(model, OptimizerConfig(name=name, options=("adamw_betas=0.7/0.99",)))
+    betas = {group["betas"] for group in found.param_groups if not any(group["views"])}
+    assert betas == {(0.7, 0.99)}
+    with pytest.raises(LabError, match="adamw_betas must be two numbers, as in adamw_betas=0.9/0.99; got 0.9"):
+        build_optimizer(model, OptimizerConfig(name=name, options=("adamw_betas=0.9",)))

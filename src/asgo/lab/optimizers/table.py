@@ -59,7 +59,7 @@ _TWO_SIDED_ASGO = partial(
 )
 TORCH_MUON = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
 
-_ROUTING = frozenset({"per_head", "rules"})
+_ROUTING = frozenset({"per_head", "rules", "adamw_betas"})
 
 
 @dataclass(frozen=True)
