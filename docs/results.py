@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asgo.lab.compare.paired_test import VERDICTS
+from asgo.lab.compare.paired_test import VERDICTS, all_pairs
 from asgo.lab.tables import markdown
 
 EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
+_BESIDE = ("asgo", "soap")
 PICTURES = Path(__file__).parent / "pictures"
 
 
@@ -40,6 +41,18 @@ def counts() -> str:
         if verdicts:
             rows.append([f"`{entry}`", *(str(verdicts.count(key)) for key in ("win", "tie", "loss"))])
     return markdown(["against the reference", "better", "not significant", "worse"], rows)
+
+
+def beside_soap() -> str:
+    """The difference of ASGO and SOAP on every workload that has both."""
+    rows = []
+    for name, record in records().items():
+        losses = {entry: {run["seed"]: run["val_loss"] for run in record["runs"].get(entry, ())} for entry in _BESIDE}
+        if all(losses.values()):
+            (test,) = all_pairs(losses)
+            interval = f"{test.difference:+.4f} ({test.low:+.4f} to {test.high:+.4f})"
+            rows.append([f"`{name}`", interval, _p(test.p), VERDICTS[test.verdict]])
+    return markdown(["", "loss of `asgo` less that of `soap`", "p", "`asgo`"], rows)
 
 
 def workloads() -> str:
