@@ -81,8 +81,7 @@ def report(optimizer: StructuredOptimizer) -> Report:
 
     Bytes are counted from the tensors that the optimizer holds. The cost of a root is its number of ``k^3``
     products (`asgo.linalg.inverse_root.products`) times ``2 k^3`` operations, for each matrix of the stack; a model
-    on the meta
-    device is counted as one on the CPU. What a step allocates is found by a step of a copy without data.
+    on the meta device is counted as one on the CPU. What a step allocates is found by a step of a copy without data.
 
     >>> print(report(ASGO(route(model))))   # doctest: +SKIP
     """

@@ -95,9 +95,8 @@ def step_bytes(optimizer: Optimizer) -> int | None:
 
     With plain matrices ``(m, n)``, k the shorter side, in float32 `asgo.ASGO` takes on a CPU, with ``root="minimax"``,
     2 m n + 10 k^2 numbers per matrix of a bucket: at most 12 times `asgo.optimizer.bucket.BUCKET_BYTES` (14 packed),
-    or as many
-    times the largest matrix if that is larger. AdamW takes nothing in float32; parameters of lower precision are
-    widened with their gradients all at once, 8 bytes for each of their entries.
+    or as many times the largest matrix if that is larger. AdamW takes nothing in float32; parameters of lower
+    precision are widened with their gradients all at once, 8 bytes for each of their entries.
 
     Args:
         optimizer: one of this library's, or `asgo.SPAM` around one.

@@ -83,8 +83,7 @@ def adamw(
         group: with the hyperparameters.
         places: a number for each that it has on all ranks and no other has, for random numbers.
         all_agree: given one flag for each of some parameters and their places, which of them hold on every rank that
-            has
-            entries of the parameter.
+            has entries of the parameter.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, param in enumerate(params):

@@ -43,8 +43,7 @@ class StructuredOptimizer(GroupedOptimizer):
             them.
         adamw: hyperparameters of the parameters without a view: ``lr``, ``betas``, ``eps``, ``weight_decay``; by
             default the ``lr`` of the matrices and `asgo.optimizer.adamw.DEFAULTS`. A schedule that changes the ``lr``
-            of a group
-            changes both learning rates by the same factor.
+            of a group changes both learning rates by the same factor.
 
     Raises:
         ValueError: a hyperparameter out of range, a misspelt key of a group, a view that does not fit.

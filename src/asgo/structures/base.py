@@ -189,10 +189,9 @@ class Algebra(Structure):
 
     Seen as a vector of ``d = m n`` entries (rows one after the other), a gradient has the statistic ``g g^T``.
     `compute_statistic` keeps its orthogonal projection on K, up to a constant factor, and `precondition` applies the
-    inverse
-    square root of the sum or average of those. Of all H in K, ``sqrt(P_K(A))`` minimises ``<A, H^-1> + tr H``: it is
-    the best preconditioner in K for the gradients seen ("Structured Preconditioners in Adaptive Optimization: A Unified
-    Analysis", Xie, Wang, Reddi, Kumar and Li 2025).
+    inverse square root of the sum or average of those. Of all H in K, ``sqrt(P_K(A))`` minimises ``<A, H^-1> + tr H``:
+    it is the best preconditioner in K for the gradients seen ("Structured Preconditioners in Adaptive Optimization: A
+    Unified Analysis", Xie, Wang, Reddi, Kumar and Li 2025).
     """
 
     @abstractmethod

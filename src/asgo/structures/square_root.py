@@ -42,17 +42,15 @@ class SquareRoot(Sided, OneCall):
     as it is, and the update is Muon's. At the first step S is 0 and ``V = (1 - b2) D D^T``, as of `OneSided`.
 
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
-    ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 /
-    plan.amplification^2``: 4.7e-6
-    for "bf16" and "fp16", 2.1e-5 for their fast plans. With the momentum statistic no row or column of U is longer than
-    ``(1 + tolerance) / sqrt(1 - b2)``.
+    ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 / plan.amplification^2``:
+    4.7e-6 for "bf16" and "fp16", 2.1e-5 for their fast plans. With the momentum statistic no row or column of U is
+    longer than ``(1 + tolerance) / sqrt(1 - b2)``.
 
     In float32 and float64 that iteration would take more than a root of V. There, and for sums over ranks in every
     precision, ``V = b2 S S^T + (1 - b2) D D^T`` is formed in the dtype of D and its inverse root Z is computed with a
     relative damping of `EPS`: by `asgo.linalg.inverse_root.eigh` on a CPU, by `asgo.linalg.polar.cholesky_root`
-    elsewhere. Then ``U = Z D``
-    and ``S <- Z V``, but for the damping. On a CPU an eigendecomposition takes the time of 6.5 products of ``k x k``
-    matrices; the iteration takes 32 products for a square matrix and 71 for one of ``k x 4k``.
+    elsewhere. Then ``U = Z D`` and ``S <- Z V``, but for the damping. On a CPU an eigendecomposition takes the time of
+    6.5 products of ``k x k`` matrices; the iteration takes 32 products for a square matrix and 71 for ``k x 4k``.
 
     Nor is there an interval between refreshes: the root is a by-product of the update.
 
@@ -73,14 +71,13 @@ class SquareRoot(Sided, OneCall):
 
     The state is the same on all ranks, bit for bit, if R is. In both calls the caller counts ``~ok``, rescales the
     update and adds it; the update is a new tensor. `compute_statistic`, `update_statistic`, `compute_root` and
-    `precondition` do the same in the
-    four calls of every structure, at a higher cost: for loops that know nothing of `update`.
+    `precondition` do the same in the four calls of every structure, at a higher cost: for loops that know nothing of
+    `update`.
 
     Args:
         side: as of `OneSided`.
         precision: one of `asgo.linalg.polar.plans`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs
-        that
-            have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
+            that have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
             columns that are carried along do not correct themselves. On a CPU without units for a half precision its
             products are computed in float32 and rounded once, as units do.
         cross_normalize: as of `OneSided`.
