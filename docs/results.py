@@ -55,6 +55,17 @@ def beside_soap() -> str:
     return markdown(["", "loss of `asgo` less that of `soap`", "p", "`asgo`"], rows)
 
 
+def rates() -> str:
+    """The learning rates of the matrices that searches chose, for those that stand beside AdamW."""
+    rows = []
+    for name, record in records().items():
+        chosen = {entry: found["values"]["lr"] for entry, found in record["search"].items()}
+        if "adamw" in chosen:
+            cells = [f"{chosen[entry]:.4g}" for entry in ("asgo", "muon", "soap", "adamw")]
+            rows.append([f"`{name}`", *cells, f"{chosen['asgo'] / chosen['adamw']:.1f}"])
+    return markdown(["", "`asgo`", "`muon`", "`soap`", "`adamw`", "`asgo` / `adamw`"], rows)
+
+
 def workloads() -> str:
     """A heading, the command and the table of every workload."""
     return "\n\n".join(_workload(name, record) for name, record in records().items())
