@@ -66,16 +66,19 @@ def rates() -> str:
     return markdown(["", "`asgo`", "`muon`", "`soap`", "`adamw`", "`asgo` / `adamw`"], rows)
 
 
+def added() -> str:
+    """What was tried on top of ASGO, on byte pairs, with the hyperparameters of ASGO's search."""
+    record = json.loads((EVIDENCE.parent / "levers" / "results.json").read_text())
+    return _table(record)
+
+
 def workloads() -> str:
     """A heading, the command and the table of every workload."""
     return "\n\n".join(_workload(name, record) for name, record in records().items())
 
 
 def _workload(name: str, record: Mapping[str, Any]) -> str:
-    reference, seeds = record["reference"], record["config"]["seeds"]
-    columns = ["", f"validation loss, {len(seeds)} seeds", f"difference from `{reference}`", "p", ""]
-    columns += [f"steps of `{reference}` / its steps", "ms per step", "failed roots"]
-    rows = [_row(record, row) for row in record["rows"]]
+    reference = record["reference"]
     chosen = [
         f"- `{best['entry']}`, of {best['trials']} trials"
         + (f"; at the edge of what was tried: {', '.join(best['edges'])}" if best["edges"] else "")
@@ -89,13 +92,21 @@ def _workload(name: str, record: Mapping[str, Any]) -> str:
             f"```bash\n{record['command']}\n```",
             f"{record['config']['steps']} steps; target {record['target']:.4f}, the worst last loss of `{reference}`; "
             f"{machine}, torch {record['environment']['packages']['torch']}, {date}.",
-            markdown(columns, rows),
+            _table(record),
             f"![losses on {name} against steps and seconds](pictures/results-{name}.png)",
             "What the search chose:",
             "\n".join(chosen),
             f"One run of each row again:\n\n```bash\n{again}\n```",
         ]
     )
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    """Every entry against the reference."""
+    reference, seeds = record["reference"], record["config"]["seeds"]
+    columns = ["", f"validation loss, {len(seeds)} seeds", f"difference from `{reference}`", "p", ""]
+    columns += [f"steps of `{reference}` / its steps", "ms per step", "failed roots"]
+    return markdown(columns, [_row(record, row) for row in record["rows"]])
 
 
 def _row(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:

@@ -131,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench-optimizers": bench_optimizers,
     "results": results.summary,
     "results-counts": results.counts,
+    "results-added": results.added,
     "results-rates": results.rates,
     "results-soap": results.beside_soap,
     "results-workloads": results.workloads,

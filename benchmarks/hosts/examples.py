@@ -34,19 +34,16 @@ pathlib.Path("data/train.jsonl").write_text("".join(json.dumps(row) + "\\n" for 
 """The same model; the texts as prompts and responses."""
 
 PICTURES = """
-import pathlib, random
+import pathlib
 from PIL import Image
 
 for part in ("train", "validation"):
-    for kind, colour in enumerate(((200, 40, 40), (40, 40, 200))):
-        folder = pathlib.Path("data") / part / str(kind)
-        folder.mkdir(parents=True)
-        for i in range(16):
-            random.seed(i)
-            shade = tuple(c + random.randrange(-30, 30) for c in colour)
-            Image.new("RGB", (32, 32), shade).save(folder / f"{i}.png")
+    folder = pathlib.Path("data") / part / "0"
+    folder.mkdir(parents=True)
+    for i in range(32):
+        Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(folder / f"{i}.png")
 """
-"""Red and blue pictures."""
+"""Pictures that are all the same: timm's script saves no random state, so that their order differs after resuming."""
 
 SAME_SAFETENSORS = """
 from safetensors.torch import load_file
@@ -87,8 +84,8 @@ TRAINER = (
     "--max_steps 8 --save_steps 4 --logging_steps 1 --report_to none --use_cpu True --per_device_train_batch_size 4"
 )
 TIMM = (
-    "script.py --data-dir data --model vit_tiny_patch16_224 --img-size 32 --num-classes 2 --device cpu --opt asgo "
-    "--lr 1e-3 -b 8 --warmup-epochs 0 --workers 1 --no-prefetcher --no-aug --output out"
+    "script.py --data-dir data --model vit_tiny_patch16_224 --img-size 32 --model-kwargs img_size=32 --num-classes 2 "
+    "--device cpu --opt asgo --lr 1e-3 -b 8 --warmup-epochs 0 --workers 1 --no-prefetcher --no-aug --output out"
 )
 
 
