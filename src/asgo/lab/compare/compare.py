@@ -183,9 +183,9 @@ def _tuned(entry: Entry, found: search.Found | None) -> Entry:
 
 
 def _train_config(config: CompareConfig, entry: Entry, seed: int, out: Path, share: float = 1.0) -> TrainConfig:
-    shared = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
-    shared["steps"] = _steps(config, entry, share)
-    return TrainConfig(**shared | entry.of_the_run(), optimizer=entry.optimizer, seed=seed, out=out, resume=True)
+    shared: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    shared |= {"steps": _steps(config, entry, share), **entry.of_the_run()}
+    return TrainConfig(**shared, optimizer=entry.optimizer, seed=seed, out=out, resume=True)
 
 
 def _slug(text: str) -> str:
