@@ -133,6 +133,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "results-counts": results.counts,
     "results-added": results.added,
     "results-rates": results.rates,
+    "results-vectors": results.vectors,
+    "results-times": results.times,
     "results-soap": results.beside_soap,
     "results-workloads": results.workloads,
     "public-names": public_names,
