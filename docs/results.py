@@ -86,7 +86,7 @@ def vectors() -> str:
 
 def times() -> str:
     """The time to the target of runs one after the other, the optimizers in ABBA order."""
-    record = json.loads((EVIDENCE.parent / "time" / "results.json").read_text())
+    record = json.loads((EVIDENCE.parent / "time-to-loss" / "results.json").read_text())
     reference = record["reference"]
     ratios = {ratio["first"]: ratio["text"].partition(": ")[2] for ratio in record["seconds_ratios"]}
     rows = []
