@@ -16,7 +16,6 @@ from asgo.lab.optimizers.muon import COEFFICIENTS, Muon
 from asgo.lab.optimizers.registry import build_optimizer
 from asgo.lab.optimizers.slices import Sliced
 from asgo.lab.optimizers.soap import SOAP, AveragedShampoo
-from asgo.lab.optimizers.spectrum import SpectrumASGO
 from asgo.presets import ASGO
 from asgo.views import View
 
@@ -188,26 +187,6 @@ def test_asgo_with_a_second_moment_of_every_entry(shape, root):
     np.testing.assert_allclose(got, descend(grads, direction, nesterov=True), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("exponent", "cut"), [(0.5, 0.0), (0.3, 0.0), (1.0, 0.0), (0.5, 0.2)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_other_functions_of_the_eigenvalues(shape, exponent, cut):
-    V, eps = np.zeros([min(shape)] * 2), 1e-4
-    left = shape[0] < shape[1]
-
-    def direction(D, G):
-        nonlocal V
-        V = 0.2 * V + 0.8 * (D @ D.T if left else D.T @ D)
-        values, Q = np.linalg.eigh(V)
-        weights = np.where(values >= cut * values.max(), (values + eps * np.linalg.norm(V)) ** -exponent, 0.0)
-        root = Q * weights @ Q.T
-        return root @ D if left else D @ root
-
-    options = {"lr": LR, "betas": (0.9, 0.2), "weight_decay": DECAY, "eps": eps, "cross_normalize": False}
-    grads = stream(shape)
-    found = train(lambda p: SpectrumASGO(p, exponent=exponent, cut=cut, **options), grads)
-    np.testing.assert_allclose(found, descend(grads, direction, nesterov=True), rtol=1e-9)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("root", ["auto", "square_root"])
 @pytest.mark.parametrize("momenta", [2, 3])
@@ -310,8 +289,6 @@ def test_matrices_of_a_view_are_parameters_of_the_inner_optimizer(view, shape):
         (lambda p: SOAP(p, sides="left"), "SOAP: sides must be one of 'both', 'short'; got 'left'"),
         (lambda p: AveragedShampoo(p, power=2.0), r"power must be None or a number in \(0, 1\]; got 2.0"),
         (lambda p: Muon(p, momentum=1.0), "betas must be"),
-        (lambda p: SpectrumASGO(p, exponent=0.0), "exponent must be a number above 0, at most 1; got 0.0"),
-        (lambda p: SpectrumASGO(p, cut=1.0), "cut must be a share from 0 to below 1; got 1.0"),
         (lambda p: MomentaASGO(p, momenta=1), "momenta must be a whole number >= 2; got 1"),
         (lambda p: MomentaASGO(p, spread=1.0), "spread must be a finite number > 1; got 1.0"),
     ],
@@ -327,5 +304,5 @@ def test_betas_of_the_adamw_part(name):
     found = build_optimizer(model, OptimizerConfig(name=name, options=("adamw_betas=0.7/0.99",)))
     betas = {group["betas"] for group in found.param_groups if not any(group["views"])}
     assert betas == {(0.7, 0.99)}
-    with pytest.raises(LabError, match="adamw_betas must be two numbers, as in adamw_betas=0.9/0.99; got 0.9"):
+    with pytest.raises(LabError, match="betas must be"):
         build_optimizer(model, OptimizerConfig(name=name, options=("adamw_betas=0.9",)))

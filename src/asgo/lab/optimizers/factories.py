@@ -32,12 +32,12 @@ def split(model: nn.Module) -> tuple[Named, Named]:
 def by_route(constructor: Callable[..., Optimizer]) -> Factory:
     """An optimizer with structures: groups of `asgo.route`, those without a view at AdamW's learning rate.
 
-    Arguments of the routing: ``rules``, ``per_head``, and ``adamw_betas``, as in ``0.9/0.99``, of those without a view.
+    Arguments of the routing: ``rules``, ``per_head``, and ``adamw_betas`` of those without a view.
     """
 
     def build(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:
         rules, betas = read_rules(arguments.pop("rules", None)), arguments.pop("adamw_betas", None)
-        own = {"lr": adamw_lr} | ({} if betas is None else {"betas": _two_numbers(betas)})
+        own = {"lr": adamw_lr} | ({} if betas is None else {"betas": betas})
         groups = route(model, rules, arguments.pop("per_head", False))
         for group in groups:
             if not any(group["views"]):
@@ -45,14 +45,6 @@ def by_route(constructor: Callable[..., Optimizer]) -> Factory:
         return constructor(groups, **arguments)
 
     return build
-
-
-def _two_numbers(text: object) -> tuple[float, float]:
-    try:
-        first, second = map(float, str(text).split("/"))
-    except ValueError:
-        raise ValueError(f"adamw_betas must be two numbers, as in adamw_betas=0.9/0.99; got {text!r}") from None
-    return first, second
 
 
 def adamw(model: nn.Module, arguments: dict[str, Any], adamw_lr: float) -> Optimizer:

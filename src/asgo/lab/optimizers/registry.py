@@ -80,6 +80,12 @@ def takes(name: str) -> set[str]:
 
 
 def _value(text: str) -> Any:
+    """A Python value, or two numbers joined by ``/`` as a tuple; else the text."""
+    first, _, second = text.partition("/")
+    try:
+        return float(first), float(second)
+    except ValueError:
+        pass
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -34,7 +34,6 @@ from asgo.lab.optimizers.factories import (
 from asgo.lab.optimizers.momenta import MomentaASGO
 from asgo.lab.optimizers.muon import Muon
 from asgo.lab.optimizers.soap import SOAP, AveragedShampoo
-from asgo.lab.optimizers.spectrum import SpectrumASGO
 from asgo.presets import AGD, ASGO, BAG, BAGM, DASGO, SPAM, AdaBlock, AdaGram, AdamMini, OneSidedShampoo, Shampoo
 
 MUON_PAPER = (
@@ -224,9 +223,6 @@ OPTIMIZERS |= {
     ),
     "momenta-asgo": _form(
         "asgo", "`MomentaASGO`: the mean of three momenta of different length", MomentaASGO, "4 d + 2 k^2 + 2 o"
-    ),
-    "spectrum-asgo": _form(
-        "asgo", "`SpectrumASGO`: another exponent than -1/2, or no small eigenvalues", SpectrumASGO, "d + 2 k^2 + 2 o"
     ),
     "two-sided-asgo": replace(
         _form(
