@@ -513,7 +513,7 @@ def test_a_workload_is_where_the_flags_start_from():
     [
         (
             ["train", "--workload", "mnist"],
-            "--workload mnist does not exist: choose from shakespeare, shakespeare-128, bpe, vit, resnet",
+            "--workload mnist does not exist: choose from shakespeare, shakespeare-128, bpe, experts, vit, resnet",
         ),
         (["train", "--workload"], "--workload  does not exist"),
         (["demo", "--workload", "vit"], "asgo demo has no --workload: it is for asgo train and asgo compare"),

@@ -23,8 +23,8 @@ class ModelConfig:
     """The model; a field left at None keeps the preset's value.
 
     Args:
-        preset: shape to start from; layers x width: tiny 2x32, demo 4x128, small 6x384, 124m 12x768; for images
-            vit 3x64 and resnet 3x64.
+        preset: shape to start from; layers x width: tiny 2x32, demo 4x128, small 6x384, 124m 12x768; olmoe-tiny
+            2x64 with 32 experts a layer; for images vit 3x64 and resnet 3x64.
         family: architecture: gpt2 (learned positions, GELU) or llama (rotary positions, gated MLP); for images vit
             (patches of 7 x 7 pixels) or resnet (batch normalisation).
         layers: number of transformer blocks; resnet: of stages, each with twice the channels of the one before.

@@ -47,6 +47,13 @@ WORKLOADS: dict[str, RunConfig] = {
         cadence=_every(50, 128),
         steps=800,
     ),
+    "experts": RunConfig(
+        data=DataConfig(block_size=64, batch_size=8),
+        model=ModelConfig("olmoe-tiny"),
+        machine=ONE_THREAD,
+        cadence=_every(50, 128),
+        steps=500,
+    ),
     "vit": RunConfig(
         data=DataConfig(CorpusConfig("fashion-mnist"), batch_size=32),
         model=ModelConfig("vit"),
@@ -70,8 +77,9 @@ WORKLOADS: dict[str, RunConfig] = {
     ),
 }
 """By name: characters of Shakespeare with a GPT-2 of width 64 and with one of width 128, byte pairs of botocore's
-documentation with a Llama, Fashion-MNIST with a ViT and a ResNet, and Shakespeare again with what ``asgo train
---workload bpe --optimizer.name adamw --steps 1500 --save-model --out runs/pretrained`` has made."""
+documentation with a Llama, characters of Shakespeare with 32 experts in each of two layers (OLMoE), Fashion-MNIST with
+a ViT and a ResNet, and Shakespeare again with what ``asgo train --workload bpe --optimizer.name adamw --steps 1500
+--save-model --out runs/pretrained`` has made."""
 
 _shakespeare = WORKLOADS["shakespeare"]
 DEMO = CompareConfig(

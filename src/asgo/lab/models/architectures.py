@@ -15,7 +15,9 @@ from asgo.lab.data.images import SIDE
 from asgo.lab.packages import need
 
 Family = Literal["gpt2", "llama", "olmoe", "vit", "resnet"]
-Preset = Literal["tiny", "demo", "small", "gpt2-124m", "llama-tiny", "llama-demo", "llama-124m", "vit", "resnet"]
+Preset = Literal[
+    "tiny", "demo", "small", "gpt2-124m", "llama-tiny", "llama-demo", "llama-124m", "olmoe-tiny", "vit", "resnet"
+]
 IMAGE_FAMILIES = ("vit", "resnet")
 PATCH = 7
 """Side of a patch of ViT, in pixels."""
@@ -56,6 +58,7 @@ PRESETS: dict[Preset, Shape] = {
     "llama-tiny": Shape("llama", 2, 4, 2, 32, tie_embeddings=False),
     "llama-demo": Shape("llama", 4, 4, 2, 128, tie_embeddings=False),
     "llama-124m": Shape("llama", 12, 12, 4, 768, tie_embeddings=False),
+    "olmoe-tiny": Shape("olmoe", 2, 4, 4, 64, tie_embeddings=False, inner=32, experts=32),
     "vit": Shape("vit", 3, 4, 4, 64, tie_embeddings=False),
     "resnet": Shape("resnet", 3, 1, 1, 64, tie_embeddings=False),
 }
