@@ -33,6 +33,103 @@ pathlib.Path("data/train.jsonl").write_text("".join(json.dumps(row) + "\\n" for 
 )
 """The same model; the texts as prompts and responses."""
 
+PAIRS = """
+import json, pathlib
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
+
+words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "sleeps"]
+vocabulary = {w: i for i, w in enumerate(["[PAD]", *words])}
+tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="[PAD]"))
+tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+set_seed(0)
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+model = BertForSequenceClassification(BertConfig(vocab_size=len(vocabulary), **sizes))
+model.save_pretrained("bert-base-cased")
+PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]").save_pretrained("bert-base-cased")
+rows = [
+    {"idx": i, "sentence1": words[i % 10] + " " + words[i % 7], "sentence2": words[i % 3], "label": i % 2}
+    for i in range(128)
+]
+data = pathlib.Path("nyu-mll/glue")
+data.mkdir(parents=True)
+for part in ("train", "validation"):
+    (data / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+files = "".join(f"  - split: {part}\\n    path: {part}.jsonl\\n" for part in ("train", "validation"))
+(data / "README.md").write_text(f"---\\nconfigs:\\n- config_name: mrpc\\n  data_files:\\n{files}---\\n")
+pathlib.Path("glue").mkdir()
+pathlib.Path("glue/glue.py").write_text('''
+import datasets
+import evaluate
+
+class Share(evaluate.Metric):
+    def _info(self):
+        kinds = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(kinds))
+
+    def _compute(self, predictions, references):
+        return {"accuracy": sum(p == r for p, r in zip(predictions, references)) / len(references)}
+''')
+"""
+"""A model, a dataset and a metric in folders with the names by which the script would load them from the Hub."""
+
+TITAN = """
+import json, pathlib
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "sleeps"]
+lines = [" ".join(words[(i * j) % 10] for j in range(1, 200)) for i in range(1, 200)]
+vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", *words])}
+tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+tokens.add_special_tokens(["<eos>"])
+tokenizer = pathlib.Path("tests/assets/tokenizer")
+tokenizer.mkdir(parents=True)
+tokens.save(str(tokenizer / "tokenizer.json"))
+(tokenizer / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+text = pathlib.Path("tests/assets/c4_test")
+text.mkdir()
+(text / "data.json").write_text("".join(json.dumps({"text": line}) + "\\n" for line in lines))
+pathlib.Path("run.py").write_text('''
+import importlib.util, os, runpy, sys, types, torch
+
+def nothing(*_, **__):
+    return {}
+
+def causal(q, k, v, *, enable_gqa, **_):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa), None
+
+torch._utils._get_available_device_type = lambda: "cpu"
+torch.distributed.set_timeout = nothing
+for name in ("reset_peak_memory_stats", "empty_cache", "memory_stats"):
+    setattr(torch.cpu, name, nothing)
+torch.cpu.current_device, torch.cpu.get_device_name = lambda: 0, lambda *_: "cpu"
+torch.cpu.get_device_properties = lambda *_: types.SimpleNamespace(total_memory=1, name="cpu")
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29512"}
+from torchtitan.models.common.attention import FlexAttention
+import torchtitan.models.llama3
+FlexAttention._compiled_flex_attn = staticmethod(causal)
+name = "torchtitan.models.llama3.config_registry"
+spec = importlib.util.spec_from_file_location(name, "script.py")
+sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+runpy.run_module("torchtitan.train", run_name="__main__")
+''')
+"""
+"""A tokenizer and texts where the script looks for them, and what runs it on a CPU with torch 2.13: torchtitan is made
+for accelerators and newer torch, asks the first for their memory, and its attention has no backward on a CPU."""
+
+ALPACA = (
+    LANGUAGE
+    + """
+rows = [{"instruction": line[:40], "input": "", "output": line[40:]} for line in lines[:64]]
+pathlib.Path("alpaca_data.json").write_text(json.dumps(rows))
+config = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 0}}
+pathlib.Path("ds_config.json").write_text(json.dumps(config))
+"""
+)
+"""The same model; prompts and responses in one file, and a configuration of DeepSpeed without ZeRO."""
+
 PICTURES = """
 import pathlib
 from PIL import Image
@@ -50,6 +147,7 @@ from safetensors.torch import load_file
 a, b = (load_file(f"{folder}/model.safetensors") for folder in ("whole", "resumed"))
 assert a.keys() == b.keys() and all(bool((a[k] == b[k]).all()) for k in a)
 """
+SAME_EPOCHS = SAME_SAFETENSORS.replace("/model.", "/epoch_2/model.")
 SAME_ADAPTERS = SAME_SAFETENSORS.replace("/model.", "/adapter_model.")
 SAME_LIGHTNING = """
 import torch
@@ -60,6 +158,16 @@ SAME_TIMM = """
 import torch
 a, b = (torch.load(f"out/{name}/last.pth.tar", weights_only=False)["state_dict"] for name in ("whole", "resumed"))
 assert all(torch.equal(a[k], b[k]) for k in a)
+"""
+
+SAME_TITAN = """
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+for folder in ("whole", "resumed"):
+    dcp_to_torch_save(f"{folder}/checkpoint/step-4", f"{folder}.pt")
+a, b = (torch.load(f"{folder}.pt", weights_only=False) for folder in ("whole", "resumed"))
+names = [name for name, value in a.items() if isinstance(value, torch.Tensor)]
+assert len(names) > 50 and all(torch.equal(a[name], b[name]) for name in names)
 """
 
 FIT = """
@@ -96,14 +204,14 @@ class Example:
     Args:
         name: of the framework.
         packages: what to install beside torch.
-        changes: lines of the script, whole, and what stands in their place.
+        changes: lines of the script, whole, and what stands in the place of the first like each.
         prepare: a program that makes the data.
         whole: the words after ``python`` that train at once.
         resumed: those that continue from the middle.
         same: a program that fails if both gave other weights.
         module: of the installed package, that is the script.
         repository: of the makers, if no package has the script.
-        tag: of the repository.
+        tag: of the repository, or a commit.
         path: of the script in it.
         said: words of the report that it prints.
     """
@@ -129,6 +237,19 @@ OLORA = (
     "--dtype float32 --device_map cpu --save_step 10 --eval_step 10 --cutoff_len 64"
 )
 CLM = f"script.py --model_name_or_path model --train_file text.txt --block_size 32 --do_train {TRAINER}"
+EPOCHS = "script.py --cpu --checkpointing_steps epoch"
+ONE_PROCESS = (
+    "import os, runpy, sys; os.environ |= {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'DS_ACCELERATOR': 'cpu', "
+    "'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29511'}; "
+)
+DEBUG = (
+    "--module llama3 --config llama3_debugmodel --training.steps 4 --training.seq_len 64 --training.local_batch_size 2 "
+    "--checkpoint.enable --checkpoint.interval 2 --validator.no-enable"
+)
+ZERO = (
+    f"script.py --model_name_or_path model --data_path alpaca_data.json {TRAINER} --model_max_length 32 --bf16 False "
+    "--deepspeed ds_config.json"
+)
 
 EXAMPLES = {
     example.name: example
@@ -151,7 +272,7 @@ EXAMPLES = {
             name="transformers",
             packages=("transformers==5.24.0", "accelerate==1.15.0", "datasets", "evaluate", "scikit-learn"),
             repository="huggingface/transformers",
-            tag="v5.24.0",
+            tag="cc041637bc2b3639bba0b8f85672c1653cdb6248",
             path="examples/pytorch/language-modeling/run_clm.py",
             changes=(
                 ("import transformers", "import asgo, asgo.hosts.transformers, transformers"),
@@ -187,6 +308,67 @@ EXAMPLES = {
                      "runpy.run_path('script.py', run_name='__main__')"],
             same=SAME_ADAPTERS,
             said=("OneSided",),
+        ),
+        Example(
+            name="accelerate",
+            packages=("accelerate==1.15.0", "transformers==5.24.0", "datasets", "evaluate", "scikit-learn"),
+            repository="huggingface/accelerate",
+            tag="16cb6eb80dd9aa8b4df1a63ef57863e455d53b83",
+            path="examples/by_feature/checkpointing.py",
+            changes=(
+                ("import evaluate", "import asgo, evaluate"),
+                (
+                    "    optimizer = AdamW(params=model.parameters(), lr=lr)",
+                    "    optimizer = asgo.ASGO(asgo.route(model), lr=1e-2)",
+                ),
+                ("    # Instantiate scheduler", "    print(asgo.report(optimizer))"),
+            ),
+            prepare=PAIRS,
+            whole=[*EPOCHS.split(), "--output_dir", "whole"],
+            resumed=[*EPOCHS.split(), "--output_dir", "resumed", "--resume_from_checkpoint", "whole/epoch_0"],
+            same=SAME_EPOCHS,
+        ),
+        Example(
+            name="deepspeed",
+            packages=("setuptools", "deepspeed==0.19.8", "transformers==5.24.0", "accelerate==1.15.0"),
+            repository="deepspeedai/DeepSpeedExamples",
+            tag="45b4b7156c8794a3452a5a7d03dbd8d797068569",
+            path="training/tensor_parallel/hf_integration/train.py",
+            changes=(
+                ("import transformers", "import asgo, asgo.hosts.transformers, transformers"),
+                ("        args=training_args,", f"        args=training_args, {SWITCH},"),
+                (
+                    "    trainer.train()",
+                    "    trainer.train(__import__('os').environ.get('RESUME')), "
+                    "print(asgo.report(trainer.model_wrapped.optimizer))",
+                ),
+            ),
+            prepare=ALPACA,
+            whole=["-c", f"{ONE_PROCESS}sys.argv = {[*ZERO.split(), '--output_dir', 'whole']}; "
+                   "runpy.run_path('script.py', run_name='__main__')"],
+            resumed=["-c", f"{ONE_PROCESS}os.environ['RESUME'] = 'whole/checkpoint-4'; "
+                     f"sys.argv = {[*ZERO.split(), '--output_dir', 'resumed']}; "
+                     "runpy.run_path('script.py', run_name='__main__')"],
+            same=SAME_SAFETENSORS,
+        ),
+        Example(
+            name="torchtitan",
+            packages=("torchtitan==0.3.0", "triton"),
+            module="torchtitan.models.llama3.config_registry",
+            changes=(
+                (
+                    "from torchtitan.components.optimizer import default_adamw, LRSchedulersContainer",
+                    "from torchtitan.components.optimizer import default_adamw, LRSchedulersContainer; "
+                    "from asgo.hosts.torchtitan import default_asgo",
+                ),
+                ("        optimizer=default_adamw(lr=8e-4),", "        optimizer=default_asgo(lr=1e-2),"),
+            ),
+            prepare=TITAN,
+            whole=["run.py", *DEBUG.split(), "--dump_folder", "whole"],
+            resumed=["-c", "import runpy, shutil, sys; "
+                     "shutil.copytree('whole/checkpoint/step-2', 'resumed/checkpoint/step-2'); "
+                     f"sys.argv = {['run.py', *DEBUG.split(), '--dump_folder', 'resumed']}; runpy.run_path('run.py')"],
+            same=SAME_TITAN,
         ),
         Example(
             name="lightning",

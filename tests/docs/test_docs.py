@@ -296,7 +296,7 @@ def test_names():
     }
     for title, owners in places.items():
         names = re.findall(
-            r"`(?:View\.|transformers\.|lightning\.|timm\.)?(\w+)\(|`([A-Z]{2,})`", section(page("api.md"), title)
+            r"`(?:View\.|transformers\.|lightning\.|timm\.|torchtitan\.)?(\w+)\(|`([A-Z]{2,})`", section(page("api.md"), title)
         )
         for name in filter(None, sum(names, ())):
             assert any(hasattr(owner, name) for owner in owners), name

@@ -448,6 +448,15 @@ def test_torchtitan_trains_saves_and_resumes_bit_for_bit():
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
+def test_the_default_of_torchtitan_is_one_group_and_its_report_is_logged(caplog):
+    missing("torchtitan.components.optimizer")
+    with caplog.at_level("INFO"):
+        (optimizer,) = host("torchtitan").default_asgo(lr=0.5, weight_decay=0.0).build(model_parts=[titan_model()])
+    assert {(group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {(0.5, 0.0)}
+    assert views_by_name(optimizer)["1.weight"] is not None
+    assert "OneSided" in caplog.text
+
+
 def test_torchtitan_says_which_names_there_are():
     ours, titan = host("torchtitan").OptimizersContainer, missing("torchtitan.components.optimizer")
     config = ours.Config(param_groups=[titan.ParamGroupConfig(pattern=".*", optimizer_name="ASG")])

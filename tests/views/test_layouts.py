@@ -159,6 +159,12 @@ APART: dict[str, tuple[nn.Module, str, Callable[[Tensor], Sequence[Tensor]]]] = 
         "wqkv",
         repeated(2, 12, 6, 6),
     ),
+    "by group, torchtitan": (Holder(heads_per_kv=2, head_dim=6, wqkv=(48, D)), "wqkv", repeated(2, 12, 6, 6)),
+    "by group, torchtitan without grouped queries": (
+        Holder(heads_per_kv=1, head_dim=6, wqkv=(72, D)),
+        "wqkv",
+        repeated(4, 6, 6, 6),
+    ),
     "by group, Megatron": (
         Holder(num_heads=4, num_query_groups=2, num_query_groups_per_partition=2, head_dim=6, linear_qkv=(48, D)),
         "linear_qkv",
@@ -334,6 +340,7 @@ def test_what_holds_one_matrix_stays_one(model):
 HEADS = {
     "heads": (Holder(heads=4, to_q=(24, D), to_k=(24, D)), {"to_q.weight": 4, "to_k.weight": 4}),
     "grouped": (Holder(nhead=4, kv_heads=2, wq=(24, D), wk=(12, D)), {"wq.weight": 4, "wk.weight": 2}),
+    "of a known size": (Holder(head_dim=6, wq=(24, D), wk=(12, D)), {"wq.weight": 4, "wk.weight": 2}),
     "a key with its value": (Holder(h=4, to_q=(24, D), to_kv=(48, D)), {"to_q.weight": 4}),
     "wrapped": (
         Holder(num_heads=4, q_proj=Holder(linear=(24, D)), k_proj=Holder(linear=(24, D))),

@@ -145,6 +145,16 @@ NOT_HEADS = {
     "a layer inside a block": model(classifier=nn.Linear(D, 5)),
 }
 
+NUMBERED = nn.ModuleDict(
+    {"embed": nn.Embedding(V, D), "layers": nn.ModuleDict({"0": block(), "1": block()}), "lm_head": nn.Linear(D, V)}
+)
+"""Blocks in a dictionary by number, as torchtitan has them; some layers are as long as the vocabulary by chance."""
+
+
+def test_blocks_in_a_dictionary_by_number_are_blocks():
+    found = views(NUMBERED)
+    assert {name for name, view in found.items() if view is None} == {"embed.weight", "lm_head.weight", "lm_head.bias"}
+
 
 @pytest.mark.parametrize("net", NOT_HEADS.values(), ids=NOT_HEADS)
 def test_a_classifier_is_a_matrix(net):

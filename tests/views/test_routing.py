@@ -803,11 +803,16 @@ class GptOssExperts(Gated):
     """Known by its name."""
 
 
+class GptOssGroupedExperts(Gated):
+    """The same in torchtitan, stored as (out, in)."""
+
+
 GATED = {
     "rows": (Gated, (3, 10, 4), (3, 4, 5), lambda w: w.chunk(2, 1)),
     "rows, as wide as tall": (Gated, (3, 8, 8), (3, 8, 4), lambda w: w.chunk(2, 1)),
     "columns": (Gated, (3, 4, 10), (3, 5, 4), lambda w: w.chunk(2, 2)),
     "columns, twice as wide": (Gated, (3, 4, 8), (3, 4, 4), lambda w: w.chunk(2, 2)),
+    "alternating rows": (GptOssGroupedExperts, (3, 10, 4), (3, 4, 5), lambda w: (w[:, ::2], w[:, 1::2])),
     "alternating columns": (GptOssExperts, (3, 4, 10), (3, 5, 4), lambda w: (w[..., ::2], w[..., 1::2])),
 }
 

@@ -10,7 +10,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from asgo.views.patterns import ALTERNATING_GATES, EXPERT_GATES, GATES, TRANSPOSED_GATES
+from asgo.views.patterns import (
+    ALTERNATING_GATES,
+    EXPERT_GATES,
+    GATES,
+    TRANSPOSED_ALTERNATING_GATES,
+    TRANSPOSED_GATES,
+)
 from asgo.views.sizes import linear
 from asgo.views.view import View
 
@@ -20,8 +26,8 @@ GATE_UP = {
 }
 """Exact names of fused gates: their neighbour may also have the shape of a layer beside them."""
 
-INTERLEAVED = {"GptOssExperts"}
-"""Classes in which gate and up alternate."""
+INTERLEAVED = {"GptOssExperts", "GptOssGroupedExperts"}
+"""Classes in which gate and up alternate: of transformers and of torchtitan."""
 
 
 def gated(place: nn.Module, slot: str, shape: Sequence[int], above: nn.Module | None = None) -> View | None:
@@ -36,11 +42,11 @@ def gated(place: nn.Module, slot: str, shape: Sequence[int], above: nn.Module | 
     others = beside(place, slot) or (beside(above, "") if above is not None else [])
     shapes = [other for other in others if len(other) == len(shape)]
     named = slot in GATE_UP or _is_unit(place) or any(isinstance(child, nn.GLU) for child in place.children())
+    alternate = bool(INTERLEAVED & {kind.__name__ for kind in type(place).__mro__})
     if _reads_half(shape, shapes, named):
-        return View(GATES if len(shape) == 2 else EXPERT_GATES, {"g": 2})
+        return View(GATES if len(shape) == 2 else ALTERNATING_GATES if alternate else EXPERT_GATES, {"g": 2})
     if len(shape) == 3 and _reads_half(_turned(shape), [_turned(other) for other in shapes], named):
-        alternate = bool(INTERLEAVED & {kind.__name__ for kind in type(place).__mro__})
-        return View(ALTERNATING_GATES if alternate else TRANSPOSED_GATES, {"g": 2})
+        return View(TRANSPOSED_ALTERNATING_GATES if alternate else TRANSPOSED_GATES, {"g": 2})
     return None
 
 

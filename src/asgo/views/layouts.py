@@ -118,6 +118,7 @@ LAYOUTS: tuple[Layout, ...] = (
         heads=_QK,
     ),
     Layout(("wqkv",), _QKV, "by group", rows_of.query_rows_per_group, "InternLM2", ("InternLM2Attention",), heads=_QKV),
+    Layout(("wqkv",), _QKV, "by group", rows_of.queries_of_one_key, "torchtitan", needs=("heads_per_kv",), heads=_QKV),
     Layout(
         ("linear_qkv",),
         _QKV,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from asgo.views.vocabulary import TABLES, Vocabulary, find_vocabulary
+from asgo.views.vocabulary import TABLES, Vocabulary, find_vocabulary, is_numbered
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What wrappers of `torch.compile`, activation checkpointing and sharding call the module inside."""
@@ -57,7 +57,7 @@ class Site:
         below = self.module
         for module, slot in self.ancestors:
             yield module, slot
-            if isinstance(module, nn.ModuleList):  # one of several alike
+            if isinstance(module, nn.ModuleList) or is_numbered(module):  # one of several alike
                 below = module
                 continue
             layers = [child for child in module.children() if any(p.ndim >= 2 for p in child.parameters())]

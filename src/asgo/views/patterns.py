@@ -158,7 +158,8 @@ def default_view(ndim: int) -> View | None:
 GATES = "(g m) n -> g m n"
 EXPERT_GATES = "e (g m) n -> (e g) m n"
 TRANSPOSED_GATES = "e m (g n) -> (e g) m n"
-ALTERNATING_GATES = "e m (n g) -> (e g) m n"
+ALTERNATING_GATES = "e (m g) n -> (e g) m n"
+TRANSPOSED_ALTERNATING_GATES = "e m (n g) -> (e g) m n"
 
 
 def per_expert(view: View) -> View:
@@ -256,7 +257,9 @@ KINDS: dict[object, str] = {
     head_columns(2).pattern: "head columns",
     blocks(2, 2).pattern: "blocks",
     GATES: "gates",
-    **dict.fromkeys((EXPERT_GATES, TRANSPOSED_GATES, ALTERNATING_GATES), "stack of gates"),
+    **dict.fromkeys(
+        (EXPERT_GATES, TRANSPOSED_GATES, ALTERNATING_GATES, TRANSPOSED_ALTERNATING_GATES), "stack of gates"
+    ),
     fused(2, 2, 2, "by head").pattern: "interleaved",
     fused(2, 2, 2, "by head", transposed=True).pattern: "transposed interleaved",
     "(e m) n -> e m n": "rows of experts",

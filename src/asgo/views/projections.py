@@ -67,6 +67,8 @@ def by_head_of(place: Place, ndim: int, transposed: bool) -> Reading | None:
     if not (is_query or queries):
         return None
     h, d, rows = place.heads, place.head_dim, place.rows
+    if not h and d and (place.sibling(queries[0]) if queries else rows) % d == 0:
+        h = (place.sibling(queries[0]) if queries else rows) // d
     if not h or not rows:
         return Reading(None, None, f"{place.slot}: the number of heads is not known")
     if place.slot.startswith("layout_"):

@@ -134,9 +134,10 @@ def is_bias(site: Site) -> bool:
 def named_table(site: Site) -> bool | None:
     """Whether the last word that is known in a parameter's name is one of tables; None if no word is known.
 
-    A ``query`` beside a key is a matrix, one that stands alone is looked up.
+    A ``query`` beside a key is a matrix, one that stands alone is looked up. Names may end in their axes: ``w1_EFD``.
     """
-    name, beside_key = site.leaf, any(hasattr(site.module, key) for key in ("key", "value", "k"))
+    name = re.sub(r"_[A-Z]+$", "", site.leaf)
+    beside_key = any(hasattr(site.module, key) for key in ("key", "value", "k"))
     if re.search(r"_w\d*$", name, re.IGNORECASE):
         return False
     if name.startswith(("null_", "mem_")):  # keys and values that are learned as such

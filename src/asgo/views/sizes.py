@@ -250,6 +250,13 @@ def query_rows_per_group(place: Place) -> tuple[int, ...] | None:
     return unit if sum(unit) * kv == place.rows else None
 
 
+def queries_of_one_key(place: Place) -> tuple[int, ...] | None:
+    """The same, where the module tells how many queries share a key, and not how many there are."""
+    d = place.number(*HEAD_DIM)
+    unit = (place.number("heads_per_kv") * d, d, d)
+    return unit if all(unit) and place.rows % sum(unit) == 0 else None
+
+
 def one_key(place: Place) -> tuple[int, ...] | None:
     """A query of all heads and one key and value that they share."""
     d = place.number(*HEAD_DIM)

@@ -194,9 +194,13 @@ def _answer(ask: object) -> object:
 
 
 def _in_blocks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Everything inside repeated elements with layers, but no table of tokens: of lists, and of sequences if alike."""
+    """Everything inside repeated elements with layers, but no table of tokens: of lists, and of sequences if alike.
+
+    A dictionary with numbers for keys is a list.
+    """
     for container in modules:
-        elements = [*container.children()] if isinstance(container, (nn.ModuleList, nn.Sequential)) else []
+        is_list = isinstance(container, nn.ModuleList) or is_numbered(container)
+        elements = [*container.children()] if is_list or isinstance(container, nn.Sequential) else []
         for element in elements:
             alike = sum(type(other) is type(element) for other in elements)
             if isinstance(element, nn.ModuleList) or (isinstance(container, nn.Sequential) and alike < 2):
@@ -205,3 +209,8 @@ def _in_blocks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, nn.Mod
             layers = any(any(p.ndim >= 2 for p in module.parameters(recurse=False)) for module in inside[1:])
             if layers and not any(map(_is_table, inside)):
                 yield from ((module, element) for module in inside)
+
+
+def is_numbered(module: nn.Module) -> bool:
+    """Whether a module is a dictionary whose keys are numbers."""
+    return isinstance(module, nn.ModuleDict) and len(module) > 0 and all(key.isdigit() for key in module)
