@@ -295,9 +295,8 @@ def test_names():
         "Diagnostics": [asgo.diagnostics, asgo.diagnostics.GradientProbe, asgo.diagnostics.Moments],
     }
     for title, owners in places.items():
-        names = re.findall(
-            r"`(?:View\.|transformers\.|lightning\.|timm\.|torchtitan\.)?(\w+)\(|`([A-Z]{2,})`", section(page("api.md"), title)
-        )
+        owner = r"(?:View|transformers|lightning|timm|torchtitan)\."
+        names = re.findall(rf"`(?:{owner})?(\w+)\(|`([A-Z]{{2,}})`", section(page("api.md"), title))
         for name in filter(None, sum(names, ())):
             assert any(hasattr(owner, name) for owner in owners), name
 

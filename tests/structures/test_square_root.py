@@ -151,14 +151,17 @@ def test_an_unknown_precision_is_refused():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("beta2", B2[1:])
+@pytest.mark.parametrize(("beta2", "steps"), [(0.2, 100), (0.8, 200), (0.95, 1000)])
 @pytest.mark.slow
-def test_the_square_of_s_follows_the_statistic_for_a_thousand_steps(precision, beta2):
-    """Within `step_error` of what one step makes of the last S, hence within ``step_error / (1 - b2)`` of V."""
+def test_the_square_of_s_follows_the_statistic(precision, beta2, steps):
+    """Within `step_error` of what one step makes of the last S, hence within ``step_error / (1 - b2)`` of V.
+
+    The steps are at least 40 times the memory, 1 / (1 - b2) of them, at which a drift would have come to rest.
+    """
     structure, plan = SquareRoot("left", precision), PLANS[precision]
     state, V = structure.init(torch.zeros(1, 12, 20, dtype=dtype_of(precision))), 0.0
     worst_step = worst = 0.0
-    for t, D in enumerate(stream((1, 12, 20), 1000, dtype=dtype_of(precision))):
+    for t, D in enumerate(stream((1, 12, 20), steps, dtype=dtype_of(precision))):
         before, new = state["sqrt"][0].to(torch.float64, copy=True), D[0].double() @ D[0].double().T
         structure.update(state, D, D, beta2)
         S, V = state["sqrt"][0].double(), beta2 * V + (1 - beta2) * new
