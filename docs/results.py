@@ -10,7 +10,8 @@ from typing import Any
 from asgo.lab.compare.paired_test import VERDICTS, all_pairs
 from asgo.lab.tables import markdown
 
-EVIDENCE = Path(__file__).parent.parent / "benchmarks" / "evidence"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+EVIDENCE = BENCHMARKS / "evidence"
 _BESIDE = ("asgo", "soap")
 PICTURES = Path(__file__).parent / "pictures"
 
@@ -21,8 +22,10 @@ def records() -> dict[str, Mapping[str, Any]]:
 
 
 def pictures() -> dict[Path, bytes]:
-    """The picture of every comparison, by where the page has it."""
-    return {PICTURES / f"results-{name}.png": (EVIDENCE / name / "plot.png").read_bytes() for name in records()}
+    """The picture of every comparison, and of learning rates over width and depth, by where the page has it."""
+    found = {PICTURES / f"results-{name}.png": EVIDENCE / name / "plot.png" for name in records()}
+    found[PICTURES / "transfer.png"] = BENCHMARKS / "transfer" / "plot.png"
+    return {path: record.read_bytes() for path, record in found.items()}
 
 
 def summary() -> str:
@@ -66,16 +69,30 @@ def rates() -> str:
     return markdown(["", "`asgo`", "`muon`", "`soap`", "`adamw`", "`asgo` / `adamw`"], rows)
 
 
+def transfer() -> str:
+    """The best learning rates over width and depth."""
+    return (BENCHMARKS / "transfer" / "table.md").read_text()
+
+
 def added() -> str:
     """What was tried on top of ASGO, on byte pairs, with the hyperparameters of ASGO's search."""
-    record = json.loads((EVIDENCE.parent / "levers" / "results.json").read_text())
-    return _table(record)
+    return _table(_record("levers"))
+
+
+def long_runs() -> str:
+    """Shakespeare in three times the steps, with what the searches chose for the short runs."""
+    return _table(_record("long"))
+
+
+def forms_of_experts() -> str:
+    """ASGO's other forms with experts."""
+    return _table(_record("experts-forms"))
 
 
 def vectors() -> str:
     """AdamW's second beta of 0.99 in place of 0.95 for what is no matrix, on every workload."""
-    paths = {"bpe": EVIDENCE.parent / "levers" / "results.json"}
-    paths |= {path.parent.name: path for path in sorted((EVIDENCE.parent / "vectors").glob("*/results.json"))}
+    paths = {"bpe": BENCHMARKS / "levers" / "results.json"}
+    paths |= {path.parent.name: path for path in sorted((BENCHMARKS / "vectors").glob("*/results.json"))}
     rows = []
     for name, path in sorted(paths.items()):
         record = json.loads(path.read_text())
@@ -86,7 +103,7 @@ def vectors() -> str:
 
 def times() -> str:
     """The time to the target of runs one after the other, the optimizers in ABBA order."""
-    record = json.loads((EVIDENCE.parent / "time-to-loss" / "results.json").read_text())
+    record = _record("time-to-loss")
     reference = record["reference"]
     ratios = {ratio["first"]: ratio["text"].partition(": ")[2] for ratio in record["seconds_ratios"]}
     rows = []
@@ -100,6 +117,10 @@ def times() -> str:
 def workloads() -> str:
     """A heading, the command and the table of every workload."""
     return "\n\n".join(_workload(name, record) for name, record in records().items())
+
+
+def _record(name: str) -> Mapping[str, Any]:
+    return json.loads((BENCHMARKS / name / "results.json").read_text())
 
 
 def _workload(name: str, record: Mapping[str, Any]) -> str:
