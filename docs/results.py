@@ -64,7 +64,7 @@ def rates() -> str:
     for name, record in records().items():
         chosen = {entry: found["values"]["lr"] for entry, found in record["search"].items()}
         if "adamw" in chosen:
-            cells = [f"{chosen[entry]:.4g}" for entry in ("asgo", "muon", "soap", "adamw")]
+            cells = [f"{chosen[entry]:.4g}" if entry in chosen else "" for entry in ("asgo", "muon", "soap", "adamw")]
             rows.append([f"`{name}`", *cells, f"{chosen['asgo'] / chosen['adamw']:.1f}"])
     return markdown(["", "`asgo`", "`muon`", "`soap`", "`adamw`", "`asgo` / `adamw`"], rows)
 
