@@ -2,16 +2,23 @@
 
 from dataclasses import dataclass
 
-LANGUAGE = """
+TOKENS = """
 import json, pathlib
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "sleeps"]
 lines = [" ".join(words[(i * j) % 10] for j in range(1, 24)) for i in range(1, 400)]
 vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", *words])}
 tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
 tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+"""
+"""Words, lines of them, and their tokenizer."""
+
+LANGUAGE = (
+    TOKENS
+    + """
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
 fast = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>", model_max_length=64)
 set_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -22,6 +29,7 @@ pathlib.Path("data").mkdir()
 pathlib.Path("data/train.jsonl").write_text("".join(json.dumps({"text": line}) + "\\n" for line in lines))
 pathlib.Path("text.txt").write_text("\\n".join(lines))
 """
+)
 """A model with random weights, its tokenizer and texts."""
 
 INSTRUCTIONS = (
@@ -33,20 +41,16 @@ pathlib.Path("data/train.jsonl").write_text("".join(json.dumps(row) + "\\n" for 
 )
 """The same model; the texts as prompts and responses."""
 
-PAIRS = """
-import json, pathlib
-from tokenizers import Tokenizer, models, pre_tokenizers
+PAIRS = (
+    TOKENS
+    + """
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, set_seed
 
-words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "sleeps"]
-vocabulary = {w: i for i, w in enumerate(["[PAD]", *words])}
-tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="[PAD]"))
-tokens.pre_tokenizer = pre_tokenizers.Whitespace()
 set_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = BertForSequenceClassification(BertConfig(vocab_size=len(vocabulary), **sizes))
 model.save_pretrained("bert-base-cased")
-PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]").save_pretrained("bert-base-cased")
+PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>").save_pretrained("bert-base-cased")
 rows = [
     {"idx": i, "sentence1": words[i % 10] + " " + words[i % 7], "sentence2": words[i % 3], "label": i % 2}
     for i in range(128)
@@ -71,17 +75,12 @@ class Share(evaluate.Metric):
         return {"accuracy": sum(p == r for p, r in zip(predictions, references)) / len(references)}
 ''')
 """
+)
 """A model, a dataset and a metric in folders with the names by which the script would load them from the Hub."""
 
-TITAN = """
-import json, pathlib
-from tokenizers import Tokenizer, models, pre_tokenizers
-
-words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "sleeps"]
-lines = [" ".join(words[(i * j) % 10] for j in range(1, 200)) for i in range(1, 200)]
-vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", *words])}
-tokens = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+TITAN = (
+    TOKENS
+    + """
 tokens.add_special_tokens(["<eos>"])
 tokenizer = pathlib.Path("tests/assets/tokenizer")
 tokenizer.mkdir(parents=True)
@@ -116,6 +115,7 @@ spec.loader.exec_module(sys.modules[name])
 runpy.run_module("torchtitan.train", run_name="__main__")
 ''')
 """
+)
 """A tokenizer and texts where the script looks for them, and what runs it on a CPU with torch 2.13: torchtitan is made
 for accelerators and newer torch, asks the first for their memory, and its attention has no backward on a CPU."""
 
@@ -230,6 +230,12 @@ class Example:
     said: tuple[str, ...] = ("AdamW", "OneSided")
 
 
+def program(argv: list[str], first: str = "", script: str = "script.py") -> list[str]:
+    """The words after ``python`` that do something first, then run a script with these arguments."""
+    run = f"sys.argv = {argv}; runpy.run_path({script!r}, run_name='__main__')"
+    return ["-c", f"import os, runpy, shutil, sys; {first}{run}"]
+
+
 SWITCH = "optimizer_cls_and_kwargs=(asgo.hosts.transformers.factory, {'lr': 1e-2})"
 SFT = f"script.py --model_name_or_path model --dataset_name data {TRAINER} --max_length 32 --bf16 False"
 OLORA = (
@@ -239,7 +245,7 @@ OLORA = (
 CLM = f"script.py --model_name_or_path model --train_file text.txt --block_size 32 --do_train {TRAINER}"
 EPOCHS = "script.py --cpu --checkpointing_steps epoch"
 ONE_PROCESS = (
-    "import os, runpy, sys; os.environ |= {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'DS_ACCELERATOR': 'cpu', "
+    "os.environ |= {'RANK': '0', 'WORLD_SIZE': '1', 'LOCAL_RANK': '0', 'DS_ACCELERATOR': 'cpu', "
     "'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29511'}; "
 )
 DEBUG = (
@@ -303,9 +309,9 @@ EXAMPLES = {
             ),
             prepare=INSTRUCTIONS,
             whole=[*OLORA.split(), "--output_dir", "whole"],
-            resumed=["-c", "import os, runpy, sys; os.environ['RESUME'] = 'whole/checkpoint-10'; "
-                     f"sys.argv = {[*OLORA.split(), '--output_dir', 'resumed']}; "
-                     "runpy.run_path('script.py', run_name='__main__')"],
+            resumed=program(
+                [*OLORA.split(), "--output_dir", "resumed"], "os.environ['RESUME'] = 'whole/checkpoint-10'; "
+            ),
             same=SAME_ADAPTERS,
             said=("OneSided",),
         ),
@@ -344,11 +350,11 @@ EXAMPLES = {
                 ),
             ),
             prepare=ALPACA,
-            whole=["-c", f"{ONE_PROCESS}sys.argv = {[*ZERO.split(), '--output_dir', 'whole']}; "
-                   "runpy.run_path('script.py', run_name='__main__')"],
-            resumed=["-c", f"{ONE_PROCESS}os.environ['RESUME'] = 'whole/checkpoint-4'; "
-                     f"sys.argv = {[*ZERO.split(), '--output_dir', 'resumed']}; "
-                     "runpy.run_path('script.py', run_name='__main__')"],
+            whole=program([*ZERO.split(), "--output_dir", "whole"], ONE_PROCESS),
+            resumed=program(
+                [*ZERO.split(), "--output_dir", "resumed"],
+                f"{ONE_PROCESS}os.environ['RESUME'] = 'whole/checkpoint-4'; ",
+            ),
             same=SAME_SAFETENSORS,
         ),
         Example(
@@ -365,9 +371,11 @@ EXAMPLES = {
             ),
             prepare=TITAN,
             whole=["run.py", *DEBUG.split(), "--dump_folder", "whole"],
-            resumed=["-c", "import runpy, shutil, sys; "
-                     "shutil.copytree('whole/checkpoint/step-2', 'resumed/checkpoint/step-2'); "
-                     f"sys.argv = {['run.py', *DEBUG.split(), '--dump_folder', 'resumed']}; runpy.run_path('run.py')"],
+            resumed=program(
+                ["run.py", *DEBUG.split(), "--dump_folder", "resumed"],
+                "shutil.copytree('whole/checkpoint/step-2', 'resumed/checkpoint/step-2'); ",
+                "run.py",
+            ),
             same=SAME_TITAN,
         ),
         Example(
@@ -387,8 +395,11 @@ EXAMPLES = {
                 f"pathlib.Path('fit.py').write_text({FIT!r})"
             ),
             whole=["fit.py", "whole.ckpt", "2"],
-            resumed=["-c", "import runpy, sys; sys.argv = ['fit.py', 'half.ckpt', '1']; runpy.run_path('fit.py'); "
-                     "sys.argv = ['fit.py', 'resumed.ckpt', '2', 'half.ckpt']; runpy.run_path('fit.py')"],
+            resumed=program(
+                ["fit.py", "resumed.ckpt", "2", "half.ckpt"],
+                "sys.argv = ['fit.py', 'half.ckpt', '1']; runpy.run_path('fit.py'); ",
+                "fit.py",
+            ),
             same=SAME_LIGHTNING,
         ),
         Example(

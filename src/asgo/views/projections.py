@@ -66,16 +66,15 @@ def by_head_of(place: Place, ndim: int, transposed: bool) -> Reading | None:
     queries = [query for query in _KEYS.get(place.slot, ()) if hasattr(place.module, query)]
     if not (is_query or queries):
         return None
-    h, d, rows = place.heads, place.head_dim, place.rows
-    if not h and d and (place.sibling(queries[0]) if queries else rows) % d == 0:
-        h = (place.sibling(queries[0]) if queries else rows) // d
+    d, rows = place.head_dim, place.rows
+    query = place.sibling(queries[0]) if queries else rows
+    h = place.heads or (query // d if d and query % d == 0 else 0)
     if not h or not rows:
         return Reading(None, None, f"{place.slot}: the number of heads is not known")
     if place.slot.startswith("layout_"):
         d //= place.number("channel_shrink_ratio") or 1
     if place.has("key_dim") and rows == h * place.number("key_dim"):
         d = place.number("key_dim")
-    query = place.sibling(queries[0]) if queries else rows
     if not place.number(*HEAD_DIM) and query % h == 0 and query < h * d:
         d = query // h  # values, which the output reads, have larger heads
     if queries:
