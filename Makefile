@@ -31,18 +31,21 @@ lint: $(VENV)/.dev
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# A source distribution and, from it, a wheel, with the checks that an index makes of them.
+# A source distribution and, from it, a wheel, of asgo and of asgo-lab, with the checks that an index makes of them.
 package: $(VENV)/.dev
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --no-isolation --outdir dist src/asgo/lab
 	$(BIN)/python -m twine check --strict dist/*
-	$(BIN)/python -m zipfile -l dist/*.whl | grep asgo/py.typed
+	$(BIN)/python -m zipfile -l dist/asgo-*.whl | grep asgo/py.typed
+	$(BIN)/python -m zipfile -l dist/asgo_lab-*.whl | grep asgo/lab/compare/report.html.j2
 
 # make release VERSION=0.2.0: writes the version where it stands, commits, tags v0.2.0 and builds what is uploaded.
 release: $(VENV)/.dev
 	@test -n "$(VERSION)" || { echo "write: make release VERSION=0.2.0" >&2; exit 1; }
 	@git diff --quiet HEAD || { echo "commit or put away what has changed first" >&2; exit 1; }
 	sed -i 's/^__version__ = .*/__version__ = "$(VERSION)"/' src/asgo/__init__.py
+	sed -i 's/^version = .*/version = "$(VERSION)"/; s/asgo\[lab\]==[^"]*/asgo[lab]==$(VERSION)/' src/asgo/lab/pyproject.toml
 	sed -i 's/^version: .*/version: $(VERSION)/' CITATION.cff
 	sed -i "s/^## Unreleased$$/## Unreleased\n\n## $(VERSION), $$(date +%F)/" CHANGELOG.md
 	git commit --quiet --all --message "Release $(VERSION)"

@@ -331,13 +331,15 @@ def test_demo_is_a_comparison_with_its_own_defaults():
 
 
 @pytest.mark.slow
-def test_without_its_extra_the_command_says_what_to_install():
-    """As if tyro were not there: a module of that name that cannot be imported."""
-    code = "import sys; sys.modules['tyro'] = None; import asgo.lab.__main__"
+@pytest.mark.parametrize(("module", "package"), [("tyro", "tyro"), ("asgo.lab", "asgo-lab")])
+def test_the_command_says_what_it_lacks(module, package):
+    """As if it were not there: a module of that name that cannot be imported."""
+    code = f"import sys; sys.modules['{module}'] = None; from asgo.__main__ import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "asgo: error: the command needs tyro, which is not installed: pip install 'asgo[lab]' brings all it needs.\n"
+        f"asgo: error: the command needs {package}, which is not installed: pip install asgo-lab, or in a clone "
+        "pip install -e '.[lab]', brings all it needs.\n"
     )
 
 

@@ -1,18 +1,8 @@
-"""``python -m asgo.lab`` and the script ``asgo`` are the same command."""
+"""``python -m asgo.lab``."""
 
 import sys
 
-try:
-    from asgo.lab.cli import main
-except ModuleNotFoundError as missing:
-    if (missing.name or "").startswith("asgo"):
-        raise
-    print(
-        f"asgo: error: the command needs {missing.name}, which is not installed: pip install 'asgo[lab]' brings all "
-        "it needs.",
-        file=sys.stderr,
-    )
-    sys.exit(2)
+from asgo.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())
