@@ -633,7 +633,7 @@ def test_autocast_does_not_touch_it():
 @pytest.mark.parametrize("units", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_symmetric_product_by_panels_is_the_whole_one(dtype, units, monkeypatch):
-    monkeypatch.setattr(polar, "SMALLEST_WITH_PANELS", dict.fromkeys((torch.bfloat16, torch.float32), 8))
+    monkeypatch.setattr(polar, "SMALLEST_WITH_PANELS", dict.fromkeys((torch.bfloat16, torch.float32), (8, 0)))
     monkeypatch.setattr(polar, "UNITS", dict.fromkeys(polar.UNITS, units))
     X, C = torch.randn(2, 9, 12).to(dtype), torch.randn(2, 9, 9).to(dtype)
     C, tolerance = polar.mirrored(C), 2 * torch.finfo(dtype).eps
