@@ -91,10 +91,13 @@ def on(worlds, size, function, *args):
 
 
 class Counted:
-    """Inside, the bytes that this rank gives to collectives for other ranks, by name, and those that it receives."""
+    """Inside, the bytes that this rank gives to collectives for other ranks, by name, and those that it receives.
+
+    `ring` has those that a ring sends for a sum over ranks, and receives.
+    """
 
     def __enter__(self):
-        self.sent, self.received = {"all_to_all_single": 0, "all_gather": 0, "all_reduce": 0}, 0
+        self.sent, self.received, self.ring = {"all_to_all_single": 0, "all_gather": 0, "all_reduce": 0}, 0, 0
         self.originals = {name: getattr(dist, name) for name in self.sent}
         for name in self.sent:
             setattr(dist, name, getattr(self, name))
@@ -117,4 +120,7 @@ class Counted:
 
     def all_reduce(self, tensor, **how):
         self.sent["all_reduce"] += tensor.nbytes
+        if how.get("op", dist.ReduceOp.SUM) == dist.ReduceOp.SUM:
+            ranks = dist.get_world_size(how.get("group"))
+            self.ring += 2 * tensor.nbytes * (ranks - 1) // ranks
         return self.originals["all_reduce"](tensor, **how)

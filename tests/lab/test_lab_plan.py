@@ -70,7 +70,7 @@ def groups_of(model):
 def stepped(model, steps=1, **options):
     """An optimizer over the model after steps with random gradients."""
     torch.manual_seed(0)
-    optimizer = ASGO(groups_of(model) if isinstance(model, Odd) else route(model), root="minimax", **options)
+    optimizer = ASGO(groups_of(model) if isinstance(model, Odd) else route(model), **{"root": "minimax"} | options)
     for _ in range(steps):
         for param in model.parameters():
             param.grad = torch.randn_like(param)
@@ -82,17 +82,26 @@ def stepped(model, steps=1, **options):
 
 
 @pytest.mark.parametrize("name", ["odd", "tiny", "llama-tiny"])
-@pytest.mark.parametrize(("dtype", "packed"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)])
-def test_bytes_of_one_process_are_those_after_a_step(name, dtype, packed):
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"packed_state": True}),
+        (torch.bfloat16, {"root": "square_root", "precision": "fp16"}),
+    ],
+)
+def test_bytes_of_one_process_are_those_after_a_step(name, dtype, form):
     model = Odd(dtype) if name == "odd" else build_model(ModelConfig(preset=name), 50, 16, seed=0).to(dtype)
-    optimizer = stepped(model, packed_state=packed)
+    optimizer = stepped(model, **form)
     config = PlanConfig(param_dtype=str(dtype).removeprefix("torch."))
     kept = plan_mesh(read_parts(optimizer, {}), ONE, 1, config).memory
-    held = Counter()
+    held = Counter(roots=0)
     for group in optimizer.param_groups:
         for param, view in with_views(group):
             for key, tensor in optimizer.state[param].items():
                 kind = {"exp_avg": "momentum", "exp_avg_sq": "momentum", "gram": "statistics", "root": "roots"}
+                kind |= {"sqrt": "statistics"}
                 kind = kind.get(key.partition(".")[0], "rest")
                 held["adamw" if view is None and kind == "momentum" else kind] += tensor.nbytes
     params = sum(param.nbytes for param in model.parameters())
@@ -290,16 +299,38 @@ def test_owners_share_the_roots_of_gpt2_evenly(gpt2, mesh):
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return parts_of(load("gpt2-124m"))
+    return parts_of(load("gpt2-124m"), PlanConfig())
 
 
 def test_packed_state_halves_statistics_and_roots_in_memory_and_on_links(gpt2):
-    packed, mesh, config = parts_of(load("gpt2-124m"), packed=True), Mesh(2), PlanConfig()
+    config = PlanConfig(packed_state=True)
+    packed, mesh = parts_of(load("gpt2-124m"), config), Mesh(2)
     whole, half = (plan_mesh(parts, ONE, 1, config).memory for parts in (gpt2, packed))
     assert (half.statistics, half.roots) == (72 * 2 * 768 * 769,) * 2 == (half.statistics, whole.roots * 769 // 1536)
     assert whole.state - half.state == whole.statistics + whole.roots - half.statistics - half.roots
     sent = [traffic(place(parts, mesh, 1), mesh, 1, 4)[0][0].sum() for parts in (gpt2, packed)]
     assert sent == [72 * (4 * 768**2 + 8), 72 * (2 * 768 * 769 + 8)]
+
+
+def test_square_roots_take_a_quarter_of_statistics_and_roots(gpt2):
+    """``k^2`` numbers of two bytes for ``2 k^2`` of four. The other rank gets updates, S and what stands beside it."""
+    config = PlanConfig(root="square_root")
+    parts, mesh = parts_of(load("gpt2-124m"), config), Mesh(2)
+    whole, half = (plan_mesh(each, ONE, 1, config).memory for each in (gpt2, parts))
+    assert (half.statistics, half.roots) == (72 * 2 * 768**2, 0)
+    assert whole.statistics + whole.roots == 4 * half.statistics
+    numbers = 12 * (4 * 768**2 + 2 * 768 * 3072)
+    sent = traffic(place(parts, mesh, 1), mesh, 1, 4)[0][0].sum()
+    cross = 12 * 4 * 2 * (4 * 768 + 2 * 3072)  # a running mean square for each row or column, and its weight
+    assert sent == 4 * numbers + half.statistics + cross + 72 * 8
+
+
+def test_square_roots_are_renewed_at_every_step():
+    plans = plan(PlanConfig("tiny", gpus=2, mesh=("ddp",), intervals=(1, 10), root="square_root"))
+    assert [(row.interval, row.roots_worst) for row in plans.rows] == [(1, 0)]
+    assert plans.about.endswith("; square roots in bfloat16 in place of statistics and roots")
+    with pytest.raises(LabError, match="--packed-state is for statistics and roots: leave it out"):
+        plan(PlanConfig("tiny", root="square_root", packed_state=True))
 
 
 # ---- models --------------------------------------------------------------------------------------

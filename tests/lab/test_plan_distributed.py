@@ -73,12 +73,17 @@ def arrange(model, mesh):
         fully_shard(model, mesh=found[dims] if mesh.tp > 1 else found)
 
 
-def one_step(mesh, dtype, interval, step):
-    """The bytes that this rank sends and receives in that step, and those of its state; packed with an interval."""
+def forms(interval, root):
+    """Of the optimizer: packed with an interval, the square root in half precision."""
+    return {"packed_state": interval > 1} | ({"root": root, "precision": "fp16"} if root == "square_root" else {})
+
+
+def one_step(mesh, dtype, interval, step, root):
+    """The bytes that this rank sends and receives in that step, and those of its state."""
     torch.manual_seed(0)
     model = Net().to(dtype)
     arrange(model, mesh)
-    optimizer = ASGO(groups_of(model), precondition_frequency=interval, root="minimax", packed_state=interval > 1)
+    optimizer = ASGO(groups_of(model), precondition_frequency=interval, **{"root": "minimax"} | forms(interval, root))
     if mesh.is_whole:
         optimizer.distribute(shard_state=mesh.zero1)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -90,9 +95,9 @@ def one_step(mesh, dtype, interval, step):
             optimizer.step()
     state = sum(t.nbytes for param in params for t in optimizer.state[param].values())
     held = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in params)
-    # Reductions are of single flags, which are not planned.
-    sent = counted.sent["all_to_all_single"] + counted.sent["all_gather"]
-    return sent, counted.received, state, held
+    # Reductions of single flags are not planned.
+    sent = counted.sent["all_to_all_single"] + counted.sent["all_gather"] + counted.ring
+    return sent, counted.received + counted.ring, state, held
 
 
 MESHES = [Mesh(2), Mesh(2, zero1=True), Mesh(fsdp=2), Mesh(tp=2)]
@@ -101,13 +106,13 @@ MESHES += [Mesh(4), Mesh(4, zero1=True), Mesh(fsdp=4), Mesh(2, 2), Mesh(fsdp=2, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh}-{mesh.ranks}")
-@pytest.mark.parametrize("interval", [1, 3])
-def test_every_rank_keeps_and_sends_what_the_plan_says(worlds, mesh, interval):
+@pytest.mark.parametrize(("interval", "root"), [(1, "auto"), (3, "auto"), (1, "square_root")])
+def test_every_rank_keeps_and_sends_what_the_plan_says(worlds, mesh, interval, root):
     dtype = torch.bfloat16 if interval == 1 else torch.float32
     model = Net().to(dtype)
     if not mesh.is_whole:
         del model.scale
-    placed = place(read_parts(ASGO(groups_of(model), packed_state=interval > 1), PLAN), mesh, interval)
+    placed = place(read_parts(ASGO(groups_of(model), **forms(interval, root)), PLAN), mesh, interval)
     step = 500
     sent, received = traffic(placed, mesh, interval, dtype.itemsize)[step % interval]
     sizes = memory(placed, mesh, dtype.itemsize)
@@ -121,6 +126,6 @@ def test_every_rank_keeps_and_sends_what_the_plan_says(worlds, mesh, interval):
         sparse = {Mesh(fsdp=4): {"out"}, Mesh(fsdp=2): {"tall"}, Mesh(tp=2): {"tall"}, Mesh(2, 2): {"tall"}}
         wanted = wanted | sparse.get(mesh, set())
     assert summed == wanted
-    found = worlds(mesh.ranks)(one_step, mesh, dtype, interval, step)
+    found = worlds(mesh.ranks)(one_step, mesh, dtype, interval, step, root)
     said = zip(*(ranks.flatten() for ranks in (sent, received, state, params)), strict=True)
     assert found == [tuple(int(value) for value in rank) for rank in said]

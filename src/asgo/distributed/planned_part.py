@@ -177,6 +177,11 @@ class PlannedPart:
         """The flow where every rank sends these bytes to all other shards of its copy."""
         return torch.full((2, *self.ranks), each * (len(self.held) - 1))
 
+    def all_reduced(self, each: int) -> Tensor:
+        """The flow where the shards of a copy add up these bytes of each, by a ring."""
+        shards = len(self.held)
+        return torch.full((2, *self.ranks), 2 * each * (shards - 1) // shards)
+
     def on_mesh(self, counts: Tensor, mesh: Mesh) -> Tensor:
         """Counts ``(..., copies, shards)`` as ``(..., replicate, fsdp, tp)``: where tensor parallel does not cut the
         part, several groups of ranks step it alike.

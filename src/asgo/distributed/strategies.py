@@ -195,6 +195,14 @@ class RootSharing(Placed):
         return all_to_all(self.ranks, self.group_rank, outgoing, incoming, like)
 
     @classmethod
+    def sent(cls, part: PlannedPart, itemsize: int) -> Tensor:
+        """The owner of an update that makes its own root sends it, with all of its state but the momentum."""
+        if not isinstance(part.structure, OneCall):
+            return part.nothing()
+        state = sum(size for kind, size in part.state.items() if kind != "momentum")
+        return part.from_owner(part.numel * STATE_BYTES + state)
+
+    @classmethod
     def sent_roots(cls, part: PlannedPart) -> Tensor:
         """The owner sends roots, ``k^2`` numbers or packed ``k (k + 1) / 2``, and their counts of failures."""
         failures = part.stack[0] * FAILURE_BYTES if cls.extra_keys else 0
@@ -298,12 +306,14 @@ class PartialSums(RootSharing):
 
     @classmethod
     def sent(cls, part: PlannedPart, itemsize: int) -> Tensor:
-        """The statistics of shards to their owner, and norms between shards."""
+        """The statistics of shards to their owner, or of all to all without one, and norms between shards."""
         if part.structure is None:
             return part.nothing()
         b, m, n = part.stack
-        statistics = torch.full(part.ranks, b * sent_numbers(part.structure, m, n)[0] * STATE_BYTES)
-        return part.to_owner(statistics) + part.between_shards(b * part.norms * STATE_BYTES)
+        norms, statistics = part.between_shards(b * part.norms * STATE_BYTES), sent_numbers(part.structure, m, n)[0]
+        if part.owner is None:
+            return norms + part.all_reduced(b * statistics * STATE_BYTES)
+        return norms + part.to_owner(torch.full(part.ranks, b * statistics * STATE_BYTES))
 
 
 class WholeSlices(Placed):

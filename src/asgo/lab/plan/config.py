@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from asgo.lab.config.ranges import Range, check_distinct, check_ranges
+from asgo.lab.errors import LabError
 from asgo.lab.files import check_new
 
 
@@ -25,6 +26,8 @@ class PlanConfig:
         intervals: steps between refreshes of the roots (precondition_frequency).
         per_head: queries and keys as one matrix for each head.
         packed_state: statistics and roots as triangles, in half their memory.
+        root: auto: statistics and their inverse roots; square_root: the square root alone, in half precision, renewed
+            at every step whatever --intervals says.
         param_dtype: precision of parameters and gradients; the state is float32.
         memory_gb: memory of a GPU in 1e9 bytes.
         state_share: share of it that parameters, gradients and state may take; the rest is left for activations and
@@ -38,6 +41,7 @@ class PlanConfig:
     intervals: Annotated[tuple[int, ...], Range(1, 1000, "numbers of steps")] = (1, 10)
     per_head: bool = False
     packed_state: bool = False
+    root: Literal["auto", "square_root"] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     memory_gb: Annotated[float, Range(1e-6, 1e9, "a number above 0")] = 80.0
     state_share: Annotated[float, Range(1e-3, 1, "a share")] = 0.8
@@ -49,5 +53,7 @@ def check(config: PlanConfig) -> None:
     check_ranges(config)
     check_distinct("mesh", config.mesh, empty=True)
     check_distinct("intervals", config.intervals)
+    if config.root == "square_root" and config.packed_state:
+        raise LabError("--packed-state is for statistics and roots: leave it out with --root square_root.")
     if config.out is not None:
         check_new(config.out)

@@ -81,17 +81,20 @@ def plan(config: PlanConfig, console: Console | None = None) -> Plan:
     model = load(config.model)
     meshes = given or sensible(config.gpus, model.tp_sizes)
     _check_meshes(meshes, model)
-    parts = parts_of(model, config.per_head, config.packed_state)
-    rows = tuple(plan_mesh(parts, mesh, interval, config) for mesh in meshes for interval in config.intervals)
+    parts = parts_of(model, config)
+    intervals = (1,) if config.root == "square_root" else config.intervals
+    rows = tuple(plan_mesh(parts, mesh, interval, config) for mesh in meshes for interval in intervals)
     found = Plan(_about(config, parts), rows, verdict(rows, config))
     _report(config, found, console or Console(quiet=True))
     return found
 
 
-def parts_of(model: NamedModel, per_head: bool = False, packed: bool = False) -> list[PlannedPart]:
-    """What ASGO keeps for every parameter of a model."""
+def parts_of(model: NamedModel, config: PlanConfig) -> list[PlannedPart]:
+    """What ASGO keeps for every parameter of a model, in the precision of a GPU."""
+    form = {"root": "square_root", "precision": "fp16"} if config.root == "square_root" else {}
     with torch.device("meta"):
-        return planning.read_parts(ASGO(route(model.module, per_head=per_head), packed_state=packed), model.tp_plan)
+        groups = route(model.module, per_head=config.per_head)
+        return planning.read_parts(ASGO(groups, packed_state=config.packed_state, **form), model.tp_plan)
 
 
 def plan_mesh(parts: Sequence[PlannedPart], mesh: Mesh, interval: int, config: PlanConfig) -> Row:
@@ -202,6 +205,7 @@ def _about(config: PlanConfig, parts: Sequence[PlannedPart]) -> str:
         "gradients, float32 state"
         + ("; queries and keys by head" if config.per_head else "")
         + ("; statistics and roots as triangles" if config.packed_state else "")
+        + ("; square roots in bfloat16 in place of statistics and roots" if config.root == "square_root" else "")
     )
 
 
