@@ -91,7 +91,7 @@ def plan(config: PlanConfig, console: Console | None = None) -> Plan:
 
 def parts_of(model: NamedModel, config: PlanConfig) -> list[PlannedPart]:
     """What ASGO keeps for every parameter of a model, in the precision of a GPU."""
-    form = {"root": "square_root", "precision": "fp16"} if config.root == "square_root" else {}
+    form: dict[str, Any] = {"root": "square_root", "precision": "fp16"} if config.root == "square_root" else {}
     with torch.device("meta"):
         groups = route(model.module, per_head=config.per_head)
         return planning.read_parts(ASGO(groups, packed_state=config.packed_state, **form), model.tp_plan)
