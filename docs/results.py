@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from asgo.lab.tables import markdown
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 EVIDENCE = BENCHMARKS / "evidence"
 _BESIDE = ("asgo", "soap")
+_FURTHER = "-peers"
 PICTURES = Path(__file__).parent / "pictures"
 
 
@@ -28,19 +29,30 @@ def pictures() -> dict[Path, bytes]:
     return {path: record.read_bytes() for path, record in found.items()}
 
 
+def searches() -> dict[str, list[Mapping[str, Any]]]:
+    """The comparisons by workload and search; the peers of a folder ``NAME-peers`` belong to those of ``NAME``."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for name, record in records().items():
+        found.setdefault(name.removesuffix(_FURTHER), []).append(record)
+    return found
+
+
 def summary() -> str:
     """Every optimizer on every workload against the reference."""
-    found = records()
-    entries = dict.fromkeys(row["optimizer"] for record in found.values() for row in record["rows"])
-    rows = [[f"`{entry}`", *(_against(record, entry) for record in found.values())] for entry in entries]
+    found = searches()
+    rows = [[f"`{entry}`", *(_against(some, entry) for some in found.values())] for entry in _entries(found)]
     return markdown(["", *(f"`{name}`" for name in found)], rows)
+
+
+def _entries(found: Mapping[str, list[Mapping[str, Any]]]) -> Iterable[str]:
+    return dict.fromkeys(row["optimizer"] for some in found.values() for record in some for row in record["rows"])
 
 
 def counts() -> str:
     """Wins, ties and losses of every optimizer over all comparisons."""
-    rows = []
-    for entry in dict.fromkeys(row["optimizer"] for record in records().values() for row in record["rows"]):
-        verdicts = [test["verdict"] for record in records().values() if (test := _test(record, entry))]
+    rows, found = [], searches()
+    for entry in _entries(found):
+        verdicts = [test["verdict"] for some in found.values() for record in some if (test := _test(record, entry))]
         if verdicts:
             rows.append([f"`{entry}`", *(str(verdicts.count(key)) for key in ("win", "tie", "loss"))])
     return markdown(["against the reference", "better", "not significant", "worse"], rows)
@@ -173,10 +185,10 @@ def _row(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _against(record: Mapping[str, Any], entry: str) -> str:
-    if entry == record["reference"]:
+def _against(some: Sequence[Mapping[str, Any]], entry: str) -> str:
+    if entry == some[0]["reference"]:
         return "reference"
-    test = _test(record, entry)
+    test = next((test for record in some if (test := _test(record, entry))), None)
     return "" if test is None else f"{test['difference']:+.4f}, {VERDICTS[test['verdict']]}"
 
 

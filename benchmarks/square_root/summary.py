@@ -12,27 +12,35 @@ from pathlib import Path
 
 HEAD = """# `python benchmarks/square_root/summary.py benchmarks/square_root/losses.jsonl`
 
-A character GPT of 4 layers and width 128, 300 steps of 8 x 128 characters, loss on 65,536 held-out characters. "exact"
-is float64 with eps 1e-6. Differences are paired by seed; with one seed they say little, see "exact 4.7e-6", which
-differs from "exact" in the damping alone.
+A character GPT of 4 layers, 300 steps of 8 x 128 characters, loss on 65,536 held-out characters. "exact" is float64
+with eps 1e-6. Differences are paired by seed, with their standard error.
 
-| statistic | b2 | form | seeds | loss | minus exact, mean | by seed |
-|---|---:|---|---:|---:|---:|---|"""
+| width | statistic | b2 | form | seeds | loss | minus exact | by seed |
+|---:|---|---:|---|---:|---:|---:|---|"""
 
 
 def main() -> None:
     runs = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    cells: dict[tuple[str, float, str], dict[int, float]] = {}
+    cells: dict[tuple[int, str, float, str], dict[int, float]] = {}
     for run in runs:
-        cells.setdefault((run["statistic"], run["beta2"], run["form"]), {})[run["seed"]] = run["loss"]
+        cells.setdefault((run["width"], run["statistic"], run["beta2"], run["form"]), {})[run["seed"]] = run["loss"]
     print(HEAD)
-    for (statistic, beta2, form), losses in sorted(cells.items(), key=lambda item: (item[0][0] == "gradient", item[0])):
-        reference = cells.get((statistic, beta2, "exact"), {})
+    for (width, statistic, beta2, form), losses in sorted(cells.items(), key=lambda item: _order(*item[0])):
+        reference = cells.get((width, statistic, beta2, "exact"), {})
         paired = [losses[seed] - reference[seed] for seed in sorted(losses) if seed in reference]
-        shown = " ".join(f"{x:+.4f}" for x in paired) if form != "exact" else ""
-        mean = f"{statistics.mean(paired):+.4f}" if form != "exact" and paired else ""
+        mean, shown = ("", "") if form == "exact" else (_mean(paired), " ".join(f"{x:+.4f}" for x in paired))
         loss = statistics.mean(losses.values())
-        print(f"| {statistic} | {beta2} | {form} | {len(losses)} | {loss:.4f} | {mean} | {shown} |")
+        print(f"| {width} | {statistic} | {beta2} | {form} | {len(losses)} | {loss:.4f} | {mean} | {shown} |")
+
+
+def _order(width: int, statistic: str, beta2: float, form: str) -> tuple[int, bool, float, str]:
+    return width, statistic == "gradient", beta2, form
+
+
+def _mean(paired: list[float]) -> str:
+    if len(paired) < 2:
+        return f"{paired[0]:+.4f}" if paired else ""
+    return f"{statistics.mean(paired):+.4f} ± {statistics.stdev(paired) / len(paired) ** 0.5:.4f}"
 
 
 if __name__ == "__main__":
