@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from asgo.linalg import polar
+from asgo.linalg import half_precision, polar
 from asgo.structures import OneSided, SquareRoot
 
 LAYERS = {
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    units = polar.has_units(torch.device("cpu"), torch.bfloat16)
+    units = half_precision.has_units(torch.device("cpu"), torch.bfloat16)
     rows, lines = [], ["# `python benchmarks/square_root/speed.py --out benchmarks/square_root`", ""]
     machine = f"torch {torch.__version__}, {platform.machine()} CPU with{'' if units else 'out'} units for bfloat16"
     lines += [f"{machine}, {args.threads} thread(s), processor time, {args.rounds} rounds.", ""]

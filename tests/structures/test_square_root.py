@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asgo import ASGO, report
 from asgo.diagnostics.step_memory import LiveBytes
-from asgo.linalg import polar
+from asgo.linalg import half_precision, polar
 from asgo.linalg.polar import PLANS, Plan, polar_and_root
 from asgo.structures import OneSided, SquareRoot
 from asgo.structures.one_sided import to_gram
@@ -301,7 +301,7 @@ def test_a_direction_that_the_statistic_lacks_is_amplified_no_more_than_damping_
 @pytest.mark.parametrize("units", [True, False])
 def test_the_precision_follows_the_device(units, monkeypatch):
     """What is on "meta" is taken for what will be on the CPU, so that its memory is known before."""
-    monkeypatch.setitem(polar.UNITS, torch.bfloat16, units)
+    monkeypatch.setitem(half_precision.UNITS, torch.bfloat16, units)
     found = {name: polar.plan_for("auto", torch.float32, torch.device(name)) for name in ("cpu", "meta", "cuda", "xpu")}
     on_cpu = PLANS["bf16" if units else "fp32"]
     assert found == {"cpu": on_cpu, "meta": on_cpu, "cuda": PLANS["fp16"], "xpu": PLANS["bf16"]}
@@ -309,7 +309,7 @@ def test_the_precision_follows_the_device(units, monkeypatch):
 
 
 def test_what_is_carried_along_is_not_in_bfloat16_unless_asked(monkeypatch):
-    monkeypatch.setitem(polar.UNITS, torch.bfloat16, True)
+    monkeypatch.setitem(half_precision.UNITS, torch.bfloat16, True)
     like = torch.zeros(1, 2, 3)
     chosen = {
         precision: [SquareRoot(precision=precision).plan(like, carried) for carried in (False, True)]
@@ -570,7 +570,7 @@ def test_a_stack_of_any_size_takes_few_launches(precision, n, products):
 def test_the_memory_of_an_update_is_bounded(precision, side, monkeypatch):
     """In ``k x k`` matrices of float32, with the update itself. At n = k 4: A, X and a new X in half precision, R, B;
     or V and its decomposition. At n = 4k 4 for the update and 3 beside it."""
-    monkeypatch.setattr(polar, "UNITS", dict.fromkeys(polar.UNITS, True))
+    monkeypatch.setattr(half_precision, "UNITS", dict.fromkeys(half_precision.UNITS, True))
     k = 32
     for n, most in ((k, 4.5), (4 * k, 7.1)):
         D, structure = torch.randn((1, k, n) if side == "left" else (1, n, k)), SquareRoot(side, precision)
@@ -633,30 +633,30 @@ def test_autocast_does_not_touch_it():
 @pytest.mark.parametrize("units", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_symmetric_product_by_panels_is_the_whole_one(dtype, units, monkeypatch):
-    monkeypatch.setattr(polar, "SMALLEST_WITH_PANELS", dict.fromkeys((torch.bfloat16, torch.float32), (8, 0)))
-    monkeypatch.setattr(polar, "UNITS", dict.fromkeys(polar.UNITS, units))
+    monkeypatch.setattr(half_precision, "SMALLEST_WITH_PANELS", dict.fromkeys((torch.bfloat16, torch.float32), (8, 0)))
+    monkeypatch.setattr(half_precision, "UNITS", dict.fromkeys(half_precision.UNITS, units))
     X, C = torch.randn(2, 9, 12).to(dtype), torch.randn(2, 9, 9).to(dtype)
-    C, tolerance = polar.mirrored(C), 2 * torch.finfo(dtype).eps
+    C, tolerance = half_precision.mirrored(C), 2 * torch.finfo(dtype).eps
     wanted = X.double() @ X.double().mT
-    assert relative(polar.symmetric(X).double(), wanted) < tolerance
-    assert relative(polar.symmetric(X, X, C, 0.5, 2.0).double(), 0.5 * C.double() + 2.0 * wanted) < tolerance
+    assert relative(half_precision.symmetric(X).double(), wanted) < tolerance
+    assert relative(half_precision.symmetric(X, X, C, 0.5, 2.0).double(), 0.5 * C.double() + 2.0 * wanted) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_without_units_a_product_is_that_in_float32_rounded_once(dtype, monkeypatch):
-    monkeypatch.setattr(polar, "UNITS", dict.fromkeys(polar.UNITS, False))
+    monkeypatch.setattr(half_precision, "UNITS", dict.fromkeys(half_precision.UNITS, False))
     X, B = torch.randn(2, 5, 7).to(dtype), torch.randn(2, 5, 5).to(dtype)
     wanted = torch.baddbmm(X.float(), B.float(), X.float(), beta=1.5).to(dtype)
-    assert torch.equal(polar.multiply(X, B, 1.5), wanted)
+    assert torch.equal(half_precision.multiply(X, B, 1.5), wanted)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("c", [0.0, 1.5])
 def test_a_product_in_place_is_the_same(turned, c):
-    X, B = torch.randn(2, 4, 21), polar.mirrored(torch.randn(2, 4, 4))
+    X, B = torch.randn(2, 4, 21), half_precision.mirrored(torch.randn(2, 4, 4))
     X = X.mT.contiguous().mT if turned else X
-    wanted = polar.multiply(X, B, c)
-    result = polar.multiply(X, B, c, in_place=True)
+    wanted = half_precision.multiply(X, B, c)
+    result = half_precision.multiply(X, B, c, in_place=True)
     assert result is X
     torch.testing.assert_close(result, wanted)
     assert (wanted.is_contiguous(), wanted.mT.is_contiguous()) == (not turned, turned)

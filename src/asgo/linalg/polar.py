@@ -27,17 +27,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from asgo._types import Root
-from asgo.linalg import polynomial
+from asgo.linalg import half_precision, polynomial
+from asgo.linalg.half_precision import mirrored, multiply, precise, symmetric
 from asgo.linalg.masked import known_all_true, where
-from asgo.linalg.matmul import exact_matmul
 from asgo.linalg.polynomial import Odd
 from asgo.linalg.solver import solve
 
@@ -45,24 +43,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
 
-    Square: TypeAlias = Float[Tensor, "b k k"]
-    Wide: TypeAlias = Float[Tensor, "b k n"]
+    from asgo.linalg.half_precision import Square, Wide
+
     PerMatrix: TypeAlias = Float[Tensor, "b 1 1"]
     Blocks: TypeAlias = Sequence[tuple[Wide, float]]
 
-PANELS = 4
-SMALLEST_WITH_PANELS = {torch.float32: (512, 0), torch.bfloat16: (384, 400_000)}
-"""From how many rows, and entries of the factor, a symmetric product by panels is the faster one on a CPU. In float32
-it takes 0.75 of the time at 512 (0.61 with five times as many columns) and 0.96 at 384; in bfloat16, on units for it,
-0.79 at 768 and 0.97 at 512, with twice as many columns 0.71, 0.85 and, at 384, 0.94 (0.82 with four times). On a GPU
-its panels would be strided batches; there the whole product is computed."""
-SLICE = 2
-"""`multiply` in place takes so many times k columns at once: what it needs beside X is no larger."""
-UNITS = {
-    torch.bfloat16: torch.cpu._is_avx512_bf16_supported(),
-    torch.float16: torch.cpu._is_amx_fp16_supported(),
-}
-"""The half precisions that this CPU has units for."""
 IN_RANGE = (1e-12, 1e12)
 """Norms of matrices whose entries' squares float32 holds, but for entries of 1e-7 of the norm and less."""
 HEALTHY_NORM = (0.5, 2.0)
@@ -180,16 +165,10 @@ def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
         return plans()["fp64"]
     if device.type == "cuda":
         return plans()["fp16"]
-    slow = device.type in ("cpu", "meta") and not UNITS[torch.bfloat16]  # what is on "meta" will be on this CPU
+    slow = (
+        device.type in ("cpu", "meta") and not half_precision.UNITS[torch.bfloat16]
+    )  # what is on "meta" will be on this CPU
     return plans()["fp32" if slow else "bf16"]
-
-
-def has_units(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device multiplies matrices of this dtype as they are.
-
-    On a CPU that has no units for a half precision torch takes up to fifty times as long for them as for float32.
-    """
-    return device.type != "cpu" or UNITS.get(dtype, True)
 
 
 def polar_and_root(
@@ -219,7 +198,7 @@ def polar_and_root(
     if carried is not None:
         D, size = normalised([(carried, 1.0)], plan.dtype)
         stack, finite, scale = _beside(X, D), finite & size.isfinite(), size / where(norm > 0, norm, 1.0)
-    with _precise(first.device, plan.dtype):
+    with precise(first.device, plan.dtype):
         factor = iterate(stack, plan, n)
         S = mirrored(symmetric(factor[..., :n], X)) if root else None
     del X, stack  # the most memory is what this leaves and the result
@@ -247,13 +226,6 @@ def cholesky_root(plan: Plan) -> Root:
         return torch.where((info == 0)[:, None, None], Z * scale.rsqrt(), math.nan)
 
     return lambda A, eps: solve(solver, A, eps)
-
-
-def _precise(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """No autocast, and for products in float32 no lower precision; half precision and graphs take the former alone."""
-    if dtype.itemsize >= 4 or not (has_units(device, dtype) or torch.compiler.is_compiling()):
-        return exact_matmul(device)
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def normalised(A: Blocks, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
@@ -336,76 +308,6 @@ def _bracket(R: Square, odd: Odd) -> Square:
     square, wide = symmetric(R), torch.promote_types(R.dtype, torch.float32)
     low, high = R.to(wide) * c1 + square.to(wide) * c2, R.to(wide) * c3 + square.to(wide) * c4
     return symmetric(square, high.to(R.dtype), low.to(R.dtype), 1.0)
-
-
-def symmetric(X: Wide, Y: Wide | None = None, C: Square | None = None, c: float = 0.0, a: float = 1.0) -> Square:
-    """``c C + a X Y^T`` where that is symmetric but for rounding; Y is X without one.
-
-    On a CPU the lower triangle alone is computed, by panels of rows, where it is the faster way, and mirrored.
-    """
-    k, dtype = X.shape[1], X.dtype
-    X, Y, C = _factors(X, X if Y is None else Y, C)
-    least, entries = SMALLEST_WITH_PANELS.get(X.dtype, (k + 1, 0))
-    if k < least or k * X.shape[2] < entries or X.device.type != "cpu":
-        return _product(X, Y.mT, C, c, a).to(dtype)
-    result = X.new_empty(len(X), k, k, dtype=dtype)
-    cuts = [k * i // PANELS for i in range(PANELS + 1)]
-    for i, out in enumerate(result):  # batches of strided panels would be copied first
-        for start, stop in pairwise(cuts):
-            rows, columns = X[i, start:stop], Y[i, :stop].mT
-            if C is None:
-                panel = rows @ columns
-            else:
-                panel = torch.addmm(C[i, start:stop, :stop], rows, columns, beta=c, alpha=a)
-            out[start:stop, :stop] = panel
-            out[:start, start:stop] = panel[:, :start].mT
-    return result
-
-
-def mirrored(S: Square) -> Square:
-    """The lower triangle and its mirror image, in place."""
-    above = transposed(S).triu_(1)
-    return S.tril_().add_(above)
-
-
-def transposed(S: Square) -> Square:
-    """A contiguous copy of ``S^T``; on a CPU of one matrix after another, for which torch has a fourfold faster way."""
-    if S.device.type != "cpu" or torch.compiler.is_compiling():
-        return S.mT.contiguous()
-    result = torch.empty_like(S)
-    for out, matrix in zip(result, S, strict=True):
-        out.copy_(matrix.mT)
-    return result
-
-
-def multiply(X: Wide, B: Square, c: float = 0.0, in_place: bool = False) -> Wide:
-    """``c X + B X`` for a symmetric B, in the memory order of X; in place by slices of columns, if that is asked."""
-    step = SLICE * max(X.shape[1], 1)
-    if not in_place or X.shape[2] <= step:
-        return _times(X, B, c)
-    for part in X.split(step, 2):
-        part.copy_(_times(part, B, c))
-    return X
-
-
-def _times(X: Wide, B: Square, c: float) -> Wide:
-    dtype = X.dtype
-    X, B, C = _factors(X, B, X if c else None)
-    if X.is_contiguous() or not X.mT.is_contiguous():
-        return _product(B, X, C, c).to(dtype)
-    return _product(X.mT, B.mT, None if C is None else C.mT, c).to(dtype).mT
-
-
-def _factors(A: Wide, B: Wide, C: Wide | None) -> tuple[Wide, Wide, Wide | None]:
-    """In float32 where the device has no units for their precision: a product is rounded once, as units do."""
-    if has_units(A.device, A.dtype):
-        return A, B, C
-    wide = A.float()
-    return wide, wide if B is A else B.float(), None if C is None else wide if C is A else C.float()
-
-
-def _product(A: Wide, B: Wide, C: Wide | None, c: float, a: float = 1.0) -> Wide:
-    return torch.bmm(A, B) if C is None else torch.baddbmm(C, A, B, beta=c, alpha=a)
 
 
 def _beside(*parts: Wide) -> Wide:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from asgo._types import Stack, State
-from asgo.linalg import polar
+from asgo.linalg import half_precision, polar
 from asgo.linalg.inverse_root import eigh
 from asgo.linalg.masked import known_all_true, where
 from asgo.linalg.matmul import exact_matmul, gram, times
@@ -204,7 +204,7 @@ class SquareRoot(Sided, OneCall):
             Z, ok = root(V, EPS[V.dtype])
             # Z (V + d/2) with Z damped by d is the root of V up to (d / V)^2; Z V would lose d in every step.
             V.diagonal(dim1=1, dim2=2).add_(torch.linalg.vector_norm(V, dim=(1, 2))[:, None], alpha=EPS[V.dtype] / 2)
-            S = polar.mirrored(polar.symmetric(Z, V))
+            S = half_precision.mirrored(half_precision.symmetric(Z, V))
         if beta2 > 0:
             _keep(state, S.div_(unit), active & ok[:, None, None])
         return Z, ok
