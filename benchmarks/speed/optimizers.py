@@ -148,6 +148,9 @@ BENCH_OPTIMIZERS: dict[str, BenchSpec] = {
     "asgo-packed": BenchSpec(
         "asgo", _asgo(partial(ASGO, packed_state=True)), "all", 1, "ASGO, statistics and roots as triangles"
     ),
+    "asgo-square-root": BenchSpec(
+        "asgo", _asgo(partial(ASGO, root="square_root")), "every", 1, "ASGO, the square root of the statistic alone"
+    ),
     "asgo-paper": BenchSpec("asgo", _asgo(ASGO.paper), "first", 1, "ASGO.paper, queries and keys whole"),
     "asgo-reference": BenchSpec("asgo", _reference, "every", 1, "ASGO.reference: the released iteration"),
     "adamw": BenchSpec("torch", _adamw(foreach=True), "none", 0, "AdamW(foreach=True)"),

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import inspect
 import io
+import json
 import re
 import runpy
 import shlex
@@ -26,7 +27,7 @@ pytest.importorskip("asgo.lab.cli")  # the pages show the harness and transforme
 from asgo.lab import cli
 from asgo.lab.compare.learning_rates import RatesConfig
 from asgo.lab.compare.summary import COLUMNS
-from asgo.lab.config.checks import validate
+from asgo.lab.config.checks import entry_name, validate
 from asgo.lab.config.codec import flag, flat
 from asgo.lab.config.runs import CompareConfig, RunConfig, TrainConfig
 from asgo.lab.data.corpora import HUB_CORPORA
@@ -190,6 +191,24 @@ def test_commands_parse(path, tmp_path, monkeypatch, capsys):
         elif name in BENCHMARKS and (config := parse_benchmark(name, BENCHMARKS[name], line[3:])):
             check_bench(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_record_is_what_its_printed_command_makes():
+    """The same optimizers, seeds, steps and trials: rows that were compared stay in the table."""
+    room, checked = ROOT / "benchmarks", set()
+    for words in commands(room / "README.md"):
+        config = cli.parse(words)
+        if not isinstance(config, CompareConfig):
+            continue
+        for path in (room / config.out.name, room / "evidence" / config.out.name):
+            if (path / "results.json").exists():
+                record = json.loads((path / "results.json").read_text())
+                kept = {key: record["config"][key] for key in ("optimizers", "seeds", "steps", "search")}
+                asked = [list(config.optimizers), list(config.seeds), config.steps, config.search]
+                assert list(kept.values()) == asked, path.name
+                assert [row["optimizer"] for row in record["rows"]] == [entry_name(text) for text in config.optimizers]
+                checked.add(path.name)
+    assert checked >= {path.name for path in (room / "evidence").iterdir()}
 
 
 def check_command(words):
