@@ -93,7 +93,7 @@ class Hidden:
             p.mul_(1 - lr * DECAY).sub_(u, alpha=lr)
 
 
-def train(form: str, statistic: str, beta2: float, seed: int, width: int, steps: int) -> dict[str, object]:
+def train(form: str, statistic: str, beta2: float, seed: int, width: int, steps: int, lr: float) -> dict[str, object]:
     layers, heads, size, block = SIZES[width]
     training, held_out, count = tokens()
     torch.manual_seed(seed)
@@ -110,7 +110,7 @@ def train(form: str, statistic: str, beta2: float, seed: int, width: int, steps:
         loss.backward()
         factor = min(1.0, (step + 1) / 20) * min(1.0, (steps - step) / (0.4 * steps))
         for h in hidden:
-            h.step(LR * factor)
+            h.step(lr * factor)
         adamw.param_groups[0]["lr"] = 0.003 * factor
         adamw.step()
         model.zero_grad()
@@ -121,6 +121,7 @@ def train(form: str, statistic: str, beta2: float, seed: int, width: int, steps:
     failures = sum(int(h.form.failures) for h in hidden if isinstance(h.form, Form))
     return {
         "form": form, "statistic": statistic, "beta2": beta2, "seed": seed, "width": width, "steps": steps,
+        "lr": lr,
         "loss": round(validation, 5), "train": round(sum(losses[-20:]) / 20, 5), "failures": failures,
         "seconds": round(time.time() - start, 1),
     }  # fmt: skip
@@ -135,17 +136,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=LR)
     args = parser.parse_args()
     torch.set_num_threads(1)
     lines = args.out.read_text().splitlines() if args.out.exists() else []
-    keys = ("form", "statistic", "beta2", "seed", "width", "steps")
+    keys = ("form", "statistic", "beta2", "seed", "width", "steps", "lr")
     done = {tuple(json.loads(line)[key] for key in keys) for line in lines}
     for seed in args.seeds:
         for beta2 in args.beta2:
             for form in args.forms:
-                if (form, args.statistic, beta2, seed, args.width, args.steps) in done:
+                wanted = (form, args.statistic, beta2, seed, args.width, args.steps, args.lr)
+                if wanted in done:
                     continue
-                result = train(form, args.statistic, beta2, seed, args.width, args.steps)
+                result = train(*wanted)
                 print(json.dumps(result), flush=True)
                 with args.out.open("a") as file:
                     file.write(json.dumps(result) + "\n")

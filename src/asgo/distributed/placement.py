@@ -145,8 +145,8 @@ def kind_of_shards(
     cuts: Sequence[tuple[int, TorchPlacement]],
     boxes: Sequence[Region],
 ) -> Kind:
-    """How a parameter is stepped that is cut into shards. It asks for shapes and the structure only, so that all ranks
-    answer alike, and a plan for ranks that do not exist does too.
+    """How a sharded parameter is stepped. Only shapes and the structure decide, so that all ranks, and a plan for ranks
+    that do not exist, decide alike.
 
     Args:
         shape: of the whole parameter.

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def known_all_true(mask: Bool[Tensor, "..."]) -> bool:
     """Whether a mask is known to hold everywhere.
 
-    It is read on the CPU only: elsewhere, and while a graph is traced, that would wait for the device, and the
-    answer is False. So a False calls for `torch.where`, a True spares it.
+    The mask is read on the CPU only: elsewhere, and while a graph is traced, reading would wait for the device, so the
+    answer is False. False means that `torch.where` is needed, True that it can be left out.
     """
     return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 

@@ -1,7 +1,7 @@
 """AdamW for parameters without a view: vectors, embeddings, output heads.
 
 The arithmetic is `torch.optim.AdamW`'s own ("Decoupled Weight Decay Regularization", Loshchilov and Hutter
-2019), called through its functional form with the fused kernel, so the two all_agree step for step.
+2019), called through its functional form with the fused kernel, so the two agree step for step.
 """
 
 from __future__ import annotations

@@ -102,12 +102,12 @@ class StructuredOptimizer(GroupedOptimizer):
         return loss
 
     def record_metrics(self, every: int = 1) -> None:
-        """Let every n-th step from now on keep what `metrics` reads. None does until this is called.
+        """Record every n-th step from now on, for `metrics`. Until this is called, no step is recorded.
 
-        A step that is not recorded runs the same operations as without a call of it.
+        A step that is not recorded runs the same operations as if this had never been called.
 
         Args:
-            every: steps; with 1 each step is recorded, with 50 the fiftieth from now is the first one. 0: none.
+            every: 1 records every step, 50 every fiftieth, beginning with the fiftieth from now; 0 stops recording.
 
         Raises:
             ValueError: not a whole number from 0.
@@ -126,10 +126,11 @@ class StructuredOptimizer(GroupedOptimizer):
     def metrics(self) -> dict[str, dict[str, float]]:
         """What the last recorded step did to every parameter that had a gradient, by the parameter's name.
 
-        ``update_rms``: root mean square of what the step added, weight decay and rounding aside, ``weight_rms``: of the
-        weights after it, ``ratio``: of the two, ``gradient_norm``: Frobenius norm, ``failures``: see `failures`, and,
-        for `ASGO` with an inverse root, ``root_residual``: an estimate of ``||Z A Z - I||_F / sqrt(k)``, the worst of
-        its matrices, of the root Z in use and the damped statistic A of now (see `asgo.optimizer.metrics.residuals`).
+        ``update_rms``: root mean square of what the step added, before weight decay and rounding; ``weight_rms``: of
+        the weights after it; ``ratio``: ``update_rms / weight_rms``; ``gradient_norm``: Frobenius norm; ``failures``:
+        see `failures`; for `ASGO` with an inverse root also ``root_residual``: an estimate of
+        ``||Z A Z - I||_F / sqrt(k)`` for the root Z in use and the current damped statistic A, the largest over the
+        parameter's matrices (see `asgo.optimizer.metrics.residuals`).
 
         All are of whole parameters. Where parameters are sharded (`DTensor`, or ``distribute(shard_state=True)``) all
         ranks must call it, as their shares are added up. Waits for the device, once.

@@ -50,8 +50,9 @@ class ASGO(StructuredOptimizer):
         precondition_frequency: steps between refreshes of a root; more is cheaper and less exact. Matrices are
             refreshed at different steps; the first ten steps refresh all. Above 1, rows of the result are
             limited to the largest norm that a fresh root allows, see `asgo.structures.base.reach`.
-        statistic: ``"gradient"`` (the paper) or ``"momentum"``: with ``betas[1] -> 0`` the latter is Muon
-            ("Muon: An optimizer for hidden layers", Jordan et al. 2024), with more a smoothed Muon.
+        statistic: of the ``"gradient"`` (the paper) or the ``"momentum"``. The latter, with ``betas[1] = 0`` and no
+            `cross_normalize`, is Muon ("Muon: An optimizer for hidden layers", Jordan et al. 2024); a larger
+            ``betas[1]`` averages over more steps.
         nesterov: look ahead with the current gradient, as Muon does; the paper does not.
         cross_normalize: normalise the other side by a running second moment; ``"element"``: every entry by its own, as
             AdaMuon does after Muon's step ("AdaMuon: Adaptive Muon Optimizer", Si, Zhang and Shen 2025), for m n more
@@ -59,8 +60,9 @@ class ASGO(StructuredOptimizer):
         adjust_lr: ``"rms"`` rescales each parameter's update to a root mean square of 0.2, ``"slice_rms"`` each
             matrix of a stack by itself, None not at all.
         adjust_lr_fn: as in `torch.optim.Muon`: ``"match_rms_adamw"`` is another name of ``adjust_lr="rms"``.
-        root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on CPU, matrix products
-            elsewhere. ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less,
+        root: one of `asgo.linalg.inverse_root.ROOTS`; ``"auto"`` is an eigendecomposition on a CPU for sides above 128
+            and in float64, else matrix products.
+            ``"square_root"`` keeps ``V^(1/2)`` in place of ``V`` and its root, in half the memory or less,
             and in half precision takes matrix products alone, see `asgo.structures.SquareRoot`; ``eps`` is not used
             then, and there is no `precondition_frequency`.
         maximize: ascend instead of descend.
@@ -70,11 +72,11 @@ class ASGO(StructuredOptimizer):
         capturable: keep the count of steps on the device, so that a CUDA graph can hold the whole step; needs a
             `precondition_frequency` of 1, and an ``lr`` that is a tensor on the device if it is to change.
         packed_state: keep ``gram`` and ``root`` as triangles, in half their memory, see `asgo.structures.Packed`.
-        max_size: a parameter that has a matrix whose shorter side is above this is AdamW's, with a warning and a line
-            of `asgo.report`: its statistic and root would take ``8 k^2`` bytes and ``k^3`` work. None: no limit. No
+        max_size: AdamW steps a parameter with a matrix whose shorter side is above this, with a warning and a line in
+            `asgo.report`: statistic and root would take ``8 k^2`` bytes and ``k^3`` work. None: no limit. No
             layer of published models up to 405B parameters has a shorter side above 16,384.
         precision: of the products of root ``"square_root"``; ``"auto"`` is float16 on CUDA, bfloat16 on CPUs with units
-            for it, else float32, which the gradient statistic takes on every CPU; float32 takes eigendecompositions.
+            for it (float32 there with the gradient statistic), else float32. In float32 a CPU decomposes the statistic.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.

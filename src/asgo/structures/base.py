@@ -227,17 +227,17 @@ def update_ema_weight(weight: Tensor, beta: float, active: Tensor) -> None:
 
 
 def ema_denominator(weight: Tensor) -> Tensor:
-    """What to divide an average by: its weight, and 1 where it has none: a sum, or nothing seen yet."""
+    """What to divide an average by: its weight, or 1 where the weight is 0 (a sum, or nothing averaged yet)."""
     return where(weight > 0, weight, 1.0)
 
 
 @lru_cache(maxsize=256)
 def reach(beta1: float, beta2: float, statistic: str = "gradient", nesterov: bool = False) -> float:
-    """How long a row or column of a direction, or a run of entries, gets under a fresh root of its statistic.
+    """Largest norm of a row, column or run of entries of a direction that a fresh root of its statistic allows.
 
-    Of the momentum's own statistic, ``V >= (1 - b2) D D^T``: no row of ``V^(-1/2) D`` is longer than
-    ``1 / sqrt(1 - b2)``. Of the gradient's, the longest that a constant gradient gets: after t steps
-    ``(1 - b1^t) / sqrt(1 - b2^t)``, t + 1 above with Nesterov's momentum, and 1 in the end. Of a sum, 1.
+    Statistic of the momentum: ``V >= (1 - b2) D D^T``, so no row of ``V^(-1/2) D`` is longer than
+    ``1 / sqrt(1 - b2)``. Statistic of the gradient: the largest norm that a constant gradient attains, which after t
+    steps is ``(1 - b1^t) / sqrt(1 - b2^t)`` (t + 1 in the numerator with Nesterov's momentum) and tends to 1. A sum: 1.
     """
     if beta2 == 1:
         return 1.0

@@ -21,7 +21,7 @@ CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
 
 Cross: TypeAlias = Literal[True, False, "element"]
-"""What the result is divided by: nothing, a running RMS for each index of the other side, or one for each entry."""
+"""What the result is divided by: a running RMS per index of the other side (True), nothing, or one RMS per entry."""
 
 
 class Sided(Structure):

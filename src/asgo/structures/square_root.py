@@ -46,9 +46,10 @@ class SquareRoot(Sided, OneCall):
     4.7e-6 for "bf16" and "fp16", 2.1e-5 for their fast plans. With the momentum statistic no row or column of U is
     longer than ``(1 + tolerance) / sqrt(1 - b2)``.
 
-    In float32 and float64 that iteration would take more than a root of V. There, and for sums over ranks in every
-    precision, ``V = b2 S S^T + (1 - b2) D D^T`` is formed in the dtype of D and its inverse root Z is computed with a
-    relative damping of `EPS`: by `asgo.linalg.inverse_root.eigh` on a CPU, by `asgo.linalg.polar.cholesky_root`
+    In float32 and float64 this iteration would cost more than an inverse root of V. So there, and in every precision
+    where ranks sum statistics, ``V = b2 S S^T + (1 - b2) D D^T`` is formed in the dtype of D. Its inverse root Z is
+    computed with a relative damping of `EPS`, by `asgo.linalg.inverse_root.eigh` on a CPU and by
+    `asgo.linalg.polar.cholesky_root`
     elsewhere. Then ``U = Z D`` and ``S <- Z V``, but for the damping. On a CPU an eigendecomposition takes the time of
     6.5 products of ``k x k`` matrices; the iteration takes 32 products for a square matrix and 71 for ``k x 4k``.
 

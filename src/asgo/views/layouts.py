@@ -316,9 +316,9 @@ _SURELY_FUSED = {*_IN_BLOCKS, "query_key_value", "in_proj_weight", "to_kv", "kv"
 
 
 def read(place: Place, ndim: int = 2, transposed: bool = False) -> Reading | None:
-    """What a projection is by its name, module and rows_of.
+    """What a projection is, by its name, its module and its number of rows.
 
-    ``None`` if it is none of the table. A `Reading` without a view says that its name is, but sizes do not add up.
+    ``None`` if no row of the table fits. A `Reading` without a view: the name is in the table, but sizes do not add up.
 
     Args:
         place: the weight.
