@@ -14,6 +14,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 EVIDENCE = BENCHMARKS / "evidence"
 _BESIDE = ("asgo", "soap")
 _FURTHER = "-peers"
+_NAMED = {"adamw:steps_factor=2": "adamw-twice"}
+"""Names of entries whose hyperparameters are written out."""
 PICTURES = Path(__file__).parent / "pictures"
 
 
@@ -45,14 +47,15 @@ def summary() -> str:
 
 
 def _entries(found: Mapping[str, list[Mapping[str, Any]]]) -> Iterable[str]:
-    return dict.fromkeys(row["optimizer"] for some in found.values() for record in some for row in record["rows"])
+    rows = (row["optimizer"] for some in found.values() for record in some for row in record["rows"])
+    return dict.fromkeys(entry for entry in rows if entry not in _NAMED.values())
 
 
 def counts() -> str:
     """Wins, ties and losses of every optimizer over all comparisons."""
     rows, found = [], searches()
     for entry in _entries(found):
-        verdicts = [test["verdict"] for some in found.values() for record in some if (test := _test(record, entry))]
+        verdicts = [test["verdict"] for some in found.values() if (test := _first_test(some, entry))]
         if verdicts:
             rows.append([f"`{entry}`", *(str(verdicts.count(key)) for key in ("win", "tie", "loss"))])
     return markdown(["against the reference", "better", "not significant", "worse"], rows)
@@ -113,9 +116,9 @@ def vectors() -> str:
     return markdown(["", "difference from `asgo`", "p", "", "steps of `asgo` / its steps"], rows)
 
 
-def times() -> str:
+def times(name: str = "time-to-loss") -> str:
     """The time to the target of runs one after the other, the optimizers in ABBA order."""
-    record = _record("time-to-loss")
+    record = _record(name)
     reference = record["reference"]
     ratios = {ratio["first"]: ratio["text"].partition(": ")[2] for ratio in record["seconds_ratios"]}
     rows = []
@@ -188,8 +191,14 @@ def _row(record: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
 def _against(some: Sequence[Mapping[str, Any]], entry: str) -> str:
     if entry == some[0]["reference"]:
         return "reference"
-    test = next((test for record in some if (test := _test(record, entry))), None)
+    test = _first_test(some, entry)
     return "" if test is None else f"{test['difference']:+.4f}, {VERDICTS[test['verdict']]}"
+
+
+def _first_test(some: Sequence[Mapping[str, Any]], entry: str) -> Mapping[str, Any] | None:
+    """Of the first of some comparisons that has the entry, under either of its names."""
+    names = (entry, _NAMED.get(entry))
+    return next((test for record in some for name in names if name and (test := _test(record, name))), None)
 
 
 def _test(record: Mapping[str, Any], entry: str) -> Mapping[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results-experts": results.forms_of_experts,
     "results-vectors": results.vectors,
     "results-times": results.times,
+    "results-times-units": partial(results.times, "time-to-loss-units"),
     "results-soap": results.beside_soap,
     "results-workloads": results.workloads,
     "public-names": public_names,

@@ -32,7 +32,8 @@ from asgo.structures import SquareRoot
 
 STEPS, STEPS_FP16, SKIPPED, EPS = 30, 8, 3, 1e-6
 VARIANTS = [
-    ("bf16", 0), ("bf16", 2), ("bf16", 3), ("bf16_fast", 0), ("bf16_fast", 2), ("fp16", 0), ("fp16", 3), ("fp32", 0)
+    ("bf16", 0), ("bf16", 2), ("bf16", 3), ("bf16_fast", 0), ("bf16_fast", 2), ("fp16", 0), ("fp16", 2), ("fp16", 3),
+    ("fp32", 0),
 ]  # fmt: skip
 Seen = dict[str, tuple[Tensor, Tensor]]
 
