@@ -8,6 +8,7 @@ import json
 import re
 import runpy
 import shlex
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from asgo.lab import cli
 from asgo.lab.compare.learning_rates import RatesConfig
 from asgo.lab.compare.summary import COLUMNS
 from asgo.lab.config.checks import entry_name, validate
-from asgo.lab.config.codec import flag, flat
+from asgo.lab.config.codec import flag, flat, to_json
 from asgo.lab.config.runs import CompareConfig, RunConfig, TrainConfig
 from asgo.lab.data.corpora import HUB_CORPORA
 from asgo.lab.inspection.advice import AdviceConfig
@@ -199,20 +200,22 @@ COMPARED = [
 ]
 
 
+@cache
+def printed_comparisons():
+    parsed = [cli.parse(words) for words in commands(BENCHMARKS_ROOM / "README.md")]
+    return [config for config in parsed if isinstance(config, CompareConfig)]
+
+
 @pytest.mark.parametrize("path", COMPARED, ids=lambda path: str(path.parent.relative_to(BENCHMARKS_ROOM)))
 def test_a_record_is_what_its_printed_command_makes(path):
     """The same optimizers, seeds, steps and trials: rows that were compared stay in the table."""
     record = json.loads(path.read_text())
-    parsed = [cli.parse(words) for words in commands(BENCHMARKS_ROOM / "README.md")]
-    found = [c for c in parsed if isinstance(c, CompareConfig) and c.out.name == path.parent.name]
+    found = [c for c in printed_comparisons() if c.out.name == path.parent.name]
     if not found:
         assert path.parent.parent.name != "evidence"
         return
     kept = {"search": 0} | record["config"]  # older records have no searches
-    made = [
-        {"optimizers": list(c.optimizers), "seeds": list(c.seeds), "steps": c.steps, "search": c.search}
-        for c in printed
-    ]
+    made = [{key: to_json(c)[key] for key in ("optimizers", "seeds", "steps", "search")} for c in found]
     assert {key: kept[key] for key in made[0]} in made
     assert [row["optimizer"] for row in record["rows"]] == [entry_name(text) for text in kept["optimizers"]]
 
