@@ -38,7 +38,7 @@ BETA1, LR, DECAY, RMS = 0.95, 0.01, 0.1, 0.2
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-FORMS = [("bf16", 0.2), ("bf16_fast", 0.2), ("bf16", 0.0), ("fp32", 0.2), ("eigh", 0.2)]
+FORMS = [("bf16", 0.2), ("bf16_fast", 0.2), ("bf16_deep", 0.2), ("bf16", 0.0), ("fp32", 0.2), ("eigh", 0.2)]
 Update = Callable[[Tensor, int], Tensor]
 
 

@@ -121,9 +121,10 @@ _PLANS: dict[str, Plan] = {}
 def plans() -> dict[str, Plan]:
     """The plans by name, computed when first asked for.
 
-    `low` of a half precision is what 5 quintics (or 3 and one of degree 9) reach with a tolerance of about the rounding
-    of bfloat16. Of the Gram steps a simulation with the worst rounding (`benchmarks/square_root`) allows two: the
-    largest error is 3e-2 in bfloat16 and 6e-3 in float16 then; with three 7e-1 and 5e-2.
+    `low` of a half precision is what 5 quintics (of deep plans 6, of fast ones 3 and one of degree 9) reach with
+    a tolerance of about the rounding of bfloat16. Of the Gram steps a simulation with the worst rounding
+    (`benchmarks/square_root`) allows two: the largest error is 3e-2 in bfloat16 and 6e-3 in float16 then; with three
+    7e-1 and 5e-2. A step of degree 9 before them makes bfloat16 diverge.
     """
     if not _PLANS:  # a dict and no `functools.cache`, which `torch.compile` would trace through
         _PLANS.update(_plans())
@@ -133,8 +134,10 @@ def plans() -> dict[str, Plan]:
 def _plans() -> dict[str, Plan]:
     return {
         "bf16": plan(torch.bfloat16, 4e-3, (5,) * 5, gram=2),
+        "bf16_deep": plan(torch.bfloat16, 1.5e-3, (5,) * 6, gram=2),
         "bf16_fast": plan(torch.bfloat16, 8e-3, (5, 5, 5, 9), gram=2),
         "fp16": plan(torch.float16, 4e-3, (5,) * 5, gram=2),
+        "fp16_deep": plan(torch.float16, 1.5e-3, (5,) * 6, gram=2),
         "fp16_fast": plan(torch.float16, 8e-3, (5, 5, 5, 9), gram=2),
         "fp32": plan(torch.float32, 2e-3, (5,) * 6),
         "fp64": plan(torch.float64, 1e-4, (5,) * 11),

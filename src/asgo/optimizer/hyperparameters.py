@@ -129,7 +129,7 @@ SHARED: dict[str, Constraint] = {
     "side": one_of("auto", "left", "right"),
     "adjust_lr": one_of(*SCALINGS),
     "root": one_of(*ROOTS, "square_root"),
-    "precision": one_of("auto", "bf16", "fp16", "fp32"),
+    "precision": one_of("auto", "bf16", "bf16_deep", "fp16", "fp16_deep", "fp32"),
     "maximize": FLAG,
     "capturable": FLAG,
     "packed_state": FLAG,

@@ -77,6 +77,7 @@ class ASGO(StructuredOptimizer):
             layer of published models up to 405B parameters has a shorter side above 16,384.
         precision: of the products of root ``"square_root"``; ``"auto"`` is float16 on CUDA, bfloat16 on CPUs with units
             for it (float32 there with the gradient statistic), else float32. In float32 a CPU decomposes the statistic.
+            ``"bf16_deep"`` and ``"fp16_deep"`` take one step more and damp a tenth.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown key in a group, a view that does not fit.
@@ -114,7 +115,7 @@ class ASGO(StructuredOptimizer):
         capturable: bool = False,
         packed_state: bool = False,
         max_size: int | None = 16384,
-        precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+        precision: Literal["auto", "bf16", "bf16_deep", "fp16", "fp16_deep", "fp32"] = "auto",
         adjust_lr_fn: Literal["match_rms_adamw"] | None = None,
     ) -> None:
         given = {**from_arguments(locals()), "side": "auto"}

@@ -43,15 +43,16 @@ class SquareRoot(Sided, OneCall):
 
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
     ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 / plan.amplification^2``:
-    4.7e-6 for "bf16" and "fp16", 2.1e-5 for their fast plans. With the momentum statistic no row or column of U is
-    longer than ``(1 + tolerance) / sqrt(1 - b2)``.
+    4.7e-6 for "bf16" and "fp16", 2.1e-5 for their fast plans, 4.5e-7 for their deep ones, which take one step more. At
+    sides of 384 that decides the loss, see ``benchmarks/square_root``. With the momentum statistic no row or column of
+    U is longer than ``(1 + tolerance) / sqrt(1 - b2)``.
 
     In float32 and float64 this iteration would cost more than an inverse root of V. So there, and in every precision
     where ranks sum statistics, ``V = b2 S S^T + (1 - b2) D D^T`` is formed in the dtype of D. Its inverse root Z is
     computed with a relative damping of `EPS`, by `asgo.linalg.inverse_root.eigh` on a CPU and by
-    `asgo.linalg.polar.cholesky_root`
-    elsewhere. Then ``U = Z D`` and ``S <- Z V``, but for the damping. On a CPU an eigendecomposition takes the time of
-    6.5 products of ``k x k`` matrices; the iteration takes 32 products for a square matrix and 71 for ``k x 4k``.
+    `asgo.linalg.polar.cholesky_root` elsewhere. Then ``U = Z D`` and ``S <- Z V``, but for the damping. On a CPU an
+    eigendecomposition takes the time of 6.5 products of ``k x k`` matrices; the iteration takes 32 products for a
+    square matrix and 71 for ``k x 4k``.
 
     Nor is there an interval between refreshes: the root is a by-product of the update.
 
