@@ -22,9 +22,6 @@ from asgo.structures.one_sided import Cross, Sided, cross_square, normalized
 
 EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Relative damping of roots of the statistic itself, by its dtype."""
-LARGEST_SHALLOW = 128
-"""Sides up to which five steps do. At 384 more than half of the directions are below their `polar.Plan.low`: losses
-were 0.03 and 0.09 above float64, with a step more 0.01, see ``benchmarks/square_root``."""
 IN_RANGE = 50
 """Exponents whose squares float32 holds, with sums of them."""
 
@@ -46,9 +43,8 @@ class SquareRoot(Sided, OneCall):
 
     There is no ``eps``: directions of ``[D | S]`` with a singular value below ``low ||A||_F`` are amplified by
     ``plan.amplification / ||A||_F`` at most (see `asgo.linalg.polar`), as by a damping of ``1 / plan.amplification^2``:
-    4.7e-6 for "bf16" and "fp16", 2.1e-5 for their fast plans, 4.5e-7 for their deep ones, which take one step more. At
-    sides of 384 that decides the loss, see ``benchmarks/square_root``. With the momentum statistic no row or column of
-    U is longer than ``(1 + tolerance) / sqrt(1 - b2)``.
+    4.7e-6 for "bf16" and "fp16", 2.1e-5 for their fast plans, 4.5e-7 for their deep ones, which take one step more.
+    With the momentum statistic no row or column of U is longer than ``(1 + tolerance) / sqrt(1 - b2)``.
 
     In float32 and float64 this iteration would cost more than an inverse root of V. So there, and in every precision
     where ranks sum statistics, ``V = b2 S S^T + (1 - b2) D D^T`` is formed in the dtype of D. Its inverse root Z is
@@ -82,10 +78,9 @@ class SquareRoot(Sided, OneCall):
     Args:
         side: as of `OneSided`.
         precision: one of `asgo.linalg.polar.plans`, or "auto": float64 for float64, float16 on CUDA, bfloat16 on CPUs
-            that have units for it, both with six steps for sides above `LARGEST_SHALLOW`, else float32. In place of
-            bfloat16 it takes float32 with the gradient statistic: the columns that are carried along do not correct
-            themselves. On a CPU without units for a half precision its products are computed in float32 and rounded
-            once, as units do.
+            that have units for it, else float32. In place of bfloat16 it takes float32 with the gradient statistic: the
+            columns that are carried along do not correct themselves. On a CPU without units for a half precision its
+            products are computed in float32 and rounded once, as units do.
         cross_normalize: as of `OneSided`.
         keep: the dtype of ``sqrt``; "auto" is bfloat16 for half precision, else the state's dtype.
     """
@@ -102,14 +97,10 @@ class SquareRoot(Sided, OneCall):
         return replace(self, side="left" if self.left(m, n) else "right")
 
     def plan(self, like: Tensor, carried: bool = False) -> polar.Plan:
-        """The plan for a stack ``(b, k, n)`` of this dtype, on this device; `carried`: with a gradient statistic."""
+        """The plan for a stack of this dtype on this device, with a gradient statistic if something is carried."""
         plan = polar.plan_for(self.precision, like.dtype, like.device)
-        if self.precision != "auto" or plan.dtype.itemsize >= 4:
-            return plan
-        if carried and plan.dtype == torch.bfloat16:
-            return polar.plans()["fp32"]
-        deep = like.shape[1] > LARGEST_SHALLOW
-        return polar.plans()[("fp16" if plan.dtype == torch.float16 else "bf16") + ("_deep" if deep else "")]
+        too_coarse = carried and self.precision == "auto" and plan.dtype == torch.bfloat16
+        return polar.plans()["fp32"] if too_coarse else plan
 
     def init(self, like: Stack) -> State:
         """A zero root: nothing has been averaged."""
