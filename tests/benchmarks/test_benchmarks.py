@@ -155,6 +155,7 @@ def test_contenders_of_ours_are_what_they_say():
     assert built["asgo"].defaults["precondition_frequency"] == 3
     assert built["asgo-paper"].defaults["statistic"] == "gradient"
     assert built["asgo-reference"].defaults["root"] == "reference"
+    assert any("sqrt" in state for state in built.pop("asgo-square-root").state.values())
     stacks = {name: max(len(s["gram"]) for s in o.state.values() if "gram" in s) for name, o in built.items()}
     assert stacks["asgo-heads"] == 2
     assert stacks["asgo"] == 1
