@@ -168,9 +168,8 @@ def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
         return plans()["fp64"]
     if device.type == "cuda":
         return plans()["fp16"]
-    slow = (
-        device.type in ("cpu", "meta") and not half_precision.UNITS[torch.bfloat16]
-    )  # what is on "meta" will be on this CPU
+    here = device.type in ("cpu", "meta")  # what is on "meta" will be on this CPU
+    slow = here and not half_precision.UNITS[torch.bfloat16]
     return plans()["fp32" if slow else "bf16"]
 
 
