@@ -14,7 +14,7 @@ bfloat16: 300 steps take 0.9 (exact), 1.6 (bf16, fp16) and 1.1 (fp32) at 128, an
         python benchmarks/square_root/losses.py --out benchmarks/square_root/losses.jsonl --statistic $statistic \\
             --beta2 0.2 0.8 0 0.5 0.95 --forms exact bf16 fp16 fp32 --seeds 0 1 2 3 4                   # 130
         python benchmarks/square_root/losses.py --out benchmarks/square_root/losses.jsonl --statistic $statistic \\
-            --beta2 0.2 0.8 --forms exact bf16 fp32 --seeds 0 1 2 --width 384                            # 230
+            --beta2 0.2 0.8 --forms exact bf16 fp32 --seeds 0 1 2 --width 384 --lr 0.0047  # 230
     done
 """
 
