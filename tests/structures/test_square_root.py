@@ -38,7 +38,7 @@ def root_error(dtype, V):
 
 
 def amplification(precision):
-    """What the update of a direction that V lacks is multiplied by, relative to the norm of A."""
+    """What the update of a direction that V lacks is multiplied by, relative to the root of ``||V||_F``."""
     return EPS[WIDE[precision]] ** -0.5 if precision in WIDE else PLANS[precision].amplification
 
 
@@ -288,14 +288,16 @@ def test_a_gradient_statistic_preconditions_another_direction(beta2):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_direction_that_the_statistic_lacks_is_amplified_no_more_than_damping_allows(precision):
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_direction_that_the_statistic_lacks_is_amplified_no_more_than_damping_allows(precision, rank):
+    """Relative to ``||V||_F``, as by the eps of any other root."""
     structure, plan = SquareRoot("left", precision), PLANS[precision]
     G, D = torch.zeros(1, 4, 6), torch.zeros(1, 4, 6)
-    G[0, 0, 0], D[0, 1, 1] = 3.0, 2.0
-    (update, ok), norm = structure.update(structure.init(D), D, G, 0.75), 3.0 * 0.5
+    G[0, :rank, :rank], D[0, 3, 1] = torch.eye(rank) * 3.0, 2.0
+    update, ok = structure.update(structure.init(D), D, G, 0.75)
     assert ok.all()
-    wanted = 2.0 * amplification(precision) / norm
-    assert update[0, 1, 1] == pytest.approx(wanted, rel=len(plan.steps) * 4 * unit(plan))
+    wanted = 2.0 * amplification(precision) / (3.0 * 0.5 * rank**0.25)
+    assert update[0, 3, 1] == pytest.approx(wanted, rel=len(plan.steps) * 4 * unit(plan))
 
 
 @pytest.mark.parametrize("units", [True, False])
@@ -557,10 +559,10 @@ class Calls(TorchDispatchMode):
         return sum(name.strip("_") not in self.VIEWS for name in self.names), sum("bmm" in name for name in self.names)
 
 
-@pytest.mark.parametrize(("precision", "n", "products"), [("bf16", 8, 17), ("bf16", 32, 23), ("fp16", 8, 17),
+@pytest.mark.parametrize(("precision", "n", "products"), [("bf16", 8, 17), ("bf16", 32, 25), ("fp16", 8, 17),
                                                           ("bf16_fast", 8, 15), ("fp32", 32, 22)])  # fmt: skip
 def test_a_stack_of_any_size_takes_few_launches(precision, n, products):
-    """On a device: products of whole stacks, those with a long side in slices of 2 k columns after the first."""
+    """On a device: products of whole stacks, those with a long side in slices of 2 k columns."""
     found = []
     for b in (1, 100):
         D, structure = torch.zeros(b, 8, n, device="meta"), SquareRoot("left", precision)
@@ -570,7 +572,7 @@ def test_a_stack_of_any_size_takes_few_launches(precision, n, products):
         found.append(calls.count())
     assert found[0] == found[1]
     assert found[0][1] == products
-    assert found[0][0] < 150
+    assert found[0][0] < 165
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -660,14 +662,13 @@ def test_without_units_a_product_is_that_in_float32_rounded_once(dtype, monkeypa
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("c", [0.0, 1.5])
-def test_a_product_in_place_is_the_same(turned, c):
+def test_a_product_with_a_wide_matrix_is_the_same_in_its_memory(turned, c):
     X, B = torch.randn(2, 4, 21), half_precision.mirrored(torch.randn(2, 4, 4))
     X = X.mT.contiguous().mT if turned else X
-    wanted = half_precision.multiply(X, B, c)
-    result = half_precision.multiply(X, B, c, in_place=True)
+    wanted = torch.baddbmm(X, B, X, beta=c)
+    result = half_precision.multiply(X, B, c)
     assert result is X
     torch.testing.assert_close(result, wanted)
-    assert (wanted.is_contiguous(), wanted.mT.is_contiguous()) == (not turned, turned)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -24,7 +24,7 @@ it takes 0.75 of the time at 512 (0.61 with five times as many columns) and 0.96
 0.79 at 768 and 0.97 at 512, with twice as many columns 0.71, 0.85 and, at 384, 0.94 (0.82 with four times). On a GPU
 its panels would be strided batches; there the whole product is computed."""
 SLICE = 2
-"""`multiply` in place takes so many times k columns at once: what it needs beside X is no larger."""
+"""`multiply` takes so many times k columns at once: what it needs beside X is no larger."""
 UNITS = {
     torch.bfloat16: torch.cpu._is_avx512_bf16_supported(),
     torch.float16: torch.cpu._is_amx_fp16_supported(),
@@ -47,8 +47,10 @@ def precise(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
-def symmetric(X: Wide, Y: Wide | None = None, C: Square | None = None, c: float = 0.0, a: float = 1.0) -> Square:
-    """``c C + a X Y^T`` where that is symmetric but for rounding; Y is X without one.
+def symmetric(
+    X: Wide, Y: Wide | None = None, C: Square | None = None, c: float = 0.0, a: float = 1.0, exact: bool = False
+) -> Square:
+    """``c C + a X Y^T`` where that is symmetric but for rounding, or exactly so if asked; Y is X without one.
 
     On a CPU the lower triangle alone is computed, by panels of rows, where it is the faster way, and mirrored.
     """
@@ -56,7 +58,8 @@ def symmetric(X: Wide, Y: Wide | None = None, C: Square | None = None, c: float 
     X, Y, C = _factors(X, X if Y is None else Y, C)
     least, entries = SMALLEST_WITH_PANELS.get(X.dtype, (k + 1, 0))
     if k < least or k * X.shape[2] < entries or X.device.type != "cpu":
-        return _product(X, Y.mT, C, c, a).to(dtype)
+        whole = _product(X, Y.mT, C, c, a).to(dtype)
+        return mirrored(whole) if exact else whole
     result = X.new_empty(len(X), k, k, dtype=dtype)
     cuts = [k * i // PANELS for i in range(PANELS + 1)]
     for i, out in enumerate(result):  # batches of strided panels would be copied first
@@ -68,6 +71,8 @@ def symmetric(X: Wide, Y: Wide | None = None, C: Square | None = None, c: float 
                 panel = torch.addmm(C[i, start:stop, :stop], rows, columns, beta=c, alpha=a)
             out[start:stop, :stop] = panel
             out[:start, start:stop] = panel[:, :start].mT
+            if exact:
+                mirrored(out[None, start:stop, start:stop])
     return result
 
 
@@ -87,10 +92,10 @@ def transposed(S: Square) -> Square:
     return result
 
 
-def multiply(X: Wide, B: Square, c: float = 0.0, in_place: bool = False) -> Wide:
-    """``c X + B X`` for a symmetric B, in the memory order of X; in place by slices of columns, if that is asked."""
+def multiply(X: Wide, B: Square, c: float = 0.0) -> Wide:
+    """``c X + B X`` for a symmetric B, in the memory order of X; in place, by slices of columns, where X is wide."""
     step = SLICE * max(X.shape[1], 1)
-    if not in_place or X.shape[2] <= step:
+    if X.shape[2] <= step:
         return _times(X, B, c)
     for part in X.split(step, 2):
         part.copy_(_times(part, B, c))

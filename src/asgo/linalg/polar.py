@@ -5,9 +5,12 @@ Every step applies an odd polynomial ``p`` to the singular values::
     R = X X^T;   B = c1 R + c2 R^2 (+ c3 R^3 + c4 R^4);   X <- c0 X + B X
 
 `minimax.chain` chooses the polynomials: each is the best one on the interval that the chain has reached, which starts
-at ``[low, 1]``. Singular values of A in ``[low ||A||_F, ||A||_F]`` come out within `tolerance` of 1. A smaller
-``sigma`` comes out as ``sigma amplification / ||A||_F`` at most, with ``amplification`` the product of all ``c0``:
-that is the damping. "The Polar Express", Amsel, Persson, Musco and Gower 2025, has the theory.
+at ``[low, 1]``. A is divided by its Schatten 4-norm ``s = ||A A^T||_F^(1/2)`` first. No singular value is larger, it
+comes with the first R, and it is less than the Frobenius norm, by the fourth root of the rank if all are equal.
+Singular values of A in ``[low s, s]`` come out within `tolerance` of 1. A smaller ``sigma`` comes out as
+``sigma amplification / s`` at most, with ``amplification`` the product of all ``c0``. That is the damping, as by an
+``eps = 1 / amplification^2`` relative to ``||V||_F`` in a root of ``V = A A^T``. "The Polar Express", Amsel, Persson,
+Musco and Gower 2025, has the theory of the polynomials.
 
 The plain form above corrects itself: it forms ``R`` anew in every step, so that rounding in one step is an error in the
 input of the next. That is why it works in bfloat16, where the coupled iteration of `asgo.linalg.polynomial` fails.
@@ -34,7 +37,7 @@ import torch
 
 from asgo._types import Root
 from asgo.linalg import half_precision, polynomial
-from asgo.linalg.half_precision import mirrored, multiply, precise, symmetric
+from asgo.linalg.half_precision import multiply, precise, symmetric
 from asgo.linalg.masked import known_all_true, where
 from asgo.linalg.polynomial import Odd
 from asgo.linalg.solver import solve
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
 IN_RANGE = (1e-12, 1e12)
 """Norms of matrices whose entries' squares float32 holds, but for entries of 1e-7 of the norm and less."""
+SLICE_ENTRIES = 1 << 17
+"""Entries of a slice on a CPU: what it takes beside the result stays in the cache."""
 HEALTHY_NORM = (0.5, 2.0)
 """Where ``||X A^T||_F`` must be if ``||A||_F = 1``: in exact arithmetic it is 1 within the tolerance."""
 
@@ -60,7 +65,7 @@ class Plan:
 
     Args:
         dtype: of all products.
-        low: the smallest singular value, relative to the Frobenius norm, that comes out within `tolerance` of 1.
+        low: the smallest singular value, relative to ``||A A^T||_F^(1/2)``, that comes out within `tolerance` of 1.
         steps: the polynomials' coefficients.
         gram: how many of the last steps run in Gram form.
     """
@@ -174,7 +179,7 @@ def plan_for(precision: str, dtype: torch.dtype, device: torch.device) -> Plan:
 
 
 def polar_and_root(
-    A: Blocks, plan: Plan, carried: Wide | None = None, root: bool = True
+    A: Blocks, plan: Plan, carried: Wide | None = None, root: bool = True, out: Wide | None = None
 ) -> tuple[Wide, Square | None, PerMatrix, Bool[Tensor, "b"]]:
     """The polar factor and the square root of ``A A^T``, for a stack.
 
@@ -185,8 +190,9 @@ def polar_and_root(
             any size, as A is divided by its norm first.
         plan: precision and polynomials.
         carried: ``(b, k, c)``, multiplied by ``(A A^T)^(-1/2)`` in the place of A. Directions that it has and A has not
-            are multiplied by ``plan.amplification / ||A||_F``.
+            are multiplied by ``plan.amplification / ||A A^T||_F^(1/2)``.
         root: whether to compute the root.
+        out: where X is written; a new tensor without it.
 
     Returns:
         ``X``: the columns of the polar factor that belong to the first block, or what is carried times the root, in the
@@ -202,12 +208,16 @@ def polar_and_root(
         stack, finite, scale = _beside(X, D), finite & size.isfinite(), size / where(norm > 0, norm, 1.0)
     with precise(first.device, plan.dtype):
         factor = iterate(stack, plan, n)
-        S = mirrored(symmetric(factor[..., :n], X)) if root else None
+        S = symmetric(factor[..., :n], X, exact=True) if root else None
     del X, stack  # the most memory is what this leaves and the result
-    result = factor[..., : first.shape[2]].to(first.dtype) if scale is None else factor[..., n:] * scale
+    out = torch.empty_like(first if carried is None else carried) if out is None else out
+    out.copy_(factor[..., : first.shape[2]] if scale is None else factor[..., n:])
+    out = out if scale is None else out.mul_(scale)
     good = finite if S is None else finite & _is_healthy(S, norm)
-    good = good & _norm(result).isfinite() if S is None or scale is not None else good
-    return where(good, result, 0.0), None if S is None else where(good, S, 0.0), norm, good[:, 0, 0]
+    good = good & _norm(out).isfinite() if S is None or scale is not None else good
+    if not known_all_true(good):
+        out.copy_(torch.where(good, out, 0.0))
+    return out, None if S is None else where(good, S, 0.0), norm, good[:, 0, 0]
 
 
 def cholesky_root(plan: Plan) -> Root:
@@ -238,15 +248,32 @@ def normalised(A: Blocks, dtype: torch.dtype) -> tuple[Wide, PerMatrix]:
     first = A[0][0]
     norm = _norm_in_range(A)
     if norm is not None:
-        return _beside(*[(block * (norm.reciprocal() * factor)).to(dtype) for block, factor in A]), norm
+        return _scaled(A, norm.reciprocal(), dtype), norm
     top = torch.cat([largest(block).to(first.dtype) * factor for block, factor in A], 2).amax(2, keepdim=True)
     live = top.isfinite() & (top >= torch.finfo(first.dtype).tiny)
     exponent = torch.frexp(where(live, top, 1.0)).exponent.clamp(-125, 126)  # both powers are normal in float32
     unit = torch.ldexp(torch.ones_like(top), -exponent)  # a product with a small tensor: ldexp of A takes 10 times that
     norm = _norm_of([torch.linalg.vector_norm(B * unit, dim=(1, 2), keepdim=True) * c for B, c in A])
     unit = unit / norm
-    X = where(live, _beside(*[(block * (unit * factor)).to(dtype) for block, factor in A]), 0.0)
+    X = where(live, _scaled(A, unit, dtype), 0.0)
     return X, where(live, torch.ldexp(norm, exponent), where(top.isfinite(), 0.0 * top, top))
+
+
+def _scaled(A: Blocks, unit: PerMatrix, dtype: torch.dtype) -> Wide:
+    """The blocks times `unit`, side by side, in the memory order of the first; on a CPU by slices, in the cache."""
+    first = A[0][0]
+    if first.device.type != "cpu" or torch.compiler.is_compiling():
+        return _beside(*[(block * (unit * factor)).to(dtype) for block, factor in A])
+    (b, k, _), width = first.shape, sum(block.shape[2] for block, _ in A)
+    X = first.new_empty(b, width, k, dtype=dtype).mT if _is_turned(first) else first.new_empty(b, k, width, dtype=dtype)
+    start = 0
+    for block, factor in A:
+        columns, scale, axis = X[..., start : start + block.shape[2]], unit * factor, 2 if _is_turned(block) else 1
+        step = max(1, SLICE_ENTRIES * block.shape[axis] // max(block.numel(), 1))
+        for out, part in zip(columns.split(step, axis), block.split(step, axis), strict=True):
+            out.copy_(part * scale)
+        start += block.shape[2]
+    return X
 
 
 def _norm_in_range(A: Blocks) -> PerMatrix | None:
@@ -272,9 +299,19 @@ def largest(A: Wide) -> PerMatrix:
 def iterate(X: Wide, plan: Plan, n: int) -> Wide:
     """The steps of a plan; columns after the first n are multiplied and do not enter ``X X^T``. X stays as it is."""
     plain = len(plan.steps) - plan.gram
-    for i, step in enumerate(plan.steps[:plain]):
-        X = multiply(X, _bracket(symmetric(X[..., :n]), step), step[0], in_place=i > 0)
-    return multiply(X, _gram_form(symmetric(X[..., :n]), plan.steps[plain:]), in_place=plain > 0) if plan.gram else X
+    X, R = _in_schatten_norm(X, symmetric(X[..., :n]))
+    for step in plan.steps[:plain]:
+        B, R = _bracket(symmetric(X[..., :n]) if R is None else R, step), None
+        X = multiply(X, B, step[0])
+        del B  # what is not needed any more, so that the next products find room
+    return multiply(X, _gram_form(symmetric(X[..., :n]), plan.steps[plain:])) if plan.gram else X
+
+
+def _in_schatten_norm(X: Wide, R: Square) -> tuple[Wide, Square]:
+    """X and ``R = X X^T`` for an X of Schatten 4-norm 1: ``X / ||R||_F^(1/2)``. A zero X stays."""
+    size = _norm(R)
+    unit = where(size > 0, size, 1.0).rsqrt().to(X.dtype)
+    return X * unit, R * unit.square()
 
 
 def _gram_form(R: Square, steps: tuple[Odd, ...]) -> Square:
@@ -316,9 +353,12 @@ def _beside(*parts: Wide) -> Wide:
     """Matrices side by side, in the memory order of the first."""
     if len(parts) == 1:
         return parts[0]
-    if not parts[0].is_contiguous() and parts[0].mT.is_contiguous():
-        return torch.cat([part.mT for part in parts], 1).mT
-    return torch.cat(parts, 2)
+    return torch.cat([part.mT for part in parts], 1).mT if _is_turned(parts[0]) else torch.cat(parts, 2)
+
+
+def _is_turned(X: Wide) -> bool:
+    """Whether X lies in memory by columns."""
+    return not X.is_contiguous() and X.mT.is_contiguous()
 
 
 def _is_healthy(S: Square, norm: PerMatrix) -> Bool[Tensor, "b 1 1"]:
@@ -328,5 +368,5 @@ def _is_healthy(S: Square, norm: PerMatrix) -> Bool[Tensor, "b 1 1"]:
 
 
 def _norm(X: Tensor) -> PerMatrix:
-    wide = X.dtype if X.dtype.itemsize >= 4 else torch.float32
+    wide = torch.float32 if X.dtype == torch.float16 else X.dtype  # bfloat16 is summed up in float32 on its own
     return torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True, dtype=wide)

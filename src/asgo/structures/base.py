@@ -201,7 +201,11 @@ class Algebra(Structure):
 
 def active_mask(seen: Tensor) -> Tensor:
     """``(b, 1, 1)``: 1 for each matrix with an entry that is not zero, 0 for a zero matrix."""
-    return torch.any(seen, dim=tuple(range(1, seen.ndim))).to(seen.dtype)[:, None, None]
+    for part in (seen[:, :1], seen):  # the first row, which is enough where it is known to hold
+        active = torch.any(part, dim=tuple(range(1, seen.ndim)))
+        if known_all_true(active):
+            break
+    return active.to(seen.dtype)[:, None, None]
 
 
 def masked_ema_(memory: Tensor, seen: Tensor, beta2: float, active: Tensor) -> None:
