@@ -5,7 +5,7 @@ python benchmarks/square_root/speed.py --out benchmarks/square_root
 A transformer layer as six matrices (q, k, v, o, fc, proj). The form has momentum and update in float32 as the optimizer
 keeps them, S in bfloat16 (in the dtype of the state for "fp32"), and the same momentum, decay and scaling as Muon. Each
 pair runs in one process in ABBA order; the figure is the median of the ratios of neighbouring runs, with their
-quartiles, in processor time.
+quartiles. Let nothing else run.
 
 On a CPU with units for bfloat16 the peer is `torch.optim.Muon` itself, all in bfloat16. On one without, torch's
 products in bfloat16 take up to fifty times as long as in float32. There the peer is the same step with products in
@@ -67,7 +67,7 @@ def form(shapes: list[tuple[int, int, int]], name: str, beta2: float) -> Step:
 
     def update(D: Tensor, i: int) -> Tensor:
         if isinstance(structure, SquareRoot):
-            return structure.update(states[i], D, D, beta2)[0]
+            return structure.update(states[i], D, D, beta2, out=D)[0]
         structure.update_statistic(states[i], structure.compute_statistic(D), beta2)
         structure.compute_root(states[i])
         return structure.precondition(states[i], D)
@@ -102,10 +102,9 @@ def muon(shapes: list[tuple[int, int, int]]) -> Callable[[], object]:
 
 
 def timed(step: Callable[[], object]) -> float:
-    """Seconds of processor time, which other processes of the machine add less to than to the wall's."""
-    start = time.process_time()
+    start = time.perf_counter()
     step()
-    return time.process_time() - start
+    return time.perf_counter() - start
 
 
 def compare(one: Callable[[], object], peer: Callable[[], object], rounds: int) -> list[float]:
@@ -128,7 +127,7 @@ def main() -> None:
     units = half_precision.has_units(torch.device("cpu"), torch.bfloat16)
     rows, lines = [], ["# `python benchmarks/square_root/speed.py --out benchmarks/square_root`", ""]
     machine = f"torch {torch.__version__}, {platform.machine()} CPU with{'' if units else 'out'} units for bfloat16"
-    lines += [f"{machine}, {args.threads} thread(s), processor time, {args.rounds} rounds.", ""]
+    lines += [f"{machine}, {args.threads} thread(s), {args.rounds} rounds.", ""]
     lines += ["| matrices | form | b2 | of Muon's time | quartiles | products, of Muon's |"]
     lines += ["|---|---|---:|---:|---|---:|"]
     for name, shapes in LAYERS.items():

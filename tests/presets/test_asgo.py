@@ -63,6 +63,15 @@ def test_equals_the_oracle(shape, options, dtype, tolerance):
     assert np.linalg.norm(got.double().numpy() - want) <= tolerance * max(moved, 1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "interval"])
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)], ids=str)
+def test_the_square_root_form_equals_the_oracle(shape, name):
+    """In float64 it damps by 1e-14; without Nesterov the direction is the momentum, which has to stay."""
+    weight, grads = torch.randn(shape, dtype=torch.float64), gradients(shape, 25)
+    got, _ = run(lambda p: ASGO(p, **{"root": "square_root", **OPTIONS[name]}), weight, grads)
+    assert relative(got, oracle.asgo(weight, grads, **{"eps": 1e-14, **OPTIONS[name]})) < 1e-6
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)], ids=str)
 def test_a_given_side_is_obeyed(shape, side):

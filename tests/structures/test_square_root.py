@@ -13,7 +13,7 @@ from asgo import ASGO, report
 from asgo.diagnostics.step_memory import LiveBytes
 from asgo.linalg import half_precision, polar
 from asgo.linalg.polar import PLANS, Plan, polar_and_root
-from asgo.structures import OneSided, SquareRoot
+from asgo.structures import OneSided, SquareRoot, square_root
 from asgo.structures.one_sided import to_gram
 from asgo.structures.square_root import EPS, from_gram
 from oracle import power
@@ -50,11 +50,11 @@ def unit(plan):
 def rounding(plan):
     """Largest error of a singular value or direction of X by rounding.
 
-    There are ten roundings (of D, S, X twice, R, B, P, Q, the product X A^T and S as it is stored), twice the unit
-    each. Those of the first step are magnified by all later ones where they take a large singular value to the lower
-    end of their interval, and the Gram form magnifies that of its R by the condition of R.
+    There are twelve roundings (of D, S, X three times, R twice, B, P, Q, the product X A^T and S as it is stored),
+    twice the unit each. Those of the first step are magnified by all later ones where they take a large singular value
+    to the lower end of their interval, and the Gram form magnifies that of its R by the condition of R.
     """
-    return (20 + plan.condition + plan.amplification / plan.steps[0][0]) * unit(plan)
+    return (24 + plan.condition + plan.amplification / plan.steps[0][0]) * unit(plan)
 
 
 def step_error(plan):
@@ -262,6 +262,40 @@ def test_a_stack_gives_what_each_matrix_gives_alone(precision):
             tolerance = root_error(dtype, exact([D[i] for D in seen], 0.5))
         assert relative(together[i], alone[0]) < tolerance
         assert relative(state["sqrt"][i].double(), own["sqrt"][0].double()) < tolerance
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("statistic", ["momentum", "gradient"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("least", [0, math.inf])
+def test_an_update_in_the_place_of_the_direction_is_the_same(precision, statistic, side, least, monkeypatch):
+    """Of a stack at once, and of its matrices one after the other, one of which is zero and one NaN."""
+    monkeypatch.setattr(square_root, "APART", least)
+    structure = SquareRoot(side, precision, cross_normalize=True)
+    (D, G), found = stream((4, 5, 7), 2), []
+    for x in (D, G):
+        x[1], x[2] = 0.0, math.nan
+    for in_place in (False, True):
+        state, direction = structure.init(D), D.clone()
+        seen, out = direction if statistic == "momentum" else G, direction if in_place else None
+        update, ok = structure.update(state, direction, seen, 0.5, out)
+        assert update.data_ptr() == direction.data_ptr() if in_place else torch.equal(direction[0], D[0])
+        assert ok.tolist() == [True, True, False, True]
+        found.append([update, *state.values()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_matrices_one_after_the_other_are_a_stack(precision, monkeypatch):
+    seen = list(stream((3, 5, 7), 4, dtype=dtype_of(precision)))
+    found = []
+    for least in (0, math.inf):
+        monkeypatch.setattr(square_root, "APART", least)
+        update, state = run(SquareRoot("left", precision), seen, 0.5)
+        found.append((update, state["sqrt"].to(update.dtype)))
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < rounding(PLANS[precision])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
@@ -593,6 +627,16 @@ def test_the_memory_of_an_update_is_bounded(precision, side, monkeypatch):
         step = report(ASGO([param], root="square_root", precision=precision)).step_bytes
         exact = report(ASGO([param], root="eigh")).step_bytes
         assert step <= (6 * 4 * k * k if n == k else 1.001 * exact)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("n", [32, 128])
+def test_the_step_of_a_stack_takes_twice_its_size(precision, n, monkeypatch):
+    """The direction, which the update takes the place of, the squares of the update, and what one matrix needs."""
+    monkeypatch.setattr(square_root, "APART", 0)
+    params = [(f"w{i}", torch.nn.Parameter(torch.randn(32, n))) for i in range(20)]
+    step = report(ASGO(params, root="square_root", precision=precision)).step_bytes
+    assert step <= 2.1 * sum(p.nbytes for _, p in params)
 
 
 @pytest.mark.parametrize("beta2", [0.0, 0.5])

@@ -5,7 +5,7 @@ Every step applies an odd polynomial ``p`` to the singular values::
     R = X X^T;   B = c1 R + c2 R^2 (+ c3 R^3 + c4 R^4);   X <- c0 X + B X
 
 `minimax.chain` chooses the polynomials: each is the best one on the interval that the chain has reached, which starts
-at ``[low, 1]``. A is divided by its Schatten 4-norm ``s = ||A A^T||_F^(1/2)`` first. No singular value is larger, it
+at ``[low, 1]``. A is divided by its Schatten 4-norm ``s = ||A A^T||_F^(1/2)`` first: no singular value is larger, it
 comes with the first R, and it is less than the Frobenius norm, by the fourth root of the rank if all are equal.
 Singular values of A in ``[low s, s]`` come out within `tolerance` of 1. A smaller ``sigma`` comes out as
 ``sigma amplification / s`` at most, with ``amplification`` the product of all ``c0``. That is the damping, as by an
@@ -68,12 +68,14 @@ class Plan:
         low: the smallest singular value, relative to ``||A A^T||_F^(1/2)``, that comes out within `tolerance` of 1.
         steps: the polynomials' coefficients.
         gram: how many of the last steps run in Gram form.
+        frobenius: the steps start at ``A / ||A||_F``, as Muon's do; `low` is relative to that norm then.
     """
 
     dtype: torch.dtype
     low: float
     steps: tuple[Odd, ...]
     gram: int = 0
+    frobenius: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -299,7 +301,8 @@ def largest(A: Wide) -> PerMatrix:
 def iterate(X: Wide, plan: Plan, n: int) -> Wide:
     """The steps of a plan; columns after the first n are multiplied and do not enter ``X X^T``. X stays as it is."""
     plain = len(plan.steps) - plan.gram
-    X, R = _in_schatten_norm(X, symmetric(X[..., :n]))
+    R = symmetric(X[..., :n])
+    X, R = (X.clone(), R) if plan.frobenius else _in_schatten_norm(X, R)
     for step in plan.steps[:plain]:
         B, R = _bracket(symmetric(X[..., :n]) if R is None else R, step), None
         X = multiply(X, B, step[0])

@@ -300,7 +300,8 @@ def _learn(
         bucket.memory["failures"] += ~ok
         return update
     if not bucket.strategy.shares_roots:
-        update, ok = structure.update(bucket.memory, direction, seen, beta2)
+        out = None if direction is bucket.state["exp_avg"] else direction
+        update, ok = structure.update(bucket.memory, direction, seen, beta2, out=out)
         bucket.memory["failures"] += ~ok
         return update
     update = torch.empty(direction.shape, dtype=direction.dtype, device=direction.device)

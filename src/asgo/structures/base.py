@@ -167,7 +167,9 @@ class OneCall(Structure):
     """A structure that takes a gradient in and preconditions a direction in one call, see `SquareRoot`."""
 
     @abstractmethod
-    def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
+    def update(
+        self, state: State, direction: Stack, seen: Stack, beta2: float, out: Stack | None = None
+    ) -> tuple[Stack, Tensor]:
         """For whole matrices: the preconditioned direction, and ``(b,)`` bool: whether it could be computed.
 
         Args:
@@ -175,6 +177,8 @@ class OneCall(Structure):
             direction: ``(b, m, n)``.
             seen: what enters the statistic; `direction` itself for its own statistic.
             beta2: decay of the statistic; 1 adds up.
+            out: a tensor like `direction` that the result may be written to, in place of a new one: `direction` itself
+                where the caller does without it.
         """
 
     @abstractmethod

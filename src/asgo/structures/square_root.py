@@ -78,7 +78,7 @@ class SquareRoot(Sided, OneCall):
         update, ok = structure.update_from(state, direction, R, beta2, whole)   # direction: the shard; state: whole
 
     The state is the same on all ranks, bit for bit, if R is. In both calls the caller counts ``~ok``, rescales the
-    update and adds it; the update is a new tensor. `compute_statistic`, `update_statistic`, `compute_root` and
+    update and adds it. `compute_statistic`, `update_statistic`, `compute_root` and
     `precondition` do the same in the four calls of every structure, at a higher cost: for loops that know nothing of
     `update`.
 
@@ -122,7 +122,9 @@ class SquareRoot(Sided, OneCall):
 
     # ---- whole matrices: one call
 
-    def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
+    def update(
+        self, state: State, direction: Stack, seen: Stack, beta2: float, out: Stack | None = None
+    ) -> tuple[Stack, Tensor]:
         """Take a gradient into the statistic and precondition a direction with the result.
 
         Args:
@@ -131,6 +133,7 @@ class SquareRoot(Sided, OneCall):
             seen: what enters the statistic, of the same shape: `direction` itself (the same object) for the momentum
                 statistic, the gradient for the paper's.
             beta2: decay of the statistic; 1 adds up.
+            out: as of `OneCall`.
 
         Returns:
             The update in the dtype of `direction`, and ``(b,)`` bool: where it is False (NaN, infinity, a diverged
@@ -138,23 +141,26 @@ class SquareRoot(Sided, OneCall):
         """
         left = self.left(*direction.shape[1:])
         D, G = (direction, seen) if left else (direction.mT, seen.mT)
+        out = out if left or out is None else out.mT
         plan = self.plan(D, carried=seen is not direction)
         by = self._by_iteration if plan.dtype.itemsize < 4 else self._by_statistic
-        U, ok = _apart(by, state, D, None if seen is direction else G, beta2)
+        U, ok = one_by_one(by, state, D, None if seen is direction else G, beta2, out)
         return self._across(state, U if left else U.mT, lambda norms: norms), ok
 
-    def _by_iteration(self, state: State, D: Stack, G: Stack | None, beta2: float, out: Stack | None) -> Result:
+    def _by_iteration(self, state: State, D: Stack, G: Stack | None, beta2: float, out: Stack | None = None) -> Result:
         """From the left, by the polar factor of ``[G | S]``; G of None is D itself."""
         carried, G = (None, D) if G is None else (D, G)
+        active = active_mask(G) > 0  # before D, which may be G, gives its place to the update
         weight, decay = (1.0, 1.0) if beta2 == 1 else (math.sqrt(1 - beta2), math.sqrt(beta2))
-        S = state["sqrt"] if D.is_contiguous() else state["sqrt"].mT  # the same matrix in the memory order of D
-        A = [(G, weight), (S, decay)] if beta2 > 0 else [(G, weight)]
+        A = [(G, weight)]
+        if beta2 > 0:  # S is symmetric: it comes in the memory order of D
+            A += [(state["sqrt"] if D.is_contiguous() else state["sqrt"].mT, decay)]
         U, S, norm, ok = polar.polar_and_root(A, self.plan(D, carried is not None), carried, beta2 > 0, out)
         if S is not None:
-            _keep(state, S * norm, ok[:, None, None] & (active_mask(G) > 0))
+            _keep(state, S * norm, ok[:, None, None] & active)
         return U.div_(weight) if carried is None and weight != 1 else U, ok
 
-    def _by_statistic(self, state: State, D: Stack, G: Stack | None, beta2: float, out: Stack | None) -> Result:
+    def _by_statistic(self, state: State, D: Stack, G: Stack | None, beta2: float, out: Stack | None = None) -> Result:
         """From the left, by the root of ``V`` itself, of which a power of two is taken out if its squares need that."""
         sound = torch.isfinite(polar.largest(D))
         G = D if G is None else G
@@ -263,14 +269,15 @@ class SquareRoot(Sided, OneCall):
         return normalized(state, U, square, active)
 
 
-def _apart(by: Step, state: State, D: Stack, G: Stack | None, beta2: float) -> Result:
+def one_by_one(by: Step, state: State, D: Stack, G: Stack | None, beta2: float, out: Stack | None) -> Result:
     """All matrices at once or, on a CPU, large ones one after the other: what a step needs is in the cache then."""
     b, k, n = D.shape
     if b <= 1 or k * n < APART or D.device.type != "cpu" or torch.compiler.is_compiling():
-        return by(state, D, G, beta2, None)
-    U = torch.empty_like(D)
-    parts = zip(state["sqrt"].split(1), D.split(1), [None] * b if G is None else G.split(1), U.split(1), strict=True)
-    return U, torch.cat([by({"sqrt": S}, D_i, G_i, beta2, U_i)[1] for S, D_i, G_i, U_i in parts])
+        return by(state, D, G, beta2, out)
+    U = torch.empty_like(D) if out is None else out
+    states = [{"sqrt": S} for S in state["sqrt"].split(1)] if "sqrt" in state else [{}] * b
+    parts = zip(states, D.split(1), [None] * b if G is None else G.split(1), U.split(1), strict=True)
+    return U, torch.cat([by(one, D_i, G_i, beta2, U_i)[1] for one, D_i, G_i, U_i in parts])
 
 
 def _keep(state: State, S: Tensor, active: Tensor) -> None:

@@ -46,11 +46,13 @@ class Momenta(OneCall):
         own = {"momenta": like.new_zeros(b, K, m, n), "weights": like.new_zeros(b, K, 1, 1)}
         return self.inner.init(like) | own
 
-    def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
+    def update(
+        self, state: State, direction: Stack, seen: Stack, beta2: float, out: Stack | None = None
+    ) -> tuple[Stack, Tensor]:
         """The mean of the momenta of `seen`, the gradient, preconditioned; `direction` is not looked at."""
         D = self._mean(state, seen)
         if isinstance(self.inner, OneCall):
-            return self.inner.update(state, D, D, beta2)
+            return self.inner.update(state, D, D, beta2, out=D)
         with exact_matmul(D.device):
             self.inner.update_statistic(state, self.inner.compute_statistic(D), beta2)
             ok = self.inner.compute_root(state)

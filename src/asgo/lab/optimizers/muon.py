@@ -18,6 +18,7 @@ from asgo.optimizer.update_size import RMS
 from asgo.structures import SquareRoot, Structure
 from asgo.structures.base import Axis as ShardAxis
 from asgo.structures.base import active_mask, masked_ema_
+from asgo.structures.square_root import one_by_one
 
 SecondMoment: TypeAlias = Literal["none", "row", "element"]
 """What the orthogonal factor is divided by: nothing, the running size of its rows, or of its entries."""
@@ -51,7 +52,7 @@ class NewtonSchulz(SquareRoot):
 
     def plan(self, like: Tensor, carried: bool = False) -> Plan:
         """Muon's coefficients, in the precision that is fast on the device."""
-        return Plan(super().plan(like).dtype, SMALLEST, COEFFICIENTS)
+        return Plan(super().plan(like).dtype, SMALLEST, COEFFICIENTS, frobenius=True)
 
     def is_shard_additive(self, axis: ShardAxis, m: int, n: int) -> bool:
         """Shards are not: the factor is of a whole matrix."""
@@ -62,11 +63,13 @@ class NewtonSchulz(SquareRoot):
         shape = {"none": (0, 0), "row": (like.shape[1], 1), "element": like.shape[1:]}[self.second_moment]
         return {"second": like.new_zeros(len(like), *shape)}
 
-    def update(self, state: State, direction: Stack, seen: Stack, beta2: float) -> tuple[Stack, Tensor]:
+    def update(
+        self, state: State, direction: Stack, seen: Stack, beta2: float, out: Stack | None = None
+    ) -> tuple[Stack, Tensor]:
         """The factor of the direction, divided by its second moment."""
         direction = direction.sign() if self.sign else direction
         left = self.left(*direction.shape[1:])
-        O, ok = self._by_iteration(state, direction if left else direction.mT, None, 0.0)
+        O, ok = one_by_one(self._by_iteration, state, direction if left else direction.mT, None, 0.0, None)
         O = O if left else O.mT
         if self.second_moment == "none":
             return O.mul_(RMS * math.sqrt(max(O.shape[1:]))), ok
