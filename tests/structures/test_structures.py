@@ -21,6 +21,7 @@ from asgo.structures import (
     SquareRoot,
     TwoSided,
 )
+from asgo.structures.base import norms_along
 
 ONE_SIDED = {
     "left": OneSided("left"),
@@ -359,6 +360,15 @@ def test_memory_is_that_of_the_preconditioned_side(side):
             "gram": (2, k, k),
             "root": (2, k, k),
         }
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_norms_along_an_axis_are_norms_in_any_memory_order(axis, turned):
+    x = torch.randn(3, 5, 7, dtype=torch.float64)
+    x[1] = 0.0
+    x = x.mT.contiguous().mT if turned else x
+    torch.testing.assert_close(norms_along(x, axis), torch.linalg.vector_norm(x, dim=axis, keepdim=True))
 
 
 # ---- names of version 0.1 --------------------------------------------------------------------------------------------

@@ -261,6 +261,13 @@ def limit_of(group: Mapping[str, Any]) -> float | None:
     return reach(*group["betas"], group.get("statistic", "gradient"), group.get("nesterov", False))
 
 
+def norms_along(stack: Stack, axis: int) -> Tensor:
+    """Norms along an axis, kept. Where memory runs along another, torch's own take 20 times as long on a CPU."""
+    if stack.device.type != "cpu" or stack.stride(axis) == 1:
+        return torch.linalg.vector_norm(stack, dim=axis, keepdim=True)
+    return stack.square().sum(axis, keepdim=True).sqrt_()
+
+
 def shorten(stack: Tensor, lengths: Tensor, limit: float) -> Tensor:
     """The stack with what is longer than `limit` brought down to it.
 

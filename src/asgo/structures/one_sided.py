@@ -15,7 +15,7 @@ from asgo.linalg.inverse_root import ROOTS, eigh64
 from asgo.linalg.masked import masked_lerp_, where
 from asgo.linalg.matmul import gram, times
 from asgo.linalg.packed_symmetric import diagonal
-from asgo.structures.base import Algebra, Axis, Structure, ema_denominator, shorten, update_ema_weight
+from asgo.structures.base import Algebra, Axis, Structure, ema_denominator, norms_along, shorten, update_ema_weight
 
 CROSS_DECAY = 0.95
 """Decay of the second moment that `OneSided.cross_normalize` keeps along the other side."""
@@ -165,9 +165,9 @@ class OneSided(Sided, Algebra):
             return result
         active = None
         if self.limit is not None:
-            lengths = whole(torch.linalg.vector_norm(result, dim=2 if left else 1, keepdim=True))
-            result = shorten(result, lengths, self.limit * (math.sqrt(self._length(m, n)) if self.mean else 1))
-            active = lengths.amax((1, 2), keepdim=True) > 0
+            size = whole(norms_along(result, 2 if left else 1))
+            result = shorten(result, size, self.limit * (math.sqrt(self._length(m, n)) if self.mean else 1))
+            active = size.amax((1, 2), keepdim=True) > 0
         if not self.cross_normalize:
             return result
         square = cross_square(result, left, self.cross_normalize)

@@ -13,7 +13,7 @@ from asgo._types import Stack, State
 from asgo.linalg.masked import where
 from asgo.linalg.matmul import gram
 from asgo.linalg.spectral import inverse_power
-from asgo.structures.base import Structure, active_mask, masked_ema_, shorten
+from asgo.structures.base import Structure, active_mask, masked_ema_, norms_along, shorten
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class TwoSided(Structure):
             direction = direction @ state["right_root"].mT
         if self.limit is None or not any(self.sizes(*direction.shape[1:])):
             return direction
-        rows, columns = (torch.linalg.vector_norm(direction, dim=axis, keepdim=True) for axis in (2, 1))
-        return shorten(direction, torch.maximum(rows, columns), self.limit)
+        return shorten(direction, torch.maximum(norms_along(direction, 2), norms_along(direction, 1)), self.limit)
 
     def root_flops(self, m: int, n: int) -> float:
         """``m^3 + n^3``, of the sides that have a root."""
