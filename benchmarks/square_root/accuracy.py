@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=known, default=known, help="rows to measure anew")
     args = parser.parse_args()
     out = args.out
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     names = ("bf16", "bf16_fast", "fp16", "fp16_fast")
     simulated = {

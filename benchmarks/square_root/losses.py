@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=LR)
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     keys = ("form", "statistic", "beta2", "seed", "width", "steps", "lr")

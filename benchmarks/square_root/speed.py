@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     units = half_precision.has_units(torch.device("cpu"), torch.bfloat16)
     rows, lines = [], ["# `python benchmarks/square_root/speed.py --out benchmarks/square_root`", ""]

@@ -307,7 +307,9 @@ def iterate(X: Wide, plan: Plan, n: int) -> Wide:
         B, R = _bracket(symmetric(X[..., :n]) if R is None else R, step), None
         X = multiply(X, B, step[0])
         del B  # what is not needed any more, so that the next products find room
-    return multiply(X, _gram_form(symmetric(X[..., :n]), plan.steps[plain:])) if plan.gram else X
+    if plan.gram:
+        X = multiply(X, _gram_form(symmetric(X[..., :n]) if R is None else R, plan.steps[plain:]))
+    return X
 
 
 def _in_schatten_norm(X: Wide, R: Square) -> tuple[Wide, Square]:
