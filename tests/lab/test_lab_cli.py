@@ -22,12 +22,15 @@ from asgo.lab.config.runs import CompareConfig, ModelConfig, OptimizerConfig, Tr
 from asgo.lab.config.workloads import DEMO
 from asgo.lab.data.batches import DataConfig
 from asgo.lab.data.corpora import CorpusConfig
+from asgo.lab.errors import Diverged, LabError
 from asgo.lab.inspection.advice import AdviceConfig
 from asgo.lab.inspection.gradients import GradientsConfig
 from asgo.lab.models.language import build_model
 from asgo.lab.optimizers.listing import OptimizersConfig, held_bytes
 from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, state_bytes
+from asgo.lab.terminal import exit_code
 from asgo.lab.training.run_folder import RunFolder
+from asgo.lab.training.stopping import Stopped
 
 WORDS = [
     "to",
@@ -350,3 +353,41 @@ def test_a_reader_that_leaves_early_gets_no_traceback():
     done = subprocess.run(words, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("usage: asgo train")
     assert done.stderr == ""
+
+
+def _threads():
+    tasks = Path("/proc/self/task")
+    return {(task / "comm").read_text().strip() for task in tasks.iterdir()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds threads in /proc")
+@pytest.mark.parametrize(
+    ("ends", "code"), [(None, 0), (Stopped("stopped"), 130), (Diverged("the loss is nan"), 2)], ids=repr
+)
+def test_a_command_ends_its_process_group_and_the_threads_of_it(ends, code):
+    def run(config):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        model = torch.nn.Linear(2, 2)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped.itself = [wrapped]  # a cycle
+        wrapped(torch.ones(1, 2)).sum().backward()
+        assert "pt_gloo_runloop" in _threads()
+        if ends is not None:
+            raise type(ends)(*ends.args)  # the one given would keep the frame
+
+    assert exit_code(lambda: "config", run) == code
+    assert not torch.distributed.is_initialized()
+    assert "pt_gloo_runloop" not in _threads()
+
+
+@pytest.mark.parametrize(("ends", "code"), [(LabError("one process alone"), 2), (KeyboardInterrupt(), 130)], ids=repr)
+def test_a_command_that_others_may_still_wait_for_leaves_its_process_group(ends, code):
+    def run(config):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        raise ends
+
+    try:
+        assert exit_code(lambda: "config", run) == code
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()

@@ -18,14 +18,14 @@ from asgo.lab.compare.compare import compare
 from asgo.lab.config.runs import CadenceConfig, CompareConfig, MachineConfig, ModelConfig, OptimizerConfig, TrainConfig
 from asgo.lab.data.batches import DataConfig
 from asgo.lab.data.corpora import CorpusConfig
-from asgo.lab.errors import LabError
+from asgo.lab.errors import Diverged, LabError
 from asgo.lab.inspection.advice import AdviceConfig, inspect_advise
 from asgo.lab.inspection.gradient_tables import kind_of, kinds, mean, notes
 from asgo.lab.inspection.gradients import GradientsConfig, Inspector, inspect_gradients, read_samples
 from asgo.lab.models.language import build_model, count_parameters
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import Stopped
-from asgo.lab.training.train import Diverged, Trainer, train
+from asgo.lab.training.train import Trainer, train
 
 NEOX = {
     "model_type": "gpt_neox",

@@ -26,7 +26,7 @@ from asgo.lab.config.codec import command, from_json, to_json
 from asgo.lab.config.runs import CadenceConfig, MachineConfig, ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from asgo.lab.data.batches import DataConfig
 from asgo.lab.data.corpora import CorpusConfig
-from asgo.lab.errors import LabError
+from asgo.lab.errors import Diverged, LabError
 from asgo.lab.models.architectures import PRESETS
 from asgo.lab.models.language import build_model, count_parameters, model_fingerprint, token_loss
 from asgo.lab.optimizers.composite import Composite
@@ -35,7 +35,7 @@ from asgo.lab.optimizers.registry import OPTIMIZERS, build_optimizer, resolve, s
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.schedule import factor
 from asgo.lab.training.stopping import Stopped
-from asgo.lab.training.train import Diverged, Trainer, train
+from asgo.lab.training.train import Trainer, train
 
 TIMES = ("seconds", "optimizer_seconds", "tokens_per_second")
 

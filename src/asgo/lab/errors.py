@@ -1,4 +1,4 @@
-"""The one error of the lab that a person at the command line should see."""
+"""The errors of the lab that a person at the command line should see."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class LabError(ValueError):
 
     The command ``asgo`` prints the message without a traceback and exits with code 2.
     """
+
+
+class Diverged(LabError):
+    """The loss, or a parameter, is no longer a finite number: on every process of the run at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console
+from torch import distributed
 
-from asgo.lab.errors import LabError
+from asgo.lab.errors import Diverged, LabError
 from asgo.lab.training.stopping import Stopped
 
 C = TypeVar("C")
@@ -60,17 +62,32 @@ def exit_code(parse: Callable[[], C | None], run: Callable[[C], Any]) -> int:
         config = parse()
         if config is not None:
             run(config)
-        return 0
+        code = 0
     except Stopped as stopped:
-        return _fail(str(stopped), INTERRUPTED) if is_first_process() else INTERRUPTED
+        code = _fail(str(stopped), INTERRUPTED) if is_first_process() else INTERRUPTED
     except KeyboardInterrupt:
         hint = " Repeat the command with --resume to go on." if hasattr(config, "resume") else ""
         return _fail(f"interrupted.{hint}", INTERRUPTED)
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in the buffer
         return _fail("stopped: broken pipe, the reader of its output has ended.", 1) if config is not None else 1
+    except Diverged as error:
+        code = _fail(f"error: {error}", 2)
     except LabError as error:
         return _fail(f"error: {error}", 2)
+    _leave_processes()
+    return code
+
+
+def _leave_processes() -> None:
+    """End the process group, if there is one, at an end that all ranks come to.
+
+    Its threads would let go of their last tensors after the interpreter has ended, which aborts the process. They end
+    with the group, so whatever holds it, as the wrapper of DDP does, goes first.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()
+        distributed.destroy_process_group()
 
 
 def say(console: Console, *lines: object) -> None:

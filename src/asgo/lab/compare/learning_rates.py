@@ -25,6 +25,7 @@ from asgo.lab.config.codec import command, to_json
 from asgo.lab.config.ranges import SEED, STEPS, Range, check_distinct
 from asgo.lab.config.runs import CadenceConfig, OptimizerConfig, RunConfig, TrainConfig
 from asgo.lab.data.batches import open_data
+from asgo.lab.errors import Diverged
 from asgo.lab.figures import STYLES, label, png
 from asgo.lab.files import finite, make_folder, write_bytes, write_json, write_text
 from asgo.lab.optimizers.registry import resolve
@@ -32,7 +33,7 @@ from asgo.lab.optimizers.spec import parse_spec
 from asgo.lab.terminal import say
 from asgo.lab.training import environment
 from asgo.lab.training.run_folder import check_out
-from asgo.lab.training.train import Diverged, train
+from asgo.lab.training.train import train
 
 MARKER = "rates.json"
 CADENCE = CadenceConfig(eval_every=10**9, checkpoint_every=10**9)

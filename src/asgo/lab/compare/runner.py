@@ -14,12 +14,13 @@ from rich.table import Table
 
 from asgo.lab import tables
 from asgo.lab.config.runs import TrainConfig
+from asgo.lab.errors import Diverged
 from asgo.lab.pool import Results, work_through, workers
 from asgo.lab.terminal import say
 from asgo.lab.training.progress import LiveLine, clock
 from asgo.lab.training.run_folder import RunFolder
 from asgo.lab.training.stopping import Stopped, StopSignal
-from asgo.lab.training.train import Diverged, train
+from asgo.lab.training.train import train
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from asgo.lab import tables
 from asgo.lab.config.codec import command, to_json
 from asgo.lab.config.ranges import SEED, STEPS, Range
 from asgo.lab.config.runs import OptimizerConfig, RunConfig
-from asgo.lab.errors import LabError
+from asgo.lab.errors import Diverged, LabError
 from asgo.lab.figures import STYLES, label, png
 from asgo.lab.files import check_new, write_results
 from asgo.lab.inspection.run import run_of
@@ -37,7 +37,7 @@ from asgo.lab.optimizers.rules import write_rules
 from asgo.lab.terminal import say
 from asgo.lab.training import environment
 from asgo.lab.training.progress import LiveLine
-from asgo.lab.training.train import Diverged, Trainer
+from asgo.lab.training.train import Trainer
 
 Batch = tuple[Tensor, Tensor]
 COLUMNS = (

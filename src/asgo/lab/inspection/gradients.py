@@ -24,7 +24,7 @@ from asgo.lab.config.codec import command, to_json
 from asgo.lab.config.ranges import STEPS, Range
 from asgo.lab.config.runs import OptimizerConfig, RunConfig, TrainConfig
 from asgo.lab.data.sampling import Batches
-from asgo.lab.errors import LabError
+from asgo.lab.errors import Diverged, LabError
 from asgo.lab.files import finite, make_folder, read_json, write_json, write_results
 from asgo.lab.inspection.gradient_tables import COLUMNS, Series, cells, csv_text, notes, spectra
 from asgo.lab.inspection.run import run_of
@@ -33,7 +33,7 @@ from asgo.lab.terminal import say
 from asgo.lab.training.progress import RunProgress
 from asgo.lab.training.run_folder import RunFolder, check_out
 from asgo.lab.training.stopping import Stopped, StopSignal
-from asgo.lab.training.train import Diverged, Trainer
+from asgo.lab.training.train import Trainer
 from asgo.optimizer.step import structured
 
 MARKER = "gradients.json"

@@ -21,7 +21,7 @@ from asgo.lab.data.batches import open_data
 from asgo.lab.data.rows import IGNORED, in_batches
 from asgo.lab.data.sampling import Batches, Pair
 from asgo.lab.data.tokenization import BpeTokenizer
-from asgo.lab.errors import LabError
+from asgo.lab.errors import Diverged, LabError
 from asgo.lab.figures import draw_run
 from asgo.lab.files import writing
 from asgo.lab.inspection.routing import routing_text
@@ -46,10 +46,6 @@ from asgo.lab.training.schedule import factor, scheduler
 from asgo.lab.training.snapshot import FORMAT, check_identity, random_state, set_random_state
 from asgo.lab.training.stopping import Stopped, StopSignal
 from asgo.optimizer.step import structured
-
-
-class Diverged(LabError):
-    """The loss, or a parameter, is no longer a finite number."""
 
 
 def train(config: TrainConfig, console: Console | None = None, title: str | None = None) -> dict[str, Any]:
