@@ -1,6 +1,9 @@
 """Several processes give what one gives: every layout, every optimizer, every form; and what it costs them."""
 
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -587,3 +590,34 @@ def on_nccl():
             optimizer.step()
             optimizer.zero_grad()
     return distance(parameters(expected), parameters(found))
+
+
+ENDS = """
+import sys
+from pathlib import Path
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from asgo import ASGO, route
+
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
+parallel = DistributedDataParallel(model)
+optimizer = ASGO(route(model), lr=1e-2)
+optimizer.distribute(shard_state=sys.argv[1] == "zero1")
+for step in range(2):
+    parallel(torch.randn(32, 16)).square().mean().backward()
+    optimizer.step()
+threads = lambda: [task for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
+assert threads()
+del parallel
+distributed.destroy_process_group()
+assert not threads(), threads()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds threads in /proc")
+@pytest.mark.parametrize("way", ["ddp", "zero1"])
+def test_the_threads_of_a_group_end_with_it_while_the_optimizer_lives(way):
+    ended = subprocess.run([sys.executable, "-c", ENDS, way], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before any group: its functions keep the group that they find when first imported
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -16,7 +18,8 @@ from asgo.parts import Wait
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_groups: dict[tuple[object, tuple[int, ...]], ProcessGroup] = {}
+_groups: WeakValueDictionary[tuple[object, tuple[int, ...]], ProcessGroup] = WeakValueDictionary()
+"""Weak: the threads of a group that is held do not end with it, and may abort a process that ends before them."""
 
 
 def ensure_group(

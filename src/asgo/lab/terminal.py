@@ -8,6 +8,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from asgo.lab.training.stopping import Stopped
 C = TypeVar("C")
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
+GRACE = 0.1
+"""Seconds."""
 
 
 def parse(kind: Any, args: Sequence[str], program: str, description: str | None = None, default: Any = None) -> Any:
@@ -83,11 +86,13 @@ def _leave_processes() -> None:
     """End the process group, if there is one, at an end that all ranks come to.
 
     Its threads would let go of their last tensors after the interpreter has ended, which aborts the process. They end
-    with the group, so whatever holds it, as the wrapper of DDP does, goes first.
+    with the group, so whatever holds it, as the wrapper of DDP does, goes first. Caches of DTensor do not go: their
+    group's threads get the time that letting go takes.
     """
     if distributed.is_available() and distributed.is_initialized():
         gc.collect()
         distributed.destroy_process_group()
+        time.sleep(GRACE)
 
 
 def say(console: Console, *lines: object) -> None:
