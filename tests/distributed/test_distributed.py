@@ -596,6 +596,7 @@ ENDS = """
 import sys
 from pathlib import Path
 import torch
+import torch.distributed.nn
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from asgo import ASGO, route

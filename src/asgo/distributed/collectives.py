@@ -9,7 +9,6 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before any group: its functions keep the group that they find when first imported
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
