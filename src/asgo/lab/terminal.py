@@ -23,7 +23,7 @@ C = TypeVar("C")
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 GRACE = 0.1
-"""Seconds."""
+"""Seconds that threads of a process group get to let go of their tensors, far more than they need."""
 
 
 def parse(kind: Any, args: Sequence[str], program: str, description: str | None = None, default: Any = None) -> Any:
@@ -86,8 +86,8 @@ def _leave_processes() -> None:
     """End the process group, if there is one, at an end that all ranks come to.
 
     Its threads would let go of their last tensors after the interpreter has ended, which aborts the process. They end
-    with the group, so whatever holds it, as the wrapper of DDP does, goes first. Caches of DTensor do not go: their
-    group's threads get the time that letting go takes.
+    with the group, so whatever holds it, as the wrapper of DDP does, goes first. After FSDP2 the group is held all
+    the same: its threads get the time that letting go takes.
     """
     if distributed.is_available() and distributed.is_initialized():
         gc.collect()
