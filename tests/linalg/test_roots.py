@@ -21,6 +21,7 @@ from asgo.linalg.inverse_root import (
     auto,
     eigh,
     eigh64,
+    eigh_with_root,
     exact_matmul,
     minimax,
     outside,
@@ -293,6 +294,27 @@ def test_rotation(name: str, k: int, rank: int, seed: int):
     plain = ROOTS[name]((G @ G.T)[None], 1e-3)[0][0]
     turned = ROOTS[name]((turn @ G @ G.T @ turn.T)[None], 1e-3)[0][0]
     assert error(turned, turn @ plain @ turn.T) <= rounding_of_a_root(name, G @ G.T, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_decomposition_gives_the_inverse_root_and_the_root(dtype: torch.dtype, threads: int):
+    """The root has no damping: up to 40 roundings each of A and of its decomposition."""
+    A = torch.stack([with_spectrum(torch.logspace(0, -9, 40), seed=seed) for seed in range(5)]).to(dtype)
+    A[1], A[2, 3, 4], A[3] = 0, math.nan, torch.ldexp(A[3], torch.tensor(80))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        (Z, S, ok), (wanted, _) = eigh_with_root(A, EPS), eigh(A, EPS)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(Z, wanted)
+    assert ok.tolist() == [True, True, False, True, True]
+    assert torch.equal(S, S.mT)
+    assert not S[1].any()
+    assert not S[2].any()
+    for root, matrix in zip(S[[0, 3, 4]].double(), A[[0, 3, 4]].double(), strict=True):
+        assert (root @ root - matrix).norm() < 80 * torch.finfo(dtype).eps * matrix.norm()
 
 
 @pytest.mark.parametrize("name", ["eigh", "eigh64", "outside"])

@@ -180,6 +180,21 @@ def test_sums_are_followed_too(precision):
     assert relative(update[0], root_of(V, seen[-1][0])) < 200 * step_error(PLANS[precision])
 
 
+@pytest.mark.parametrize("beta2", [0.2, 0.95])
+def test_damping_of_the_root_does_not_add_up_in_s(beta2, monkeypatch):
+    """Up to k roundings each of V and of its decomposition in every step: S is the root of V, not of V + eps."""
+    monkeypatch.setitem(EPS, torch.float64, 1e-3)
+    sizes = torch.logspace(0, -4, 6, dtype=torch.float64)[:, None]
+    directions = [sizes * D for D in stream((1, 6, 10), 200, dtype=torch.float64)]
+    _, state = run(SquareRoot("left", "fp64"), directions, beta2)
+    S, V = state["sqrt"][0], exact([D[0] for D in directions], beta2)
+    rounding = 2 * 6 * torch.finfo(torch.float64).eps / (1 - beta2)
+    assert relative(S @ S.T, V) < rounding
+    least = np.linalg.eigvalsh(V)[0]
+    assert least < 1e-7 * np.linalg.norm(V)
+    assert abs(np.linalg.eigvalsh(S @ S.T)[0] - least) < rounding * np.linalg.norm(V)
+
+
 def test_s_is_symmetric_and_half_as_large_as_a_float():
     _, state = run(SquareRoot("left", "bf16"), stream((2, 6, 10), 5), 0.5)
     assert torch.equal(state["sqrt"], state["sqrt"].mT)
@@ -613,9 +628,9 @@ def test_a_stack_of_any_size_takes_few_launches(precision, n, products):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_memory_of_an_update_is_bounded(precision, side, monkeypatch):
     """In ``k x k`` matrices of float32, with the update itself. At n = k 4: A, X and a new X in half precision, R, B;
-    or V and its decomposition. At n = 4k 4 for the update and 3 beside it."""
+    or V, its eigenvectors and both roots. At n = 4k 4 for the update and 3 beside it."""
     monkeypatch.setattr(half_precision, "UNITS", dict.fromkeys(half_precision.UNITS, True))
-    k = 32
+    k = 192
     for n, most in ((k, 4.5), (4 * k, 7.1)):
         D, structure = torch.randn((1, k, n) if side == "left" else (1, n, k)), SquareRoot(side, precision)
         state = structure.init(D)
@@ -728,6 +743,18 @@ def test_the_root_by_a_cholesky_factor_is_the_root(precision):
         assert np.linalg.norm(Z[i].double().numpy() @ L - power(V[i].double().numpy(), -0.5) @ L, 2) < error + (
             direction_error(plan, L) - plan.tolerance - rounding(plan)
         )
+
+
+def test_the_square_root_by_a_cholesky_factor_has_little_of_the_damping(monkeypatch):
+    """``S^2 = V + d^2 / (4 (V + d))``: a quarter of d where V is 0, next to nothing where it is large."""
+    monkeypatch.setitem(EPS, torch.float64, 1e-3)
+    D = next(stream((1, 6, 10), 1, dtype=torch.float64)) * torch.logspace(0, -4, 6, dtype=torch.float64)[:, None]
+    V = D @ D.mT
+    _, S, ok = SquareRoot("left", "fp64")._by_cholesky(V.clone())
+    assert ok.all()
+    assert torch.equal(S, S.mT)
+    d = 1e-3 * V[0].norm() * torch.eye(6, dtype=torch.float64)
+    assert relative(S[0] @ S[0], V[0] + d @ d @ torch.linalg.inv(V[0] + d) / 4) < 1e-12
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

@@ -31,11 +31,12 @@ from torch import Tensor
 
 from asgo.linalg import polynomial as iteration
 from asgo.linalg import spectral
+from asgo.linalg.masked import where
 from asgo.linalg.matmul import Precision, exact_matmul
 from asgo.linalg.solver import check_stack, eye_of, solve
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
     from asgo.linalg.solver import PerMatrix, Result, Solver, Square
 
@@ -53,11 +54,12 @@ SMALL = 128
 
 
 def _by_eigh(A: Square, scale: PerMatrix, eps: float) -> Square:
-    def weights(values: Tensor, scale: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        return (values + eps * norm).pow(-0.25) * scale.pow(-0.25)
+    return spectral.root(A, scale, partial(_damped, eps=eps))
 
-    return spectral.root(A, scale, weights)
+
+def _damped(values: Tensor, scale: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+    return (values + eps * norm).pow(-0.25) * scale.pow(-0.25)
 
 
 def _outside(kept: torch.dtype) -> Solver:
@@ -98,6 +100,21 @@ def eigh(A: Square, eps: float) -> Result:
     eigenvalues mix. On a CPU the threads of torch share the matrices of the stack.
     """
     return solve(_by_eigh, A, eps)
+
+
+def eigh_with_root(A: Square, eps: float) -> tuple[Square, Square, Bool[Tensor, "b"]]:
+    """``(Z, S, ok)``: `eigh`, and ``S = A^(1/2)`` without damping by the same decomposition; 0 where Z is."""
+    roots = [A]
+
+    def weights(values: Tensor, scale: Tensor) -> Tensor:
+        return torch.stack([_damped(values, scale, eps), (values * scale).pow(0.25)], 1)
+
+    def solver(A: Square, scale: PerMatrix, eps: float) -> Square:
+        Z, roots[0] = spectral.roots(A, scale, weights)
+        return Z
+
+    Z, ok = solve(solver, A, eps)
+    return Z, where(Z.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] > 0, roots[0], 0.0), ok
 
 
 def eigh64(A: Square, eps: float) -> Result:

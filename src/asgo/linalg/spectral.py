@@ -34,7 +34,12 @@ SMALLEST = 32  # smaller matrices are done before another thread has woken up
 
 
 def root(A: Square, scale: PerMatrix, weights: Weights) -> Square:
-    """``Z = Q diag(w^2) Q^T`` with ``A = scale Q diag(values) Q^T`` and ``w = weights(values, scale)``.
+    """``Z = Q diag(w^2) Q^T`` with ``A = scale Q diag(values) Q^T`` and ``w = weights(values, scale)``."""
+    return roots(A, scale, lambda values, scale: weights(values, scale)[:, None])[0]
+
+
+def roots(A: Square, scale: PerMatrix, weights: Weights) -> list[Square]:
+    """As `root`, with a w of shape ``(b, r, k)``: r matrices by one decomposition. No w but the last may be 0.
 
     LAPACK decomposes one matrix at a time and gains little from threads (at k = 384, two threads make it 1.3
     times as fast), so on a CPU the threads share the matrices instead.
@@ -42,14 +47,14 @@ def root(A: Square, scale: PerMatrix, weights: Weights) -> Square:
     threads = torch.get_num_threads()
     single = threads == 1 or len(A) < 2 or A.shape[1] < SMALLEST or torch.compiler.is_compiling()
     if single or A.device.type != "cpu":
-        return _root(A, scale, weights)
+        return _roots(A, scale, weights)
     workers = min(threads, len(A))
     shared = len(A) - len(A) % workers
     Z = _share(A[:shared], scale[:shared], weights, workers, threads)
-    return Z if shared == len(A) else torch.cat([Z, root(A[shared:], scale[shared:], weights)])
+    return Z if shared == len(A) else _joined([Z, roots(A[shared:], scale[shared:], weights)])
 
 
-def _share(A: Square, scale: PerMatrix, weights: Weights, workers: int, threads: int) -> Square:
+def _share(A: Square, scale: PerMatrix, weights: Weights, workers: int, threads: int) -> list[Square]:
     pool = _pool(os.getpid(), workers)
     each = len(A) // workers
     jobs = [
@@ -57,9 +62,13 @@ def _share(A: Square, scale: PerMatrix, weights: Weights, workers: int, threads:
         for part, part_scale in zip(A.split(each), scale.split(each), strict=True)
     ]
     try:
-        return torch.cat([job.result() for job in jobs])
+        return _joined([job.result() for job in jobs])
     finally:
         torch.set_num_threads(threads)  # torch's number is per thread, the BLAS library's is not
+
+
+def _joined(parts: list[list[Square]]) -> list[Square]:
+    return [torch.cat(one) for one in zip(*parts, strict=True)]
 
 
 @lru_cache(maxsize=4)
@@ -67,16 +76,21 @@ def _pool(process: int, workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, "asgo-eigh")  # a forked process has no threads, hence one for each
 
 
-def _alone(threads: int, A: Square, scale: PerMatrix, weights: Weights) -> Square:
+def _alone(threads: int, A: Square, scale: PerMatrix, weights: Weights) -> list[Square]:
     torch.set_num_threads(threads)
-    return _root(A, scale, weights)
+    return _roots(A, scale, weights)
 
 
 @torch.no_grad()
-def _root(A: Square, scale: PerMatrix, weights: Weights) -> Square:
+def _roots(A: Square, scale: PerMatrix, weights: Weights) -> list[Square]:
     values, vectors = decompose(A / scale)
-    # Z is positive semidefinite whatever the rounding, so that any NaN shows on the diagonal.
-    return gram(vectors.mul_(weights(values.clamp_(min=0), scale[..., 0])[:, None]))
+    found, last = [], None
+    for w in weights(values.clamp_(min=0), scale[..., 0]).unbind(1):
+        vectors.mul_((w if last is None else w / last)[:, None])
+        # Positive semidefinite whatever the rounding, so that any NaN shows on the diagonal.
+        found.append(gram(vectors))
+        last = w
+    return found
 
 
 def resolved(values: Float[Tensor, "b k"], dtype: torch.dtype) -> Float[Tensor, "b k"]:
