@@ -5,12 +5,13 @@ python benchmarks/square_root/speed.py --out benchmarks/square_root
 A transformer layer as six matrices (q, k, v, o, fc, proj). The form has momentum and update in float32 as the optimizer
 keeps them, S in bfloat16 (in the dtype of the state for "fp32"), and the same momentum, decay and scaling as Muon. Each
 pair runs in one process in ABBA order; the figure is the median of the ratios of neighbouring runs, with their
-quartiles. Let nothing else run.
+quartiles. Let nothing else run. The files are named after the units and the threads.
 
 On a CPU with units for bfloat16 the peer is `torch.optim.Muon` itself, all in bfloat16. On one without, torch's
 products in bfloat16 take up to fifty times as long as in float32. There the peer is the same step with products in
 float32 that are rounded to bfloat16, as the form has them, and `torch.optim.Muon` is timed once beside it ("torch").
-"eigh" is the library's default root on a CPU, `OneSided` in float32.
+`--without-units` leaves those of this CPU unused, and that peer out. "eigh" is the library's default root on a CPU,
+`OneSided` in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,19 +124,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without-units", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    units = half_precision.has_units(torch.device("cpu"), torch.bfloat16)
-    rows, lines = [], ["# `python benchmarks/square_root/speed.py --out benchmarks/square_root`", ""]
-    machine = f"torch {torch.__version__}, {platform.machine()} CPU with{'' if units else 'out'} units for bfloat16"
+    present = half_precision.UNITS[torch.bfloat16]
+    units = half_precision.UNITS[torch.bfloat16] = present and not args.without_units
+    threads = "" if args.threads == 1 else f"_{args.threads}_threads"
+    target = args.out / f"speed_{'with' if units else 'without'}_units{threads}"
+    rows, lines = [], [f"# `python {' '.join(sys.argv)}`", ""]
+    has = "with" if units else "with unused" if present else "without"
+    machine = f"torch {torch.__version__}, {platform.machine()} CPU {has} units for bfloat16"
     lines += [f"{machine}, {args.threads} thread(s), {args.rounds} rounds.", ""]
     lines += ["| matrices | form | b2 | of Muon's time | quartiles | products, of Muon's |"]
     lines += ["|---|---|---:|---:|---|---:|"]
     for name, shapes in LAYERS.items():
         peer = muon(shapes) if units else Step(shapes, newton_schulz)
         found = [(form_name, beta2, form(shapes, form_name, beta2), args.rounds) for form_name, beta2 in FORMS]
-        if not units and max(max(shape) for shape in shapes) <= 512:  # beyond that a step takes minutes
+        if not present and max(max(shape) for shape in shapes) <= 512:  # beyond that a step takes minutes
             found += [("torch", 0.0, muon(shapes), 1)]
         for form_name, beta2, step, rounds in found:
             ratios = compare(step, peer, rounds)
@@ -146,8 +153,8 @@ def main() -> None:
             lines.append(f"| {name} | {form_name} | {beta2} | {median:.2f} | {low:.2f} to {high:.2f} | {shown} |")
             print(lines[-1], flush=True)
             record = {"machine": machine, "threads": args.threads, "rows": rows}
-            (args.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
-            (args.out / "speed.md").write_text("\n".join(lines) + "\n")
+            target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            target.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def counted(shapes: list[tuple[int, int, int]], plan: polar.Plan, beta2: float) -> float:

@@ -13,9 +13,7 @@ from pathlib import Path
 HEAD = """# `python benchmarks/square_root/summary.py benchmarks/square_root/losses.jsonl`
 
 A character GPT of 4 layers, 300 steps of 8 x 128 characters, lr .014 at width 128 and .0047 at 384, loss on 65,536
-held-out characters. "exact" is float64 with eps 1e-6. Differences are paired by seed, with their standard error. "fp32
-before" is an older float32, in effect with an eps of 1.06e-6 at b2 of 0.2, 1.2e-6 at 0.5, 1.6e-6 at 0.8 and 2.7e-6 at
-0.95.
+held-out characters. "exact" is float64 with eps 1e-6. Differences are paired by seed, with their standard error.
 
 | width | statistic | b2 | form | seeds | loss | minus exact | by seed |
 |---:|---|---:|---|---:|---:|---:|---|"""
