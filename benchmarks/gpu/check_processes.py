@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from asgo import ASGO, route
+from asgo.structures.square_root import EPS as SQUARE_ROOT_EPS
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.model import GPT, TINY, make_model
 from benchmarks.gpu.part import Part, check
@@ -25,14 +26,19 @@ from benchmarks.gpu.part import Part, check
 STEPS, LR, EPS = 3, 1e-2, 1e-6
 LIMIT = timedelta(seconds=60)
 """For a collective."""
+Options = Mapping[str, Any]
+FORMS: dict[str, Options] = {"": {"eps": EPS}, ", square root": {"root": "square_root"}}
+"""The square-root form has an `EPS` of its own."""
 
 
 def run(part: Part) -> None:
     """A row for each way; the process group lives as long as they take."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for name, wrap in WAYS.items():
-                part.attempt(f"processes: {name}", partial(_compare, part, wrap, Path(folder) / "store"))
+            for form, options in FORMS.items():
+                for name, wrap in WAYS.items():
+                    row = f"processes: {name}{form}"
+                    part.attempt(row, partial(_compare, part, wrap, options, Path(folder) / "store"))
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -51,23 +57,23 @@ def _start(device: Device, store: Path) -> None:
     check(abs(float(one) - 1), 0.0, "the difference that a sum over one rank makes")
 
 
-def _data_parallel(model: GPT, shard_state: bool | None) -> tuple[nn.Module, ASGO]:
+def _data_parallel(model: GPT, options: Options, shard_state: bool | None) -> tuple[nn.Module, ASGO]:
     wrapped = DistributedDataParallel(model)
-    optimizer = ASGO(route(wrapped), lr=LR, eps=EPS)
+    optimizer = ASGO(route(wrapped), lr=LR, **options)
     if shard_state is not None:
         optimizer.distribute(shard_state=shard_state)
     return wrapped, optimizer
 
 
-def _fsdp(model: GPT) -> tuple[nn.Module, ASGO]:
+def _fsdp(model: GPT, options: Options) -> tuple[nn.Module, ASGO]:
     mesh = init_device_mesh(next(model.parameters()).device.type, (1,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return model, ASGO(route(model), lr=LR, eps=EPS)
+    return model, ASGO(route(model), lr=LR, **options)
 
 
-Wrap = Callable[[GPT], tuple[nn.Module, ASGO]]
+Wrap = Callable[[GPT, Options], tuple[nn.Module, ASGO]]
 WAYS: dict[str, Wrap] = {
     "DDP": partial(_data_parallel, shard_state=None),
     "DDP, roots divided": partial(_data_parallel, shard_state=False),
@@ -76,7 +82,7 @@ WAYS: dict[str, Wrap] = {
 }
 
 
-def _compare(part: Part, wrap: Wrap, store: Path) -> Mapping[str, Any]:
+def _compare(part: Part, wrap: Wrap, options: Options, store: Path) -> Mapping[str, Any]:
     """How far the parameters are after some steps from those without the wrapper.
 
     In float64, so that the bound is tight. One rank computes the same sums, in another order at most. A sum of n
@@ -87,12 +93,12 @@ def _compare(part: Part, wrap: Wrap, store: Path) -> Mapping[str, Any]:
     _start(part.device, store)
     alone = make_model(TINY, 0, part.device.torch).double()
     start = [param.detach().clone() for param in alone.parameters()]
-    _train(part, alone, ASGO(route(alone), lr=LR, eps=EPS))
+    _train(part, alone, ASGO(route(alone), lr=LR, **options))
     model = make_model(TINY, 0, part.device.torch).double()
-    wrapped, optimizer = wrap(model)
+    wrapped, optimizer = wrap(model, options)
     _train(part, wrapped, optimizer)
     rounding = 4 * TINY.width * torch.finfo(torch.float64).eps / 2
-    bound = 4 * STEPS**2 * rounding * EPS**-0.5
+    bound = 4 * STEPS**2 * rounding * options.get("eps", SQUARE_ROOT_EPS[torch.float64]) ** -0.5
     pairs = zip(start, alone.parameters(), model.parameters(), strict=True)
     differences = [_difference(old, wanted, found) for old, wanted, found in pairs]
     check(max(differences), bound, "the largest difference")

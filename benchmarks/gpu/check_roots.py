@@ -1,4 +1,4 @@
-"""Every root on the robustness matrices, against eigendecompositions in float64 on the CPU."""
+"""Every root and the square-root form on the robustness matrices, against eigendecompositions in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ import torch
 from torch import Tensor
 
 from asgo.linalg.inverse_root import ROOTS, relative, undamped
-from benchmarks.gpu.forms import EPS
+from asgo.linalg.polar import PLANS, Plan
+from asgo.structures import SquareRoot
+from asgo.structures.square_root import from_gram
+from benchmarks.gpu.forms import EPS, SQUARE_ROOT
 from benchmarks.gpu.matrices import CONDITION, Case, cases, exact
 from benchmarks.gpu.part import CheckError, Part, check
 
+BETA2, S_KEPT = 0.2, torch.bfloat16
+
 
 def run(part: Part) -> None:
-    """Two rows for each root: as it is called in a script that asks for exact products and in one that does not."""
-    for name in ROOTS:
-        part.attempt(f"root {name}", partial(_root, part, name, nullcontext()))
-        part.attempt(f"root {name}, loose products", partial(_root, part, name, _loose_products(part.device.torch)))
+    """Two rows for each root: as it is called in a script that asks for exact products and in one that does not.
+
+    Two for the square-root form in each half precision, too.
+    """
+    checks = {f"root {name}": partial(_root, part, name) for name in ROOTS}
+    checks |= {f"square root {precision}": partial(_square_root, part, precision) for precision in SQUARE_ROOT}
+    for row, act in checks.items():
+        part.attempt(row, partial(act, nullcontext()))
+        part.attempt(f"{row}, loose products", partial(act, _loose_products(part.device.torch)))
 
 
 def _root(part: Part, name: str, setting: AbstractContextManager[None]) -> Mapping[str, Any]:
@@ -34,6 +44,57 @@ def _root(part: Part, name: str, setting: AbstractContextManager[None]) -> Mappi
     for case, error in errors.items():
         check(error, bound, f"{name}: the relative error of {case!r}")
     return {"bound": bound, "eps": eps, "k": size, "errors": errors}
+
+
+def _square_root(part: Part, precision: str, setting: AbstractContextManager[None]) -> Mapping[str, Any]:
+    """An update from the S of every statistic by its momentum, and one whose momentum holds a NaN.
+
+    With t the tolerance and r the roundings of the plan, no matrix makes an update whose largest singular value is
+    above ``(1 + t + r) / sqrt(1 - b2)``, nor an S whose square is farther from V than ``2 t + r`` and the rounding with
+    which it is kept. Where V has a condition of 9, the update errs by 4 of `SQUARE_ROOT` at most, as in `check_steps`.
+    """
+    some = [case for case in cases(32 if part.tiny else 128) if not case.is_broken]
+    D = torch.stack([case.momentum for case in (*some, some[0])])
+    D[-1, 0, 0] = torch.nan
+    known = from_gram({"gram": torch.stack([case.gram for case in (*some, some[0])]).double()}, S_KEPT)["sqrt"]
+    structure, direction = SquareRoot("left", precision), D.to(part.device.torch)
+    state = structure.init(direction)
+    state["sqrt"].copy_(known)
+    with setting:
+        update, ok = structure.update(state, direction, direction, BETA2)
+    U, S, old = update.cpu().double(), state["sqrt"].cpu().double(), known.double()
+    if ok.tolist() != [True] * len(some) + [False]:
+        raise CheckError(f"ok is {ok.tolist()}, where the last alone has a NaN")
+    if bool(U[-1].any()) or not torch.equal(S[-1], old[-1]):
+        raise CheckError("the momentum with a NaN has an update or changes its S")
+    plan, shares = PLANS[precision], {}
+    largest = (1 + plan.tolerance + _rounding(plan)) / (1 - BETA2) ** 0.5
+    allowed = 2 * plan.tolerance + _rounding(plan) + torch.finfo(S_KEPT).eps
+    for i, case in enumerate(some):
+        # Brought to one size, so that products stay in range.
+        size = float(case.gram.double().norm()) ** 0.5 or 1.0
+        D_i, S_i, old_i = case.momentum.double() / size, S[i] / size, old[i] / size
+        V = BETA2 * old_i @ old_i.mT + (1 - BETA2) * D_i @ D_i.mT
+        found = {
+            "singular value": (float(torch.linalg.matrix_norm(U[i], 2)), largest),
+            "S": (float((S_i @ S_i.mT - V).norm()), allowed * float(V.norm())),
+        }
+        if case.is_gentle:
+            wanted = exact(V, 1e-6) @ D_i
+            found["update"] = float((U[i] - wanted).norm()), 4 * SQUARE_ROOT[precision] * float(wanted.norm())
+        for what, (distance, bound) in found.items():
+            check(distance, bound, f"{what} of {case.name!r}")
+            shares[f"{case.name}: {what}"] = distance / bound if bound else 0.0
+    return {"share of the bound": shares, "largest": max(shares.values())}
+
+
+def _rounding(plan: Plan) -> float:
+    """What rounding does to a singular value of the update at most: twelve roundings, twice the unit each.
+
+    Those of the first step are magnified by all later ones, that of the Gram matrix by its condition.
+    """
+    unit = torch.finfo(plan.dtype).eps / 2
+    return (24 + plan.condition + plan.amplification / plan.steps[0][0]) * unit
 
 
 def _bound(name: str, k: int) -> float:

@@ -1,4 +1,4 @@
-"""GPT-2 124M over bytes: ASGO, Muon and AdamW in turns, for as many steps as there is time."""
+"""GPT-2 124M over bytes: two forms of ASGO, Muon and AdamW in turns, for as many steps as there is time."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def split(model: GPT) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     return matrices, [param for param in model.parameters() if id(param) not in linear]
 
 
-def asgo_for(model: GPT) -> Any:
+def asgo_for(model: GPT, root: str = "auto") -> Any:
     """ASGO on the matrices, AdamW within it on the rest."""
     matrices, rest = split(model)
     groups = [{"params": matrices, "view": View("m n -> 1 m n")}, {"params": rest, "view": None, "lr": REST_LR}]
-    return ASGO(groups, lr=MATRIX_LR, betas=(MOMENTUM, 0.2), weight_decay=DECAY)
+    return ASGO(groups, lr=MATRIX_LR, betas=(MOMENTUM, 0.2), weight_decay=DECAY, root=root)
 
 
 def muon_for(model: GPT) -> Any:
@@ -74,7 +74,12 @@ def adamw_for(model: GPT) -> Any:
     return AdamW(groups, lr=ADAMW_LR, betas=BETAS, fused=True)
 
 
-CONTENDERS: dict[str, Callable[[GPT], Any]] = {"ASGO": asgo_for, "Muon": muon_for, "AdamW": adamw_for}
+CONTENDERS: dict[str, Callable[[GPT], Any]] = {
+    "ASGO": asgo_for,
+    "ASGO, square root": partial(asgo_for, root="square_root"),
+    "Muon": muon_for,
+    "AdamW": adamw_for,
+}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Time and error of every root by size and number of matrices, and which of them `auto` should be."""
+"""Time and error of every root and of the square-root form, and which root `auto` should be."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from asgo.linalg.inverse_root import ROOTS, relative
+from asgo.structures import SquareRoot
+from asgo.structures.square_root import from_gram
 from benchmarks.gpu.forms import EPS, STATED
 from benchmarks.gpu.matrices import drifting, exact
 from benchmarks.gpu.part import Part
@@ -26,6 +28,7 @@ NAMES = (
 CANDIDATES = ("eigh", "minimax")
 """What `auto` chooses from: the roots in plain float32."""
 SIZES, BATCHES = (32, 64, 128, 256, 512, 768, 1024, 2048, 4096), (1, 12, 64)
+SQUARE_ROOT, BETA2 = "square root", 0.2
 MOST = 2**28
 """Numbers in a stack: 64 matrices of 2,048 are the largest."""
 ON_CPU = 1024
@@ -35,7 +38,7 @@ SLOW = 0.5
 
 
 def run(part: Part) -> None:
-    """A row for each size, number of matrices and root, the small sizes first."""
+    """A row for each size, number of matrices and root or form, the small sizes first."""
     sizes, batches = ((8, 16), (1, 2)) if part.tiny else (SIZES, BATCHES)
     slow: set[tuple[str, int]] = set()
     for k in sizes:
@@ -43,13 +46,18 @@ def run(part: Part) -> None:
             break
         gram, momentum = (tensor.to(part.device.torch) for tensor in drifting(k, 2 * k, k))
         wanted: dict[float, Tensor] = {}
+        measures: dict[str, Callable[[int], Mapping[str, Any]]] = {
+            name: partial(_row, part, run_root, name, gram, momentum, wanted)
+            for name, run_root in _contenders().items()
+        }
+        measures = {SQUARE_ROOT: partial(_square_root, part, gram, momentum[:, :k].contiguous(), {}), **measures}
         for batch in (b for b in batches if b == 1 or b * k * k <= MOST):
-            for name, run_root in _contenders().items():
+            for name, measure in measures.items():
                 row = f"{name}, k = {k}, {batch}"
                 if (name, k) in slow:
                     part.skip(row, "one of them is slow already")
                     continue
-                found = part.attempt(row, partial(_row, part, run_root, name, gram, momentum, batch, wanted))
+                found = part.attempt(row, partial(measure, batch))
                 if found is not None and found.get("seconds", 0) > SLOW:
                     slow.add((name, k))
         part.device.release()
@@ -74,25 +82,54 @@ def cholesky(A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _row(
-    part: Part, root: Run, name: str, gram: Tensor, momentum: Tensor, batch: int, wanted: dict[float, Tensor]
+    part: Part, root: Run, name: str, gram: Tensor, momentum: Tensor, wanted: dict[float, Tensor], batch: int
 ) -> Mapping[str, Any]:
     eps = EPS.get(name, 1e-6)  # "Cholesky" is no root of the table
     stack = gram.expand(batch, -1, -1).contiguous()
-    first = part.device.seconds(partial(root, stack, eps))
-    repeats = 0 if first > SLOW else 3 if first > SLOW / 10 else 7
-    times = [part.device.seconds(partial(root, stack, eps)) for _ in range(repeats)] or [first]
-    seconds = median(times)
-    square = torch.randn_like(stack)
-    product = min(part.device.seconds(partial(torch.bmm, square, square)) for _ in range(3))
-    found = {"name": name, "k": len(gram), "batch": batch, "seconds": seconds, "times": times, "eps": eps}
-    found |= {"each": seconds / batch, "products": seconds / product}
+    found = {"name": name, "eps": eps, **_timed(part, partial(root, stack, eps), stack)}
     if batch > 1 or name == "Cholesky":
         return found
     roots, ok = root(stack, eps)
     if eps not in wanted:
         wanted[eps] = _exact(gram, eps).to(gram.device) @ momentum.double()
-    distance = torch.linalg.vector_norm(roots[0].double() @ momentum.double() - wanted[eps])
-    return {**found, "ok": bool(ok.all()), "error": float(distance / torch.linalg.vector_norm(wanted[eps]))}
+    return {**found, "ok": bool(ok.all()), "error": _error(roots[0].double() @ momentum.double(), wanted[eps])}
+
+
+def _square_root(
+    part: Part, gram: Tensor, direction: Tensor, known: dict[str, Tensor], batch: int
+) -> Mapping[str, Any]:
+    """A whole update for a square direction, which is statistic, root and preconditioned direction in one."""
+    structure = SquareRoot("left")
+    D = direction.expand(batch, -1, -1).contiguous()
+    if not known:
+        near = gram.double().cpu() if len(gram) <= ON_CPU else gram.double()
+        V = BETA2 * near + (1 - BETA2) * (direction.double() @ direction.double().mT).to(near.device)
+        known["S"] = from_gram({"gram": near[None]}, torch.float64)["sqrt"].to(gram.device)
+        known["U"] = exact(V, 1e-6).to(gram.device) @ direction.double()
+    state = structure.init(D)
+    first = state["sqrt"].copy_(known["S"].expand(batch, -1, -1)).clone()
+    found = {"name": SQUARE_ROOT, **_timed(part, partial(structure.update, state, D, D, BETA2), D)}
+    if batch > 1:
+        return found
+    state["sqrt"].copy_(first)
+    update, ok = structure.update(state, D, D, BETA2)
+    return {**found, "ok": bool(ok.all()), "error": _error(update[0].double(), known["U"])}
+
+
+def _timed(part: Part, act: Callable[[], Any], stack: Tensor) -> dict[str, Any]:
+    """Times of a call for a stack of square matrices, also in products of that stack in float32."""
+    first = part.device.seconds(act)
+    repeats = 0 if first > SLOW else 3 if first > SLOW / 10 else 7
+    times = [part.device.seconds(act) for _ in range(repeats)] or [first]
+    seconds, batch = median(times), len(stack)
+    square = torch.randn_like(stack)
+    product = min(part.device.seconds(partial(torch.bmm, square, square)) for _ in range(3))
+    sizes = {"k": stack.shape[-1], "batch": batch}
+    return {**sizes, "seconds": seconds, "times": times, "each": seconds / batch, "products": seconds / product}
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float(torch.linalg.vector_norm(found - wanted) / torch.linalg.vector_norm(wanted))
 
 
 def _exact(gram: Tensor, eps: float) -> Tensor:

@@ -19,12 +19,13 @@ from asgo import ASGO, report, route
 from asgo.linalg.inverse_root import ROOTS, products
 from asgo.linalg.polar import PLANS
 from asgo.structures import SquareRoot
-from benchmarks.gpu import check_roots, check_steps, shapes
+from benchmarks.gpu import check_graphs, check_roots, check_steps, shapes
 from benchmarks.gpu.__main__ import arguments
-from benchmarks.gpu.check_graphs import MODES
+from benchmarks.gpu.check_graphs import GRAPHS, MODES
 from benchmarks.gpu.check_processes import WAYS
 from benchmarks.gpu.device import PRECISIONS, Device
 from benchmarks.gpu.forms import FORMS, PRESETS, STATED
+from benchmarks.gpu.forms import SQUARE_ROOT as SQUARE_ROOTS
 from benchmarks.gpu.loss import CONTENDERS, split
 from benchmarks.gpu.matrices import CONDITION, cases, gentle
 from benchmarks.gpu.model import TINY, make_model
@@ -33,7 +34,7 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.peers import MUON, PEERS
 from benchmarks.gpu.record import FILE, Record, read_rows
 from benchmarks.gpu.results import latest, write_results
-from benchmarks.gpu.roots import NAMES, auto_table, choices
+from benchmarks.gpu.roots import NAMES, SQUARE_ROOT, auto_table, choices
 from benchmarks.gpu.shapes import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -79,8 +80,12 @@ def test_every_part_produces_its_rows(rehearsal):
     correct |= {f"step {preset.name}" for preset in PRESETS} | {f"step form {form.name}" for form in FORMS}
     correct |= {f"waits: {preset.name}" for preset in PRESETS} | {f"waits: form {form.name}" for form in FORMS}
     correct |= {f"step {dtype} parameters{packed}" for dtype in ("bfloat16", "float16") for packed in ("", ", packed")}
-    correct |= {f"graph{packed}, capture mode {mode}" for mode in MODES for packed in ("", ", packed")}
-    correct |= {f"processes: {way}" for way in WAYS} | {"step retry of a failed root", "step gradients of any size"}
+    correct |= {f"graph{packed}, capture mode {mode}" for mode in MODES for packed in GRAPHS}
+    correct |= {f"square root {precision}" for precision in SQUARE_ROOTS}
+    correct |= {f"processes: {way}{form}" for way in WAYS for form in ("", ", square root")} | {
+        "step retry of a failed root",
+        "step gradients of any size",
+    }
     assert correct <= {name for name, row in found["correctness"].items() if row["status"] == "ok"}
     assert any(name.startswith("tests: ") for name in found["correctness"])
     names = [*(form.name for form in FORMS), *(peer.name for peer in PEERS), MUON, "products"]
@@ -89,7 +94,7 @@ def test_every_part_produces_its_rows(rehearsal):
     launched = {row["row"] for row in found["launches"].values() if row["status"] == "ok" and row["launches"]}
     assert {f"GPT-2 124M: {form.name}" for form in FORMS if not form.waits} | {f"GPT-2 124M: {MUON}"} <= launched
     timed = {row["name"] for row in found["roots"].values() if row["status"] == "ok"}
-    assert {*NAMES, "eigh64", "Cholesky"} == timed
+    assert {*NAMES, "eigh64", "Cholesky", SQUARE_ROOT} == timed
     curves = [row for row in found["loss"].values() if row["status"] == "point"]
     assert {row["optimizer"] for row in curves} == set(CONTENDERS)
     assert all(math.isfinite(row["held_out"]) and row["seconds"] > 0 for row in curves)
@@ -132,7 +137,7 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path,
     failed = [name for name, row in rows.items() if row["status"] == "failed"]
     assert failed == ["root eigh", "root eigh, loose products"]
     assert re.search(r"in broken\n.*RuntimeError: broken on purpose", rows["root eigh"]["traceback"], re.DOTALL)
-    assert sum(row["status"] == "ok" for row in rows.values()) == 2 * len(ROOTS) - 2
+    assert sum(row["status"] == "ok" for row in rows.values()) == 2 * len(ROOTS) - 2 + 2 * len(SQUARE_ROOTS)
     table = write_results(tmp_path, picture=False)
     assert re.search(r"\| correctness \| root eigh +\| failed \| RuntimeError: broken on purpose \|", table)
 
@@ -223,6 +228,56 @@ def test_a_wrong_step_is_outside_its_bound(tmp_path, wrong):
     allowed = check_steps.Allowed(0.0, 21)
     with pytest.raises(CheckError, match=r"^the distance of '\w+' from float64 is \S+, its bound \S+$"):
         check_steps.compare(part_on(tmp_path, "correctness"), make, check_steps.GIVEN, allowed)
+
+
+WRONG = {
+    "update": ("singular value of 'gentle'", lambda state, U, ok: (2 * U, ok)),
+    "root": ("S of 'gentle'", lambda state, U, ok: (state["sqrt"][:-1].mul_(1.3), (U, ok))[1]),
+    "direction": ("update of 'gentle'", lambda state, U, ok: (U.roll(1, 1), ok)),
+    "state": ("changes its S", lambda state, U, ok: (state["sqrt"][-1:].mul_(2), (U, ok))[1]),
+    "report": ("ok is", lambda state, U, ok: (U, torch.ones_like(ok))),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("precision", SQUARE_ROOTS)
+def test_a_wrong_update_of_the_square_root_form_is_outside_its_bound(tmp_path, monkeypatch, precision, wrong):
+    words, change = WRONG[wrong]
+    right = SquareRoot.update
+    monkeypatch.setattr(SquareRoot, "update", lambda self, state, *rest: change(state, *right(self, state, *rest)))
+    part = part_on(tmp_path, "correctness", only=["square root *"])
+    check_roots.run(part)
+    row = rows_of(tmp_path, "correctness")[f"square root {precision}"]
+    assert row["status"] == "failed"
+    assert words in row["error"]
+
+
+@pytest.mark.parametrize("old", ["lr", "gradients"])
+def test_a_graph_that_sees_no_new_lr_or_gradients_is_outside_its_bound(tmp_path, monkeypatch, old):
+    """The one that is captured keeps those of the capture."""
+
+    def capture(self, act, warm, mode):
+        for _ in range(warm):
+            act()
+        optimizer = act.__self__
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        rates, grads = optimizer.param_groups[0]["lr"].clone(), [p.grad.clone() for p in params if p.grad is not None]
+
+        def replay():
+            if old == "lr":
+                optimizer.param_groups[0]["lr"].copy_(rates)
+            else:
+                for p, grad in zip((p for p in params if p.grad is not None), grads, strict=True):
+                    p.grad.copy_(grad)
+            act()
+
+        return replay
+
+    monkeypatch.setattr(Device, "capture", capture)
+    part = part_on(tmp_path, "correctness", only=["graph*"])
+    check_graphs.run(part)
+    rows = rows_of(tmp_path, "correctness")
+    assert {row["status"] for name, row in rows.items() if name.startswith("graph")} == {"failed"}
 
 
 def test_gradients_of_the_step_check_have_the_condition_that_its_bound_takes_for_granted():
