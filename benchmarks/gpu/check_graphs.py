@@ -24,8 +24,9 @@ fails, whether it was for a call that capture forbids though it does no harm."""
 GRAPHS: dict[str, dict[str, Any]] = {
     "": {"root": "minimax"},
     ", packed": {"root": "minimax", "packed_state": True},
-    ", square root": {"root": "square_root"},
+    ", square root": {"root": "square_root", "betas": (0.95, BETA2)},
 }
+"""What the rows add to their names, and options."""
 
 
 def run(part: Part) -> None:
@@ -78,9 +79,9 @@ def _graph(part: Part, mode: Mode, options: Mapping[str, Any]) -> Mapping[str, A
     """Steps by replays of one graph, with new gradients and a new lr for each, against eager steps.
 
     Both run the same kernels, so that nothing but the order of sums in products can differ. That is rounding, which the
-    condition of the statistics multiplies, once for each step. In half precision an update errs by `SQUARE_ROOT` at
-    most, of either; the condition of S multiplies what comes from its last value, of which b2 goes on. That bounds the
-    difference as a share of the way; a lr or a gradient that a graph does not see is half of a step and more.
+    condition of the statistics multiplies, once for each step. The square-root form computes in half precision: the
+    two updates differ by twice the error of one, `SQUARE_ROOT`, times the condition of S; S keeps b2 of that for the
+    next step, so that the sum over steps is ``1 / (1 - b2)`` times as much, relative to the way that a parameter went.
     """
     device, warm = part.device, 2
     sets: dict[str, Named] = {name: parameters(GIVEN, device.torch, torch.float32) for name in ("eager", "graph")}

@@ -27,17 +27,17 @@ STEPS, LR, EPS = 3, 1e-2, 1e-6
 LIMIT = timedelta(seconds=60)
 """For a collective."""
 Options = Mapping[str, Any]
-FORMS: dict[str, Options] = {"": {"eps": EPS}, ", square root": {"root": "square_root"}}
-"""The square-root form has an `EPS` of its own."""
+ROOTS: dict[str, Options] = {"": {"eps": EPS}, ", square root": {"root": "square_root"}}
+"""What the rows add to their names, and options; the square-root form has an eps of its own."""
 
 
 def run(part: Part) -> None:
     """A row for each way; the process group lives as long as they take."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for form, options in FORMS.items():
+            for root, options in ROOTS.items():
                 for name, wrap in WAYS.items():
-                    row = f"processes: {name}{form}"
+                    row = f"processes: {name}{root}"
                     part.attempt(row, partial(_compare, part, wrap, options, Path(folder) / "store"))
         finally:
             if dist.is_initialized():

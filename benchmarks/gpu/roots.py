@@ -28,7 +28,8 @@ NAMES = (
 CANDIDATES = ("eigh", "minimax")
 """What `auto` chooses from: the roots in plain float32."""
 SIZES, BATCHES = (32, 64, 128, 256, 512, 768, 1024, 2048, 4096), (1, 12, 64)
-SQUARE_ROOT, BETA2 = "square root", 0.2
+UPDATE, BETA2 = "square root", 0.2
+"""The row of the square-root form, and its b2."""
 MOST = 2**28
 """Numbers in a stack: 64 matrices of 2,048 are the largest."""
 ON_CPU = 1024
@@ -50,7 +51,7 @@ def run(part: Part) -> None:
             name: partial(_row, part, run_root, name, gram, momentum, wanted)
             for name, run_root in _contenders().items()
         }
-        measures = {SQUARE_ROOT: partial(_square_root, part, gram, momentum[:, :k].contiguous(), {}), **measures}
+        measures = {UPDATE: partial(_square_root, part, gram, momentum[:, :k].contiguous(), {}), **measures}
         for batch in (b for b in batches if b == 1 or b * k * k <= MOST):
             for name, measure in measures.items():
                 row = f"{name}, k = {k}, {batch}"
@@ -108,7 +109,7 @@ def _square_root(
         known["U"] = exact(V, 1e-6).to(gram.device) @ direction.double()
     state = structure.init(D)
     first = state["sqrt"].copy_(known["S"].expand(batch, -1, -1)).clone()
-    found = {"name": SQUARE_ROOT, **_timed(part, partial(structure.update, state, D, D, BETA2), D)}
+    found = {"name": UPDATE, **_timed(part, partial(structure.update, state, D, D, BETA2), D)}
     if batch > 1:
         return found
     state["sqrt"].copy_(first)

@@ -19,13 +19,12 @@ from asgo import ASGO, report, route
 from asgo.linalg.inverse_root import ROOTS, products
 from asgo.linalg.polar import PLANS
 from asgo.structures import SquareRoot
-from benchmarks.gpu import check_graphs, check_roots, check_steps, shapes
+from benchmarks.gpu import check_graphs, check_processes, check_roots, check_steps, shapes
 from benchmarks.gpu.__main__ import arguments
 from benchmarks.gpu.check_graphs import GRAPHS, MODES
 from benchmarks.gpu.check_processes import WAYS
 from benchmarks.gpu.device import PRECISIONS, Device
-from benchmarks.gpu.forms import FORMS, PRESETS, STATED
-from benchmarks.gpu.forms import SQUARE_ROOT as SQUARE_ROOTS
+from benchmarks.gpu.forms import FORMS, PRESETS, SQUARE_ROOT, STATED
 from benchmarks.gpu.loss import CONTENDERS, split
 from benchmarks.gpu.matrices import CONDITION, cases, gentle
 from benchmarks.gpu.model import TINY, make_model
@@ -34,7 +33,7 @@ from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.peers import MUON, PEERS
 from benchmarks.gpu.record import FILE, Record, read_rows
 from benchmarks.gpu.results import latest, write_results
-from benchmarks.gpu.roots import NAMES, SQUARE_ROOT, auto_table, choices
+from benchmarks.gpu.roots import NAMES, UPDATE, auto_table, choices
 from benchmarks.gpu.shapes import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -80,12 +79,10 @@ def test_every_part_produces_its_rows(rehearsal):
     correct |= {f"step {preset.name}" for preset in PRESETS} | {f"step form {form.name}" for form in FORMS}
     correct |= {f"waits: {preset.name}" for preset in PRESETS} | {f"waits: form {form.name}" for form in FORMS}
     correct |= {f"step {dtype} parameters{packed}" for dtype in ("bfloat16", "float16") for packed in ("", ", packed")}
-    correct |= {f"graph{packed}, capture mode {mode}" for mode in MODES for packed in GRAPHS}
-    correct |= {f"square root {precision}" for precision in SQUARE_ROOTS}
-    correct |= {f"processes: {way}{form}" for way in WAYS for form in ("", ", square root")} | {
-        "step retry of a failed root",
-        "step gradients of any size",
-    }
+    correct |= {f"graph{name}, capture mode {mode}" for mode in MODES for name in GRAPHS}
+    correct |= {f"square root {precision}" for precision in SQUARE_ROOT}
+    correct |= {f"processes: {way}{root}" for way in WAYS for root in check_processes.ROOTS}
+    correct |= {"step retry of a failed root", "step gradients of any size"}
     assert correct <= {name for name, row in found["correctness"].items() if row["status"] == "ok"}
     assert any(name.startswith("tests: ") for name in found["correctness"])
     names = [*(form.name for form in FORMS), *(peer.name for peer in PEERS), MUON, "products"]
@@ -94,7 +91,7 @@ def test_every_part_produces_its_rows(rehearsal):
     launched = {row["row"] for row in found["launches"].values() if row["status"] == "ok" and row["launches"]}
     assert {f"GPT-2 124M: {form.name}" for form in FORMS if not form.waits} | {f"GPT-2 124M: {MUON}"} <= launched
     timed = {row["name"] for row in found["roots"].values() if row["status"] == "ok"}
-    assert {*NAMES, "eigh64", "Cholesky", SQUARE_ROOT} == timed
+    assert {*NAMES, "eigh64", "Cholesky", UPDATE} == timed
     curves = [row for row in found["loss"].values() if row["status"] == "point"]
     assert {row["optimizer"] for row in curves} == set(CONTENDERS)
     assert all(math.isfinite(row["held_out"]) and row["seconds"] > 0 for row in curves)
@@ -137,7 +134,7 @@ def test_a_failure_is_recorded_with_its_traceback_and_the_rest_goes_on(tmp_path,
     failed = [name for name, row in rows.items() if row["status"] == "failed"]
     assert failed == ["root eigh", "root eigh, loose products"]
     assert re.search(r"in broken\n.*RuntimeError: broken on purpose", rows["root eigh"]["traceback"], re.DOTALL)
-    assert sum(row["status"] == "ok" for row in rows.values()) == 2 * len(ROOTS) - 2 + 2 * len(SQUARE_ROOTS)
+    assert sum(row["status"] == "ok" for row in rows.values()) == 2 * len(ROOTS) - 2 + 2 * len(SQUARE_ROOT)
     table = write_results(tmp_path, picture=False)
     assert re.search(r"\| correctness \| root eigh +\| failed \| RuntimeError: broken on purpose \|", table)
 
@@ -240,7 +237,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("precision", SQUARE_ROOTS)
+@pytest.mark.parametrize("precision", SQUARE_ROOT)
 def test_a_wrong_update_of_the_square_root_form_is_outside_its_bound(tmp_path, monkeypatch, precision, wrong):
     words, change = WRONG[wrong]
     right = SquareRoot.update
